@@ -1,0 +1,49 @@
+# make demo   install, fine-tune the small model on the digits, evaluate what it wrote
+# make test   install, run the tests (CPU, no network)
+# make lint   style and types
+#
+# VENV=... takes another virtual environment, PYTHON=... another interpreter to make it with.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+DEMO := --name demo --dataset digits --model_type ViT-demo --img_size 32
+
+.PHONY: demo test lint format test-gpu soak clean
+
+$(VENV)/installed: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PIP) install -q -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(PY) train.py $(DEMO) --pretrained_dir checkpoint/ViT-demo.npz \
+	    --train_batch_size 64 --num_steps 600 --warmup_steps 60 --eval_every 200
+	$(PY) train.py $(DEMO) -v
+
+test: $(VENV)/installed-dev
+	$(PY) -m pytest -m "not gpu and not soak"
+
+test-gpu: $(VENV)/installed-dev
+	$(PY) -m pytest -m gpu
+
+soak: $(VENV)/installed-dev
+	$(PY) -m pytest -m soak
+
+lint: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

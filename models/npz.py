@@ -1,0 +1,330 @@
+"""Google's .npz checkpoints: their names and shapes, and the way to and from our state_dict.
+
+Source: the published files (storage.googleapis.com/vit_models) and
+github.com/google-research/vision_transformer, ``vit_jax/checkpoint.py``.
+
+Kernels are stored (in, out), convolutions HWIO, and attention projections with a separate head axis.
+This module must not know data sets, devices or training; it never unpickles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Generator, Iterator, Mapping
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.configs import CONFIGS, GOOGLE_NAMES, PUBLISHED, ViTConfig
+
+logger = logging.getLogger(__name__)
+
+#: Names of the Flax version that wrote most AugReg and SAM files, and the historical ones.
+_NEW_NUMBERING = {
+    "LayerNorm_1": "LayerNorm_2",
+    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+    "MlpBlock_0": "MlpBlock_3",
+}
+BUCKET = "https://storage.googleapis.com/vit_models"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+
+
+class Entry(NamedTuple):
+    """One array of a checkpoint.
+
+    Attributes:
+        google: its name in the .npz.
+        ours: its name in the state_dict.
+        shape: its shape in the .npz.
+        axes: the order of the .npz's axes in our tensor, before they are flattened to its shape.
+        ours_shape: its shape in the state_dict.
+    """
+
+    google: str
+    ours: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    ours_shape: tuple[int, ...]
+
+    def to_tensor(self, array: np.ndarray) -> Tensor:
+        """The .npz's array as our float32 tensor, which shares no memory with it."""
+        # One copy at most: the cast and the new order of the axes happen in the same pass.
+        x = np.array(array.reshape(self.shape).transpose(self.axes), dtype=np.float32, order="C")
+        return torch.from_numpy(x.reshape(self.ours_shape))
+
+    def to_array(self, tensor: Tensor, dtype: type[np.generic]) -> np.ndarray:
+        """Our tensor as the .npz's array."""
+        moved = [self.shape[axis] for axis in self.axes]
+        x = tensor.detach().cpu().float().numpy().reshape(moved).transpose(np.argsort(self.axes))
+        return np.ascontiguousarray(x, dtype=dtype)
+
+
+def _entry(google: str, ours: str, shape: tuple[int, ...]) -> Entry:
+    """An array whose axes follow from its rank and name."""
+    leaf = google.rsplit("/", 2)[-2:]
+    if len(shape) == 4 and leaf[-1] == "kernel":  # HWIO -> OIHW
+        return Entry(google, ours, shape, (3, 2, 0, 1), tuple(shape[i] for i in (3, 2, 0, 1)))
+    if len(shape) == 3 and leaf[-1] == "kernel":
+        if leaf[0] == "out":  # (A, K, D) -> (D, A * K)
+            return Entry(google, ours, shape, (2, 0, 1), (shape[2], shape[0] * shape[1]))
+        return Entry(google, ours, shape, (1, 2, 0), (shape[1] * shape[2], shape[0]))  # (D, A, K) -> (A * K, D)
+    if len(shape) == 2 and leaf[-1] == "kernel":  # (in, out) -> (out, in)
+        return Entry(google, ours, shape, (1, 0), shape[::-1])
+    if len(shape) == 2:  # a projection's bias: (A, K) -> (A * K,)
+        return Entry(google, ours, shape, (0, 1), (shape[0] * shape[1],))
+    return Entry(google, ours, shape, tuple(range(len(shape))), shape)
+
+
+def layout(config: ViTConfig, img_size: int, num_classes: int | None = None) -> Iterator[Entry]:
+    """Every array of a checkpoint of this model.
+
+    Args:
+        config: the architecture.
+        img_size: side of the pictures in pixels, which fixes the number of position embeddings.
+        num_classes: outputs of the head, or None to leave the head out.
+    """
+    d, heads, embeddings = config.hidden_size, config.num_heads, "transformer.embeddings."
+    channels = 3
+    if config.resnet_units is not None:
+        channels = yield from _stem_layout(config.resnet_units, embeddings + "hybrid_model.")
+    p = config.patch_size
+    yield _entry("embedding/kernel", embeddings + "patch_embeddings.weight", (p, p, channels, d))
+    yield _entry("embedding/bias", embeddings + "patch_embeddings.bias", (d,))
+    yield _entry("cls", embeddings + "cls_token", (1, 1, d))
+    yield _entry(POSITIONS, embeddings + "position_embeddings", (1, 1 + config.grid_size(img_size) ** 2, d))
+    for i in range(config.num_layers):
+        theirs, ours = f"Transformer/encoderblock_{i}/", f"transformer.encoder.layer.{i}."
+        for number, name in ((0, "attention_norm"), (2, "ffn_norm")):
+            yield _entry(f"{theirs}LayerNorm_{number}/scale", f"{ours}{name}.weight", (d,))
+            yield _entry(f"{theirs}LayerNorm_{number}/bias", f"{ours}{name}.bias", (d,))
+        attention = theirs + "MultiHeadDotProductAttention_1/"
+        for name in ("query", "key", "value"):
+            yield _entry(f"{attention}{name}/kernel", f"{ours}attn.{name}.weight", (d, heads, d // heads))
+            yield _entry(f"{attention}{name}/bias", f"{ours}attn.{name}.bias", (heads, d // heads))
+        yield _entry(f"{attention}out/kernel", f"{ours}attn.out.weight", (heads, d // heads, d))
+        yield _entry(f"{attention}out/bias", f"{ours}attn.out.bias", (d,))
+        for j, (fan_in, fan_out) in enumerate(((d, config.mlp_dim), (config.mlp_dim, d))):
+            yield _entry(f"{theirs}MlpBlock_3/Dense_{j}/kernel", f"{ours}ffn.fc{j + 1}.weight", (fan_in, fan_out))
+            yield _entry(f"{theirs}MlpBlock_3/Dense_{j}/bias", f"{ours}ffn.fc{j + 1}.bias", (fan_out,))
+    yield _entry("Transformer/encoder_norm/scale", "transformer.encoder.encoder_norm.weight", (d,))
+    yield _entry("Transformer/encoder_norm/bias", "transformer.encoder.encoder_norm.bias", (d,))
+    if num_classes is not None:
+        yield _entry("head/kernel", "head.weight", (d, num_classes))
+        yield _entry("head/bias", "head.bias", (num_classes,))
+
+
+def _norm_layout(google: str, ours: str, channels: int) -> Iterator[Entry]:
+    # Historical files keep the broadcast axes of pre-Linen Flax; newer ones are accepted too.
+    for theirs, name in (("scale", "weight"), ("bias", "bias")):
+        yield Entry(f"{google}/{theirs}", f"{ours}.{name}", (1, 1, 1, channels), (0, 1, 2, 3), (channels,))
+
+
+def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[Entry, None, int]:
+    """The arrays of a hybrid's stem; returns the channels of its feature map."""
+    channels = 64
+    yield _entry("conv_root/kernel", prefix + "root.conv.weight", (7, 7, 3, channels))
+    yield from _norm_layout("gn_root", prefix + "root.gn", channels)
+    for stage, num_units in enumerate(units):
+        width = 64 * 2**stage
+        for unit in range(num_units):
+            theirs, ours = f"block{stage + 1}/unit{unit + 1}/", f"{prefix}body.block{stage + 1}.unit{unit + 1}."
+            if unit == 0:  # always a change of width or of stride
+                yield _entry(theirs + "conv_proj/kernel", ours + "downsample.weight", (1, 1, channels, 4 * width))
+                yield from _norm_layout(theirs + "gn_proj", ours + "gn_proj", 4 * width)
+            for i, shape in enumerate(((1, 1, channels, width), (3, 3, width, width), (1, 1, width, 4 * width)), 1):
+                yield _entry(f"{theirs}conv{i}/kernel", f"{ours}conv{i}.weight", shape)
+                yield from _norm_layout(f"{theirs}gn{i}", f"{ours}gn{i}", shape[-1])
+            channels = 4 * width
+    return channels
+
+
+def load(path: str, model_type: str) -> dict[str, np.ndarray]:
+    """Finds, reads and checks the pretrained weights that ``path`` means for a model.
+
+    Args:
+        path: the .npz file, or a folder that has it under one of its usual names.
+        model_type: one of ``CONFIGS``.
+
+    Raises:
+        ValueError: there is no such file (the message has the command that downloads it), or it is
+            damaged, or another model's (the message names what was expected and what was found).
+    """
+    path = find(path, model_type)
+    try:
+        return match(read(path), CONFIGS[model_type])
+    except ValueError as e:
+        raise ValueError(f"{path} cannot be loaded as {model_type}: {e}") from e
+
+
+def find(path: str, model_type: str) -> str:
+    """The .npz file that a file's or a folder's path means."""
+    google_name = GOOGLE_NAMES.get(model_type, model_type)
+    problem = f"there is no file {path}"
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        names = dict.fromkeys(
+            f"{upstream}{n}.npz" for upstream in ("", "imagenet21k_") for n in (model_type, google_name)
+        )
+        for name in names:
+            if os.path.isfile(os.path.join(path, name)):
+                return os.path.join(path, name)
+        problem = f"{path} has none of {', '.join(names)}"
+        path = os.path.join(path, f"imagenet21k_{model_type}.npz")
+    if model_type not in PUBLISHED:
+        raise ValueError(f"{problem}; Google publishes no {model_type}, --pretrained_dir '' starts from random weights")
+    raise ValueError(
+        f"{problem}; download it with: curl --create-dirs -fo {path} {BUCKET}/imagenet21k/{google_name}.npz"
+    )
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """Reads every array of an .npz into memory.
+
+    Raises:
+        ValueError: the file is not an .npz, cannot be read, is damaged, or holds something other than numbers.
+    """
+    # numpy would take anything else for a pickle, and advise to load it without safety.
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not an .npz archive, or only the beginning of one; fetch it again")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        raise ValueError(f"it is a damaged .npz archive ({e}); fetch it again") from e
+
+
+def normalize_names(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The name in ``weights`` of every array, by its historical name.
+
+    Optimiser state beside the weights is left out, and so are the prefixes that come with it.
+    """
+    names = {}
+    prefix = next((p for p in ("opt/target/", "params/") if any(name.startswith(p) for name in weights)), "")
+    new_numbering = any("/MlpBlock_0/" in name for name in weights)
+    for name in weights:
+        if not name.startswith(prefix):
+            continue
+        parts = name[len(prefix) :].split("/")
+        if new_numbering and re.fullmatch(r"encoderblock_\d+", parts[1] if len(parts) > 2 else ""):
+            parts[2] = _NEW_NUMBERING.get(parts[2], parts[2])
+        names["/".join(parts)] = name
+    return names
+
+
+def match(
+    weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint that a model needs, by their historical names, all there and well-shaped.
+
+    Args:
+        weights: arrays by Google's names, of any float type; what is not needed is named in a warning.
+        config: the architecture.
+        num_classes: outputs of the head, or None to leave the head out.
+
+    Raises:
+        ValueError: an array is missing or has the wrong shape.
+    """
+    names = normalize_names(weights)
+    arrays: dict[str, np.ndarray] = {}
+    wrong = []
+    # Position embeddings may have any grid, so any picture's size will do here.
+    for entry in layout(config, config.stride, num_classes):
+        if entry.google not in names:
+            wrong.append(f"{entry.google}: expected {entry.shape}, not in the file")
+            continue
+        arrays[entry.google] = array = weights[names[entry.google]]
+        if not np.issubdtype(array.dtype, np.floating):
+            wrong.append(f"{entry.google}: expected floating-point numbers, found {array.dtype}")
+        elif not _fits(entry, array.shape):
+            expected = f"(1, 1 + n * n, {config.hidden_size})" if entry.google == POSITIONS else entry.shape
+            wrong.append(f"{entry.google}: expected {expected}, found {array.shape}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError("; ".join(wrong[:3]) + more + _hint(names, weights))
+    if num_classes is not None and "pre_logits/kernel" in names:
+        logger.warning("The head was trained behind a pre_logits layer, which this model has not")
+    known = {"head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
+    if extra := sorted(set(names) - set(arrays) - known):
+        logger.warning("The .npz holds arrays that the model has no place for: %s", ", ".join(extra))
+    return arrays
+
+
+def _hint(names: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
+    """Names the model that a checkpoint is of, if it is a known one."""
+    for model_type, config in CONFIGS.items():
+        entries = layout(config, config.stride)
+        if all(entry.google in names and _fits(entry, weights[names[entry.google]].shape) for entry in entries):
+            return f"; it fits --model_type {model_type}"
+    return ""
+
+
+def to_state_dict(
+    weights: Mapping[str, np.ndarray], config: ViTConfig, img_size: int, num_classes: int | None = None
+) -> dict[str, Tensor]:
+    """Converts a checkpoint in Google's layout, in full, to our float32 state_dict.
+
+    Args:
+        weights, config, num_classes: as for ``match``.
+        img_size: side of the pictures in pixels; position embeddings of another grid are resized.
+
+    Raises:
+        ValueError: an array is missing or has the wrong shape.
+    """
+    arrays = match(weights, config, num_classes)
+    arrays[POSITIONS] = resize_positions(arrays[POSITIONS].astype(np.float32), config.grid_size(img_size))
+    return {entry.ours: entry.to_tensor(arrays[entry.google]) for entry in layout(config, img_size, num_classes)}
+
+
+def _fits(entry: Entry, shape: tuple[int, ...]) -> bool:
+    if entry.google == POSITIONS:
+        square = len(shape) == 3 and shape[1] > 1 and round((shape[1] - 1) ** 0.5) ** 2 == shape[1] - 1
+        return square and (shape[0], shape[2]) == (1, entry.shape[2])
+    return shape == entry.shape or (entry.shape[:-1] == (1, 1, 1) and shape == entry.shape[-1:])
+
+
+def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
+    """Resizes position embeddings to another grid; the class token's stays.
+
+    Google uses ``scipy.ndimage.zoom(order=1)``: bilinear, the corners of both grids aligned.
+
+    Args:
+        positions: (1, 1 + n * n, D).
+        grid: side of the new grid.
+
+    Returns:
+        (1, 1 + grid * grid, D).
+    """
+    old = round((positions.shape[1] - 1) ** 0.5)
+    if old == grid:
+        return positions
+    logger.info("Resized position embeddings from a grid of %d x %d to %d x %d", old, old, grid, grid)
+    at = np.linspace(0, old - 1, grid) if grid > 1 else np.zeros(1)
+    # (grid, old): row i holds the weights of the two old positions around the new one
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
+    x = positions[0, 1:].reshape(old, old, -1)
+    x = np.einsum("yi,xj,ijd->yxd", weights, weights, x, optimize=True).astype(positions.dtype)
+    return np.concatenate((positions[:, :1], x.reshape(1, grid * grid, -1)), axis=1)
+
+
+def from_state_dict(
+    state: Mapping[str, Tensor], config: ViTConfig, img_size: int, dtype: type[np.generic] = np.float32
+) -> dict[str, np.ndarray]:
+    """The inverse of ``to_state_dict``, head included: arrays by Google's names, sorted as its files are."""
+    entries = layout(config, img_size, num_classes=len(state["head.bias"]))
+    arrays = {entry.google: entry.to_array(state[entry.ours], dtype) for entry in entries}
+    return dict(sorted(arrays.items(), key=lambda item: item[0].split("/")))
+
+
+def write(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as an uncompressed .npz, as Google's files are, to an open file."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

@@ -1,0 +1,340 @@
+"""Fine-tunes a Vision Transformer: flags, wiring, the training loop and the evaluation.
+
+    python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint
+    python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 -v
+
+The flags and their defaults are the reference script's (github.com/jeonsworld/ViT-pytorch).  Only this
+module and the tools see ``args``; everything else takes the values it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from models import npz
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+from utils import checkpoint, data_utils, dist_util
+from utils.metrics import MetricsWriter, TrainingLog
+from utils.precision import AMP_DTYPES, OPT_LEVELS, Precision
+from utils.scheduler import DECAY_TYPES, make_schedule
+
+logger = logging.getLogger("train")
+
+
+def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:
+    """The training loop: pictures -> batch -> loss -> gradients -> step -> log -> save."""
+    optimizer = torch.optim.SGD(precision.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    schedule = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
+    rank, world_size, accumulation = dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps
+    sampler = data_utils.StepSampler(len(data.train), args.train_batch_size, args.seed, rank, world_size)
+    steps, micro_batch_size = range(1, args.num_steps + 1), args.train_batch_size // accumulation
+    batches = data_utils.train_batches(
+        data.train, sampler, steps, micro_batch_size, args.img_size, args.hflip, precision.device, args.num_workers
+    )
+    writer = MetricsWriter(log_dir(args), dist_util.is_main())
+    log = TrainingLog(writer, args.num_steps, args.train_batch_size * world_size, args.log_every, dist_util.is_main())
+    model, best_accuracy, start = dist_util.wrap(model), 0.0, time.perf_counter()
+
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * schedule(step)
+        torch.manual_seed(data_utils.derive_seed(args.seed, 2, step, rank))  # dropout's
+        model.train()
+        step_loss = torch.zeros((), device=precision.device)
+        for part in range(accumulation):
+            images, labels = next(batches)
+            with dist_util.sync_gradients(model, now=part == accumulation - 1):
+                with precision.autocast():
+                    loss = model(images, labels) / accumulation
+                precision.backward(loss)
+            step_loss += loss.detach()
+        if not precision.step(model, optimizer, args.max_grad_norm):
+            logger.warning("Step %d was skipped: its scaled gradients overflowed", step)
+        log.update(step, step_loss, optimizer.param_groups[0]["lr"])
+
+        if step % args.eval_every == 0 or step == args.num_steps:
+            accuracy, test_loss = evaluate(args, dist_util.unwrap(model), data.test, precision)
+            writer.write(step, {"test/accuracy": accuracy, "test/loss": test_loss})
+            report(step, accuracy, test_loss)
+            if accuracy > best_accuracy or not best_accuracy:
+                best_accuracy = accuracy
+                save(args, dist_util.unwrap(model), precision)
+            log.restart_clock()
+
+    log.close()
+    writer.close()
+    logger.info("Best Accuracy: \t%.5f", best_accuracy)
+    logger.info("End Training! Wall time: %.2f s", time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def evaluate(
+    args: argparse.Namespace, model: nn.Module, pictures: data_utils.Pictures, precision: Precision
+) -> tuple[float, float]:
+    """Accuracy and mean loss over all pictures, each seen once, whatever the number of processes."""
+    model.eval()
+    share = (dist_util.rank(), dist_util.world_size())
+    batches = data_utils.eval_batches(
+        pictures, args.eval_batch_size, args.img_size, precision.device, args.num_workers, *share
+    )
+    num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
+    exact = torch.float32 if precision.device.type == "mps" else torch.float64
+    totals = torch.zeros(2, dtype=exact, device=precision.device)  # correct, loss
+    bar = tqdm(batches, "Validating", num_batches, dynamic_ncols=True, leave=False, disable=not dist_util.is_main())
+    for images, labels in bar:
+        with precision.autocast():
+            logits = model(images)[0].float()
+        totals += torch.stack(
+            ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
+        ).to(exact)
+    correct, loss = dist_util.sum_over_ranks(totals).tolist()
+    return correct / len(pictures), loss / len(pictures)
+
+
+def report(step: int | None, accuracy: float, loss: float) -> None:
+    """Logs an evaluation as the reference does."""
+    logger.info("Validation Results")
+    if step is not None:
+        logger.info("Global Steps: %d", step)
+    logger.info("Valid Loss: %.5f", loss)
+    logger.info("Valid Accuracy: %.5f", accuracy)
+
+
+def checkpoint_path(args: argparse.Namespace) -> str:
+    """Where the run's fine-tuned weights are."""
+    return os.path.join(args.output_dir, f"{args.name}_checkpoint.bin")
+
+
+def log_dir(args: argparse.Namespace) -> str:
+    """Where the run's TensorBoard events and metrics are."""
+    return os.path.join("logs", args.name)
+
+
+def save(args: argparse.Namespace, model: nn.Module, precision: Precision) -> None:
+    """Writes the weights of the best evaluation so far."""
+    if dist_util.is_main():
+        checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model))
+        logger.info("Saved model checkpoint to %s", checkpoint_path(args))
+
+
+# ---- flags ----
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the thirty flags are for ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_bool(text: str) -> bool:
+    """true/false in the usual spellings."""
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def make_parser() -> Parser:
+    """Every flag of the command line."""
+    p = Parser(description="Fine-tune a Vision Transformer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--name", required=True, help="name of this run: of its checkpoint and its logs")
+    p.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, digits, or a folder of pictures")
+    p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are downloaded to")
+    p.add_argument("--model_type", choices=CONFIGS, default="ViT-B_16", metavar="MODEL", help=", ".join(CONFIGS))
+    p.add_argument(
+        "--pretrained_dir",
+        default="checkpoint/ViT-B_16.npz",
+        help="Google's .npz file, or a folder that has it; '' trains from random weights",
+    )
+    p.add_argument("--output_dir", default="output", help="where checkpoints are written")
+    p.add_argument("--img_size", type=int, default=224, help="side of the pictures the model sees, in pixels")
+    p.add_argument("--train_batch_size", type=int, default=512, help="pictures of one update, per process")
+    p.add_argument("--eval_batch_size", type=int, default=64, help="pictures evaluated at once")
+    p.add_argument("--eval_every", type=int, default=100, help="updates between two evaluations")
+    p.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics")
+    p.add_argument("--learning_rate", type=float, default=3e-2, help="of SGD, at its highest")
+    p.add_argument("--weight_decay", type=float, default=0.0)
+    p.add_argument("--num_steps", type=int, default=10000, help="updates")
+    p.add_argument("--decay_type", choices=DECAY_TYPES, default="cosine", help="how the learning rate falls")
+    p.add_argument("--warmup_steps", type=int, default=500, help="updates over which the learning rate rises")
+    p.add_argument("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped")
+    p.add_argument("--dropout", type=float, default=None, help="dropout rate, instead of the model's own")
+    p.add_argument("--gelu", choices=("erf", "tanh"), default="erf", help="tanh is what Google's code computes")
+    p.add_argument("--hflip", action="store_true", help="mirror half of the training pictures")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--num_workers", type=int, default=None, help="decoding processes, for folders of large pictures")
+    p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
+    p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
+    p.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="parts into which the batch of an update is split"
+    )
+    p.add_argument("--fp16", action="store_true", help="mixed precision")
+    p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
+    p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
+    p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
+    p.add_argument(
+        "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
+        help="evaluate a fine-tuned checkpoint instead of training",
+    )  # fmt: skip
+    p.add_argument("--load_model_dir", default=None, help="what -v evaluates, if not OUTPUT_DIR/NAME_checkpoint.bin")
+    return p
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for what the types of the flags let through; fills in the defaults that depend on others."""
+    at_least_one = (
+        "img_size", "train_batch_size", "eval_batch_size", "eval_every", "log_every", "num_steps",
+        "gradient_accumulation_steps",
+    )  # fmt: skip
+    for name in at_least_one:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "seed", "loss_scale"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    if not args.max_grad_norm > 0:
+        raise ValueError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
+    if not args.name or os.path.basename(args.name) != args.name or args.name in (".", ".."):
+        raise ValueError(f"--name {args.name!r} names files; it must not be empty or a path")
+    if args.train_batch_size % args.gradient_accumulation_steps:
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} is not a multiple of "
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
+        )
+    if not args.fp16 and (args.fp16_opt_level != "O2" or args.amp_dtype != "auto" or args.loss_scale):
+        logger.warning("--fp16_opt_level, --amp_dtype and --loss_scale have no effect without --fp16")
+    if args.load_model_dir is not None and not args.eval_only:
+        raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
+    if args.num_workers is None:
+        args.num_workers = min(8, os.cpu_count() or 1)
+    if args.num_workers < 0:
+        raise ValueError(f"--num_workers is {args.num_workers}, expected 0 or more")
+
+
+# ---- what a run needs before it starts ----
+
+
+def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.DataSets]:
+    """The model with its weights, and the data it is for; what is cheap to check comes first, downloads last.
+
+    Raises:
+        ValueError: the user got something wrong.
+    """
+    config = replace(CONFIGS[args.model_type], gelu=args.gelu)
+    if args.dropout is not None:
+        config = replace(config, dropout_rate=args.dropout)
+    config.check_img_size(args.img_size)
+    pretrained = None
+    if args.eval_only:
+        path = args.load_model_dir or checkpoint_path(args)
+        finetuned = checkpoint.load_weights(path)
+    else:
+        if args.pretrained_dir:
+            pretrained = npz.load(args.pretrained_dir, args.model_type)
+        else:
+            logger.warning("--pretrained_dir is empty: training starts from random weights")
+        checkpoint.check_writable(args.output_dir)
+        checkpoint.check_writable(log_dir(args))
+    data = data_utils.load_datasets(args.dataset, args.data_dir, args.num_workers)
+    torch.manual_seed(args.seed)
+    model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
+    if args.eval_only:
+        try:
+            model.load_finetuned(finetuned)
+        except ValueError as e:
+            raise ValueError(f"{path} cannot be loaded as {args.model_type}: {e}") from e
+    elif pretrained is not None:
+        model.load_from(pretrained)
+    return model, data
+
+
+def log_start(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:
+    """Logs what is about to happen."""
+    num_parameters = sum(p.numel() for p in model.parameters())
+    logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_parameters / 1e6,
+                precision.device, precision)  # fmt: skip
+    if args.eval_only:
+        logger.info("***** Running Validation *****")
+        logger.info("  Num pictures = %d, classes = %d", len(data.test), len(data.classes))
+        return
+    total = args.train_batch_size * dist_util.world_size()
+    logger.info("***** Running training *****")
+    logger.info(
+        "  Pictures: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
+    )
+    logger.info(
+        "  Total optimization steps = %d (%.1f epochs)", args.num_steps, args.num_steps * total / len(data.train)
+    )
+    logger.info("  Total train batch size = %d (%d per process, %d at a time)", total, args.train_batch_size,
+                args.train_batch_size // args.gradient_accumulation_steps)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains or evaluates, and returns the exit status."""
+    try:
+        check_args(args)
+        device = dist_util.setup(args.device, args.local_rank)
+        model, data = prepare(args)
+    except ValueError as e:
+        return fail(e, 2)
+    except OSError as e:
+        return fail(e, 1)
+    precision = Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
+    precision.prepare(model.to(device))
+    log_start(args, model, data, precision)
+    try:
+        if args.eval_only:
+            report(None, *evaluate(args, model, data.test, precision))
+        else:
+            train(args, model, data, precision)
+    except data_utils.PictureError as e:
+        return fail(e, 2)
+    except (FloatingPointError, OSError) as e:
+        return fail(e, 1)
+    return 0
+
+
+def fail(error: BaseException, status: int) -> int:
+    """Says what went wrong in one line."""
+    logger.debug("Traceback", exc_info=error)
+    print(f"train.py: error: {error}", file=sys.stderr)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        level=logging.INFO if dist_util.is_main() else logging.WARNING,
+    )
+    try:
+        with logging_redirect_tqdm():
+            return run(args)
+    except KeyboardInterrupt:
+        return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
+    finally:
+        dist_util.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Random crops, resizing and normalisation, a whole batch at once on the device that trains.
+
+The crops follow torchvision's ``RandomResizedCrop`` and the resize follows Pillow's bilinear filter
+(a triangle as wide as the reduction, so that it does not alias), as the reference's transforms do.
+Every random number comes in as an argument: this module draws none and reads no files.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SCALE = (0.05, 1.0)  # share of the picture's area
+RATIO = (3 / 4, 4 / 3)  # width / height
+NUM_TRIES = 10
+#: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
+NUM_DRAWS = 4 * NUM_TRIES + 1
+
+
+def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """RandomResizedCrop's boxes: ten tries, then the largest centre crop of an allowed ratio.
+
+    Args:
+        draws: (B, NUM_DRAWS) uniform in [0, 1), float64.
+        height, width: of the pictures in pixels, (B,) or one for all.
+
+    Returns:
+        (B, 4) whole pixels: top, left, height, width.
+    """
+    size = len(draws)
+    height = torch.as_tensor(height, device=draws.device).expand(size)
+    width = torch.as_tensor(width, device=draws.device).expand(size)
+    u = draws[:, : 4 * NUM_TRIES].view(size, NUM_TRIES, 4)
+    area = (height * width)[:, None] * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
+    ratio = torch.exp(math.log(RATIO[0]) + u[..., 1] * (math.log(RATIO[1]) - math.log(RATIO[0])))
+    w = torch.round(torch.sqrt(area * ratio)).long()
+    h = torch.round(torch.sqrt(area / ratio)).long()
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    top = (u[..., 2] * (height[:, None] - h + 1)).long()
+    left = (u[..., 3] * (width[:, None] - w + 1)).long()
+    boxes = torch.stack((top, left, h, w), dim=-1)  # (B, NUM_TRIES, 4)
+    first = fits.int().argmax(dim=1)
+    chosen = boxes[torch.arange(size, device=draws.device), first]
+    return torch.where(fits.any(dim=1)[:, None], chosen, _centre_boxes(height, width))
+
+
+def _centre_boxes(height: Tensor, width: Tensor) -> Tensor:
+    ratio = width / height
+    h = torch.where(ratio < RATIO[0], torch.round(width / RATIO[0]).long(), height)
+    w = torch.where(ratio > RATIO[1], torch.round(height * RATIO[1]).long(), width)
+    return torch.stack(((height - h) // 2, (width - w) // 2, h, w), dim=-1)
+
+
+def flips(draws: Tensor) -> Tensor:
+    """Which pictures to mirror: (B, NUM_DRAWS) -> (B,) bool, each with probability 1/2."""
+    return draws[:, -1] < 0.5
+
+
+def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int) -> Tensor:
+    """The bilinear filter along one axis, as a matrix.
+
+    Args:
+        start, length: (B,) the part of the axis that is kept, in pixels.
+        size: length of the whole axis in pixels.
+        out_size: pixels to make of the part.
+
+    Returns:
+        (B, out_size, size) float32; each row sums to 1 and is zero outside the part.
+    """
+    start, length = start[:, None, None].float(), length[:, None, None].float()
+    scale = length / out_size
+    support = scale.clamp(min=1)
+    centre = (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (B, out_size, 1)
+    pixel = torch.arange(size, device=start.device) - start + 0.5  # (B, 1, size)
+    weights = (1 - (pixel - centre).abs() / support).clamp(min=0)
+    weights = weights * ((pixel > 0) & (pixel < length))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
+    """Cuts a box out of each picture and resizes it to a square.
+
+    Args:
+        pictures: (B, 3, H, W) uint8.
+        boxes: (B, 4) top, left, height, width in pixels.
+        out_size: side of the result in pixels.
+        mirrored: (B,) bool, pictures to flip left to right.
+
+    Returns:
+        (B, 3, out_size, out_size) float32 in [-1, 1].
+    """
+    top, left, height, width = boxes.unbind(dim=1)
+    rows = resize_weights(top, height, pictures.shape[2], out_size)  # (B, out, H)
+    cols = resize_weights(left, width, pictures.shape[3], out_size)  # (B, out, W)
+    if mirrored is not None:
+        cols = torch.where(mirrored[:, None, None], cols.flip(1), cols)
+    # Two small products a picture; the channels ride along as rows of the first.
+    x = pictures.float().flatten(1, 2) @ cols.transpose(1, 2)  # (B, 3 * H, out)
+    x = rows[:, None] @ x.unflatten(1, (3, -1))  # (B, 3, out, out)
+    return normalize(x)
+
+
+def resize(pictures: Tensor, out_size: int) -> Tensor:
+    """Resizes whole pictures: (B, 3, H, W) uint8 -> (B, 3, out_size, out_size) float32 in [-1, 1]."""
+    if pictures.shape[2:] == (out_size, out_size):
+        return normalize(pictures.float())
+    zero = torch.zeros(1, dtype=torch.long, device=pictures.device)
+    rows = resize_weights(zero, zero + pictures.shape[2], pictures.shape[2], out_size)[0]  # (out, H)
+    cols = resize_weights(zero, zero + pictures.shape[3], pictures.shape[3], out_size)[0]  # (out, W)
+    return normalize(rows @ (pictures.float() @ cols.T))
+
+
+def normalize(pictures: Tensor) -> Tensor:
+    """Grey levels 0..255 to [-1, 1], in place for floats: mean and deviation 0.5 of ToTensor's [0, 1]."""
+    return pictures.mul_(1 / 127.5).sub_(1)

@@ -1,0 +1,395 @@
+"""Data sets, and the batches that each update and each evaluation takes from them.
+
+Small pictures sit in memory as uint8 and are augmented a batch at a time on the device that trains;
+large ones are decoded by worker processes.  Which pictures an update takes, and every random number
+of their crops, is a function of the seed and the update's number (``StepSampler``): nothing is carried
+along that a resumed run would have to restore.
+
+This module must not know models, and reads flags from nobody: functions take the values they need.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils import augment, dist_util
+
+logger = logging.getLogger(__name__)
+
+NAMED_DATASETS = ("cifar10", "cifar100", "digits")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+#: Splits of a folder whose pictures, all of one size, take no more than this are decoded once.
+MEMORY_LIMIT_BYTES = 2**30
+DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits.npz")
+
+Batch = tuple[Tensor, Tensor]  # pictures (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
+
+
+class PictureError(ValueError):
+    """A picture of the user's cannot be read; the message names its path."""
+
+
+@dataclass(frozen=True)
+class MemoryPictures:
+    """Pictures in memory: (N, 3, H, W) uint8, labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class FilePictures:
+    """Pictures that are decoded when they are needed; labels (N,) int64."""
+
+    paths: list[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+Pictures = MemoryPictures | FilePictures
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """What a run learns from and is measured on; ``classes`` are the labels' names."""
+
+    train: Pictures
+    test: Pictures
+    classes: list[str]
+
+
+def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
+    """Finds, downloads if need be, and where they are small decodes the pictures of a data set.
+
+    Args:
+        name: one of ``NAMED_DATASETS``, or a folder with train/<class>/* and test/<class>/* (or val/).
+        data_dir: where downloads go.
+        num_workers: threads that decode.
+
+    Raises:
+        ValueError: no such data set, or a folder that is none.
+        ConnectionError: a download failed.
+    """
+    if name in ("cifar10", "cifar100"):
+        with dist_util.main_first():
+            return _load_cifar(name, data_dir)
+    if name == "digits":
+        return _load_digits()
+    if not os.path.isdir(name):
+        raise ValueError(
+            f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
+            "a folder needs train/<class>/ and test/<class>/"
+        )
+    return _load_folder(name, num_workers)
+
+
+def _load_cifar(name: str, data_dir: str) -> DataSets:
+    import torchvision.datasets  # a second, not spent where no CIFAR is asked for
+
+    cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    splits, classes = [], []
+    for train in (True, False):
+        try:
+            data = cls(root=data_dir, train=train, download=dist_util.is_main())
+        except (OSError, RuntimeError) as e:
+            raise ConnectionError(
+                f"{name} could not be downloaded into {data_dir} ({e}); put {cls.url} there yourself "
+                f"(md5 {cls.tgz_md5}), or name another folder with --data_dir"
+            ) from e
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(MemoryPictures(images, torch.tensor(data.targets)))
+        classes = list(data.classes)
+    return DataSets(splits[0], splits[1], classes)
+
+
+def _load_digits() -> DataSets:
+    """1,797 handwritten digits (``digits.md`` has their source), 8x8 grey made 32x32 RGB."""
+    with np.load(DIGITS_FILE, allow_pickle=False) as f:
+        arrays = {name: torch.from_numpy(f[name]) for name in f.files}
+    splits = []
+    for split in ("train", "test"):
+        grey = arrays[f"{split}_images"].float() * (255 / 16)  # (N, 8, 8), 0..16 in the file
+        weights = augment.resize_weights(torch.zeros(1), torch.full((1,), 8.0), 8, 32)[0]
+        images = (weights @ grey @ weights.T).round().byte()  # (N, 32, 32)
+        splits.append(MemoryPictures(images[:, None].repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
+    return DataSets(splits[0], splits[1], [str(digit) for digit in range(10)])
+
+
+def _load_folder(root: str, num_workers: int) -> DataSets:
+    train_dir = os.path.join(root, "train")
+    test_dir = next((d for d in (os.path.join(root, s) for s in ("test", "val")) if os.path.isdir(d)), None)
+    if not os.path.isdir(train_dir) or test_dir is None:
+        raise ValueError(f"--dataset {root} needs the folders train/<class>/ and test/<class>/ (or val/<class>/)")
+    classes = _subfolders(train_dir)
+    if not classes:
+        raise ValueError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<picture>")
+    if unknown := sorted(set(_subfolders(test_dir)) - set(classes)):
+        raise ValueError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
+    splits: list[Pictures] = []
+    for folder in (train_dir, test_dir):
+        paths, numbers = _list_pictures(folder, classes)
+        labels = torch.tensor(numbers)
+        images = _decode_all(paths, num_workers)
+        splits.append(FilePictures(paths, labels) if images is None else MemoryPictures(images, labels))
+    return DataSets(splits[0], splits[1], classes)
+
+
+def _subfolders(folder: str) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
+    """Paths and labels, in the order of the classes and of the names in them."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = [
+            os.path.join(parent, f)
+            for parent, _, files in os.walk(os.path.join(folder, name), followlinks=True)
+            for f in files
+            if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
+        ]
+        if not found:
+            raise ValueError(
+                f"{os.path.join(folder, name)} holds no picture ({', '.join(e[1:] for e in EXTENSIONS)}); "
+                "fill the folder or remove the class"
+            )
+        paths += sorted(found)
+        labels += [label] * len(found)
+    return paths, labels
+
+
+def read_picture(path: str) -> Image.Image:
+    """Decodes a picture of any mode as RGB.
+
+    Raises:
+        PictureError: it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W) uint8
+
+
+def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
+    """All pictures as (N, 3, H, W) uint8, or None if they differ in size or take too much memory."""
+    first = _to_tensor(read_picture(paths[0]))
+    if first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
+        return None
+    images = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
+
+    def decode(i: int) -> bool:
+        picture = _to_tensor(read_picture(paths[i]))
+        if picture.shape != first.shape:
+            return False
+        images[i] = picture
+        return True
+
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        done = pool.map(decode, range(len(paths)))
+        for same_size in tqdm(
+            done, "Decoding", len(paths), unit="picture", leave=False, disable=not dist_util.is_main()
+        ):
+            if not same_size:
+                pool.shutdown(cancel_futures=True)
+                return None
+    return images
+
+
+def derive_seed(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, step): close numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class StepSampler:
+    """What each update takes: a pure function of the seed and the update's number.
+
+    The order is a fresh permutation per epoch, read as one endless stream, so that every batch is
+    full.  Each process takes its slice of the global batch: one process and two see the same pictures.
+
+    Args:
+        num_pictures: in the training split.
+        batch_size: pictures of one update on this process.
+        seed: of the run.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(self, num_pictures: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_pictures = num_pictures
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._orders: dict[int, Tensor] = {}
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = torch.randperm(self.num_pictures, generator=generator)
+        return self._orders[epoch]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The pictures' indices (batch_size,) and their random numbers (batch_size, NUM_DRAWS) in update ``step``."""
+        total = self.batch_size * self.world_size
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, step))
+        draws = torch.rand(total, augment.NUM_DRAWS, generator=generator, dtype=torch.float64)[mine]
+        start = (step - 1) * total + mine.start
+        return self._stream(start, start + self.batch_size), draws
+
+    def _stream(self, start: int, stop: int) -> Tensor:
+        """The pictures at positions start..stop of the endless stream of epochs."""
+        parts = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_pictures)
+            part = self._order(epoch)[offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+        return torch.cat(parts)
+
+
+def train_batches(
+    pictures: Pictures,
+    sampler: StepSampler,
+    steps: Iterable[int],
+    micro_batch_size: int,
+    img_size: int,
+    hflip: bool,
+    device: torch.device,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """The training's batches: for each of ``steps`` in turn, its pictures in parts of ``micro_batch_size``.
+
+    Raises:
+        PictureError: a picture cannot be decoded.
+    """
+    parts = _TrainParts(sampler, steps, micro_batch_size)
+    if isinstance(pictures, FilePictures):
+        yield from _decoded(_CropTask(pictures, img_size, hflip), parts, device, num_workers)
+        return
+    images, labels = pictures.images.to(device), pictures.labels.to(device)
+    height, width = images.shape[2:]
+    for indices, draws in parts.tensors():
+        boxes = augment.crop_boxes(draws, height, width).to(device, non_blocking=True)
+        mirrored = augment.flips(draws).to(device, non_blocking=True) if hflip else None
+        indices = indices.to(device, non_blocking=True)
+        yield augment.resized_crop(images[indices], boxes, img_size, mirrored), labels[indices]
+
+
+def eval_batches(
+    pictures: Pictures,
+    batch_size: int,
+    img_size: int,
+    device: torch.device,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """This process's share of all pictures, each once, in order; the last batch may be smaller."""
+    mine = torch.arange(rank, len(pictures), world_size)
+    if isinstance(pictures, FilePictures):
+        parts = [[(int(i), None) for i in part] for part in mine.split(batch_size)]
+        yield from _decoded(_CropTask(pictures, img_size), parts, device, num_workers)
+        return
+    for part in mine.split(batch_size):
+        images, labels = pictures.images[part].to(device), pictures.labels[part].to(device)
+        yield augment.resize(images, img_size), labels
+
+
+def num_eval_batches(pictures: Pictures, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
+    """How many batches ``eval_batches`` gives."""
+    return math.ceil(len(range(rank, len(pictures), world_size)) / batch_size)
+
+
+class _TrainParts:
+    """The indices and random numbers of each micro-batch of ``steps``."""
+
+    def __init__(self, sampler: StepSampler, steps: Iterable[int], micro_batch_size: int) -> None:
+        self.sampler = sampler
+        self.steps = steps
+        self.micro_batch_size = micro_batch_size
+
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in self.steps:
+            indices, draws = self.sampler(step)
+            yield from zip(indices.split(self.micro_batch_size), draws.split(self.micro_batch_size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None]]]:
+        """As a DataLoader wants them: a list of items a batch."""
+        for indices, draws in self.tensors():
+            yield list(zip(indices.tolist(), draws))
+
+
+class _CropTask(Dataset):
+    """Decodes, crops and resizes one picture in a worker process.
+
+    An item is (index, random numbers), or (index, None) for the whole picture.  An unreadable picture
+    comes back as its error's text: raised in a worker, it would reach the user as a stack.
+    """
+
+    def __init__(self, pictures: FilePictures, img_size: int, hflip: bool = False) -> None:
+        self.pictures = pictures
+        self.img_size = img_size
+        self.hflip = hflip
+
+    def __getitem__(self, item: tuple[int, Tensor | None]) -> tuple[Tensor, Tensor] | str:
+        index, draws = item
+        try:
+            picture = read_picture(self.pictures.paths[index])
+        except PictureError as e:
+            return str(e)
+        if draws is not None:
+            top, left, height, width = augment.crop_boxes(draws[None], picture.height, picture.width)[0].tolist()
+            picture = picture.crop((left, top, left + width, top + height))
+        picture = picture.resize((self.img_size, self.img_size), Image.Resampling.BILINEAR)
+        x = _to_tensor(picture)
+        if draws is not None and self.hflip and augment.flips(draws[None])[0]:
+            x = x.flip(2)
+        return x, self.pictures.labels[index]
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:
+    for item in items:
+        if isinstance(item, str):
+            return item
+    images, labels = zip(*items)
+    return torch.stack(images), torch.stack(labels)
+
+
+def _decoded(task: _CropTask, parts: Iterable[list], device: torch.device, num_workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        task,
+        batch_sampler=parts,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise PictureError(batch)
+        images, labels = batch
+        images = images.to(device, non_blocking=True).float()
+        yield augment.normalize(images), labels.to(device, non_blocking=True)

@@ -1,0 +1,115 @@
+"""The processes of a run: who this one is, and the few things they do together.
+
+The only module of ``utils`` that its neighbours may import.  A single process is the case where every
+function here does nothing; no caller needs to ask which case it is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def setup(device_name: str, local_rank: int) -> torch.device:
+    """Picks this process's device, and joins the group that a launcher describes in the environment.
+
+    Args:
+        device_name: auto, cpu, cuda or mps.
+        local_rank: what the launcher passed as ``--local_rank``, or -1.
+
+    Raises:
+        ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
+    """
+    kind = _device_type(device_name)
+    env_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if "WORLD_SIZE" not in os.environ and local_rank > 0:
+        raise ValueError(
+            f"--local_rank {local_rank} without a launcher; start several processes with "
+            "`torchrun --nproc_per_node=N train.py ...`"
+        )
+    if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
+        raise ValueError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
+    if kind == "cuda":
+        if env_rank >= torch.cuda.device_count():
+            raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
+        torch.cuda.set_device(env_rank)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
+
+
+def _device_type(name: str) -> str:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
+    return name
+
+
+def cleanup() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all, from 0.  Known from the launcher before ``setup``."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that logs, writes and downloads."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block alone, then the others do: for what one must prepare for all."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Adds a tensor up over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """Lets the backward pass average gradients over all processes."""
+    if not dist.is_initialized():
+        return model
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``wrap``."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
+    """Context of one forward and backward pass: reduces gradients only in an update's last one."""
+    if now or not isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()

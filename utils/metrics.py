@@ -1,0 +1,144 @@
+"""What a run tells its user: TensorBoard events, ``metrics.jsonl``, and the progress bar.
+
+Only the main process has a writer; this module decides what is shown, never what is computed.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import math
+import os
+import shutil
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes scalars as TensorBoard events and as one JSON object a line, under the same tags.
+
+    Files of an earlier run in the folder are moved to ``earlier-N/`` below it, so that neither curve
+    runs into the other.
+
+    Args:
+        log_dir: the run's folder, made if need be.
+        enabled: False on processes that write nothing.
+    """
+
+    def __init__(self, log_dir: str, enabled: bool = True) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # half a second, not spent by evaluations
+
+        os.makedirs(log_dir, exist_ok=True)
+        _set_aside_earlier(log_dir)
+        self._events = SummaryWriter(log_dir)
+        self._lines = open(os.path.join(log_dir, METRICS_FILE), "w", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds one line and its scalars."""
+        if not self.enabled:
+            return
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self.enabled:
+            self._events.close()
+            self._lines.close()
+
+
+def _set_aside_earlier(log_dir: str) -> None:
+    earlier = [f for f in glob.glob(os.path.join(glob.escape(log_dir), "*")) if os.path.isfile(f)]
+    if not earlier:
+        return
+    number = 1
+    while os.path.exists(target := os.path.join(log_dir, f"earlier-{number}")):
+        number += 1
+    os.mkdir(target)
+    for f in earlier:
+        shutil.move(f, target)
+    logger.warning("Moved the logs of an earlier run of this name to %s", target)
+
+
+class TrainingLog:
+    """The training's bar and lines: loss, learning rate and speed, averaged between two log lines.
+
+    The losses stay on the device until a line is due, so that no update waits for a number.
+
+    Args:
+        writer: where the lines go.
+        num_steps: updates of the whole run.
+        images_per_step: pictures of one update, over all processes.
+        log_every: updates between two lines.
+        enabled: False on processes that show nothing.
+    """
+
+    def __init__(
+        self, writer: MetricsWriter, num_steps: int, images_per_step: int, log_every: int, enabled: bool = True
+    ) -> None:
+        self._writer = writer
+        self._num_steps = num_steps
+        self._images_per_step = images_per_step
+        self._log_every = log_every
+        self._losses: list[Tensor] = []
+        self._bar = tqdm(
+            total=num_steps,
+            desc="Training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not enabled,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
+        )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last update, which was not spent on training."""
+        self._since = time.perf_counter()
+        self._steps_timed = 0
+
+    def update(self, step: int, loss: Tensor, learning_rate: float) -> None:
+        """Counts one update, and writes a line if one is due.
+
+        Args:
+            step: the update's number, from 1.
+            loss: its mean loss, a detached scalar still on the device.
+            learning_rate: what it used.
+
+        Raises:
+            FloatingPointError: a loss since the last line is not finite.
+        """
+        self._losses.append(loss)
+        self._steps_timed += 1
+        self._bar.update(1)
+        if step % self._log_every and step != self._num_steps:
+            return
+        losses = torch.stack(self._losses).tolist()  # the one wait for the device between two lines
+        mean = sum(losses) / len(losses)
+        if not math.isfinite(mean):
+            bad = next(i for i, x in enumerate(losses) if not math.isfinite(x))
+            raise FloatingPointError(
+                f"train/loss is {losses[bad]} at step {step - len(losses) + 1 + bad}; "
+                "a lower --learning_rate or a longer --warmup_steps may help"
+            )
+        speed = self._steps_timed * self._images_per_step / max(time.perf_counter() - self._since, 1e-9)
+        self._losses.clear()
+        self.restart_clock()
+        self._bar.set_postfix_str(f"loss={mean:.4f}, {speed:.1f} images/s")
+        self._writer.write(step, {"train/loss": mean, "train/lr": learning_rate, "images_per_sec": speed})
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
