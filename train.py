@@ -45,38 +45,39 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
     batches = data_utils.train_batches(
         data.train, sampler, steps, micro_batch_size, args.img_size, args.hflip, precision.device, args.num_workers
     )
-    writer = MetricsWriter(log_dir(args), dist_util.is_main())
-    log = TrainingLog(writer, args.num_steps, args.train_batch_size * world_size, args.log_every, dist_util.is_main())
-    model, best_accuracy, start = dist_util.wrap(model), 0.0, time.perf_counter()
+    images_per_step, is_main = args.train_batch_size * world_size, dist_util.is_main()
+    model, best_accuracy, start = dist_util.wrap(model), -1.0, time.perf_counter()
 
-    for step in steps:
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * schedule(step)
-        torch.manual_seed(data_utils.derive_seed(args.seed, 2, step, rank))  # dropout's
-        model.train()
-        step_loss = torch.zeros((), device=precision.device)
-        for part in range(accumulation):
-            images, labels = next(batches)
-            with dist_util.sync_gradients(model, now=part == accumulation - 1):
-                with precision.autocast():
-                    loss = model(images, labels) / accumulation
-                precision.backward(loss)
-            step_loss += loss.detach()
-        if not precision.step(model, optimizer, args.max_grad_norm):
-            logger.warning("Step %d was skipped: its scaled gradients overflowed", step)
-        log.update(step, step_loss, optimizer.param_groups[0]["lr"])
+    with (
+        MetricsWriter(log_dir(args), is_main) as writer,
+        TrainingLog(writer, args.num_steps, images_per_step, args.log_every, is_main) as log,
+    ):
+        for step in steps:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * schedule(step)
+            torch.manual_seed(data_utils.derive_seed(args.seed, 2, step, rank))  # dropout's
+            model.train()
+            step_loss = torch.zeros((), device=precision.device)
+            for part in range(accumulation):
+                images, labels = next(batches)
+                with dist_util.sync_gradients(model, now=part == accumulation - 1):
+                    with precision.autocast():
+                        loss = model(images, labels) / accumulation
+                    precision.backward(loss)
+                step_loss += loss.detach()
+            if not precision.step(model, optimizer, args.max_grad_norm):
+                logger.warning("Step %d was skipped: its scaled gradients overflowed", step)
+            log.update(step, step_loss, args.learning_rate * schedule(step))
 
-        if step % args.eval_every == 0 or step == args.num_steps:
-            accuracy, test_loss = evaluate(args, dist_util.unwrap(model), data.test, precision)
-            writer.write(step, {"test/accuracy": accuracy, "test/loss": test_loss})
-            report(step, accuracy, test_loss)
-            if accuracy > best_accuracy or not best_accuracy:
-                best_accuracy = accuracy
-                save(args, dist_util.unwrap(model), precision)
-            log.restart_clock()
+            if step % args.eval_every == 0 or step == args.num_steps:
+                accuracy, test_loss = evaluate(args, dist_util.unwrap(model), data.test, precision)
+                writer.write(step, {"test/accuracy": accuracy, "test/loss": test_loss})
+                report(step, accuracy, test_loss)
+                if accuracy > best_accuracy:
+                    best_accuracy = accuracy
+                    save(args, dist_util.unwrap(model), precision)
+                log.restart_clock()
 
-    log.close()
-    writer.close()
     logger.info("Best Accuracy: \t%.5f", best_accuracy)
     logger.info("End Training! Wall time: %.2f s", time.perf_counter() - start)
 

@@ -87,7 +87,7 @@ CONFIGS: dict[str, ViTConfig] = {
     "R50-ViT-B_16": replace(_BASE, patch_size=1, resnet_units=(3, 4, 9)),
     "ViT-S_14": ViTConfig(patch_size=14, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=12),
     # Small enough to learn on a laptop; checkpoint/ViT-demo.npz holds it pretrained.
-    "ViT-demo": ViTConfig(patch_size=4, hidden_size=128, mlp_dim=512, num_heads=4, num_layers=4, dropout_rate=0.0),
+    "ViT-demo": ViTConfig(patch_size=8, hidden_size=128, mlp_dim=512, num_heads=4, num_layers=4, dropout_rate=0.0),
     # Small enough for unit tests.
     "testing": _TESTING,
     "testing-hybrid": replace(_TESTING, patch_size=1, resnet_units=(1, 2)),

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import dist_util
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -53,6 +55,12 @@ class MetricsWriter:
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
 
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Writes out what is buffered."""
         if self.enabled:
@@ -76,7 +84,8 @@ def _set_aside_earlier(log_dir: str) -> None:
 class TrainingLog:
     """The training's bar and lines: loss, learning rate and speed, averaged between two log lines.
 
-    The losses stay on the device until a line is due, so that no update waits for a number.
+    The losses stay on the device until a line is due, so that no update waits for a number; then every
+    process takes part in averaging them.
 
     Args:
         writer: where the lines go.
@@ -114,7 +123,7 @@ class TrainingLog:
 
         Args:
             step: the update's number, from 1.
-            loss: its mean loss, a detached scalar still on the device.
+            loss: its mean loss over this process's pictures, a detached scalar still on the device.
             learning_rate: what it used.
 
         Raises:
@@ -125,7 +134,8 @@ class TrainingLog:
         self._bar.update(1)
         if step % self._log_every and step != self._num_steps:
             return
-        losses = torch.stack(self._losses).tolist()  # the one wait for the device between two lines
+        summed = dist_util.sum_over_ranks(torch.stack(self._losses))
+        losses = (summed / dist_util.world_size()).tolist()  # the one wait for the device between two lines
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             bad = next(i for i, x in enumerate(losses) if not math.isfinite(x))
@@ -138,6 +148,12 @@ class TrainingLog:
         self.restart_clock()
         self._bar.set_postfix_str(f"loss={mean:.4f}, {speed:.1f} images/s")
         self._writer.write(step, {"train/loss": mean, "train/lr": learning_rate, "images_per_sec": speed})
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -1,0 +1,100 @@
+"""Who may import whom: the rooms of the project, read from the imports."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGES = ("models", "utils", "tools", "benchmarks")
+OURS = {*PACKAGES, "train", "tests"}
+FILES = sorted(
+    [REPOSITORY / "train.py", *(path for package in PACKAGES for path in (REPOSITORY / package).glob("*.py"))]
+)
+
+#: What a user installs; Pillow comes with torchvision.  NVIDIA's apex is optional.
+RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "PIL", "apex"}
+
+
+def module_name(path: Path) -> str:
+    """``models.npz`` of models/npz.py, ``models`` of its ``__init__.py``."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, package: str = "") -> set[str]:
+    """Every module that a module's source imports, wherever in it.
+
+    ``from a import b`` counts as ``a.b``: whether b is a module or a name, it starts with the module.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = [package] if node.level else []
+            found |= {".".join([*start, *([node.module] if node.module else []), alias.name]) for alias in node.names}
+    return found
+
+
+def rooms(path: Path) -> set[str]:
+    """The project's modules and packages that a file imports, the names within them cut off."""
+    own = module_name(path)
+    modules = {module_name(file) for file in FILES} | OURS
+    found = set()
+    for name in imports(path.read_text(encoding="utf-8"), package=own.split(".")[0]):
+        parts = name.split(".")
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        found |= {next((prefix for prefix in prefixes if prefix in modules), "")}
+    return found - {"", own}
+
+
+def allowed(path: Path) -> set[str]:
+    """The project's modules that a file may import."""
+    name = module_name(path)
+    package = name.split(".")[0]
+    if name == "models.modeling":
+        return {"models.configs", "models.modeling_resnet", "models.npz"}
+    if name == "models.npz":
+        return {"models.configs"}
+    if package == "models":
+        return set()
+    if package == "utils":
+        return {"utils.dist_util"}
+    every = {module_name(file) for file in FILES}
+    mine = {"models", "utils", package} if package in ("tools", "benchmarks") else {"models", "utils"}
+    return {module for module in every if module.split(".")[0] in mine}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_modules_import_only_what_their_room_may(path):
+    assert rooms(path) <= allowed(path)
+
+
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if module_name(f).split(".")[0] in ("train", "models", "utils")], ids=module_name
+)
+def test_training_needs_only_the_runtime_packages(path):
+    third_party = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"))} - OURS
+    assert third_party - set(sys.stdlib_module_names) <= RUNTIME
+
+
+def test_configs_describe_without_torch_or_numpy():
+    source = (REPOSITORY / "models" / "configs.py").read_text(encoding="utf-8")
+    assert {name.split(".")[0] for name in imports(source)} <= {"__future__", "dataclasses"}
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = """
+import a.b as c
+from d import e
+from . import f
+from .g import h
+def late():
+    import i
+"""
+    assert imports(source, package="p") == {"a.b", "d.e", "p.f", "p.g.h", "i"}

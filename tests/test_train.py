@@ -1,0 +1,305 @@
+"""The command line as its users type it: what it writes, what it prints, how it ends."""
+
+import itertools
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from models import npz
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu"]
+SHORT = ["--train_batch_size", "32", "--num_steps", "6", "--warmup_steps", "2", "--eval_every", "4", "--log_every", "2"]
+SCRATCH = ["--pretrained_dir", ""]
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path, monkeypatch):
+    """Runs write output/ and logs/ below the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run_script(*args, **env):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def lines_of(name):
+    return [json.loads(line) for line in Path("logs", name, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(name):
+    return [line["train/loss"] for line in lines_of(name) if "train/loss" in line]
+
+
+def test_training_then_evaluating_its_checkpoint_gives_the_same_accuracy():
+    done = run_script("--name", "a", *TINY, *SHORT, *SCRATCH)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr  # PyTorch's about the order of scheduler and optimizer, for one
+    lines = lines_of("a")
+    assert [(line["step"], "train/loss" in line) for line in lines] == [
+        (2, True), (4, True), (4, False), (6, True), (6, False),
+    ]  # fmt: skip
+    assert set(lines[0]) == {"step", "train/loss", "train/lr", "images_per_sec"}
+    assert set(lines[2]) == {"step", "test/accuracy", "test/loss"}
+    assert lines[0]["train/lr"] == pytest.approx(0.03)
+    assert lines[3]["train/lr"] == pytest.approx(0)
+    best = max(line["test/accuracy"] for line in lines if "test/accuracy" in line)
+    assert f"Best Accuracy: \t{best:.5f}" in done.stderr
+
+    state = torch.load("output/a_checkpoint.bin", weights_only=True)
+    assert list(state) == list(VisionTransformer(CONFIGS["testing"], 32, 10).state_dict())
+    again = run_script("--name", "a", *TINY, "-v", "true")
+    assert again.returncode == 0, again.stderr
+    assert f"Valid Accuracy: {best:.5f}" in again.stderr
+
+
+@pytest.fixture
+def checkpoint():
+    """A checkpoint of the testing model at 32 px with ten classes, where -v looks for it."""
+    os.makedirs("output")
+    torch.manual_seed(0)
+    model = VisionTransformer(CONFIGS["testing"], 32, 10)
+    torch.nn.init.normal_(model.head.weight)
+    torch.save(model.state_dict(), "output/a_checkpoint.bin")
+    return model
+
+
+@pytest.mark.parametrize("flag", [["-v"], ["-v", "true"], ["-v", "True"], ["--eval_only"]])
+def test_evaluation_only_needs_no_npz_and_writes_nothing(flag, checkpoint, caplog):
+    with caplog.at_level(logging.INFO):
+        assert train.main(["--name", "a", *TINY, *flag]) == 0
+    assert "Valid Accuracy" in caplog.text
+    assert sorted(os.listdir()) == ["output"]
+
+
+def test_v_false_trains():
+    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, "-v", "false"]) == 0
+    assert losses_of("a")
+
+
+def test_weights_of_a_wrapped_model_evaluate_alike(checkpoint, caplog):
+    state = {f"module.{name}": x for name, x in checkpoint.state_dict().items()}
+    torch.save(state, "wrapped.bin")
+    accuracies = []
+    for path in ("output/a_checkpoint.bin", "wrapped.bin"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert train.main(["--name", "b", *TINY, "-v", "--load_model_dir", path]) == 0
+        accuracies.append(next(m for m in caplog.messages if "Valid Accuracy" in m))
+    assert accuracies[0] == accuracies[1]
+
+
+def test_first_loss_from_a_zero_head_is_log_of_the_classes():
+    model = VisionTransformer(CONFIGS["testing"], 48, 10)
+    with open("testing.npz", "wb") as f:
+        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 48))
+    args = ["--name", "a", *TINY, *SHORT, "--log_every", "1", "--pretrained_dir", "."]  # found in the folder
+    assert train.main(args) == 0
+    assert losses_of("a")[0] == pytest.approx(math.log(10), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_accumulation_gives_the_loss_curve_of_the_whole_batch(parts):
+    whole = [*TINY, *SHORT, *SCRATCH, "--dropout", "0"]
+    assert train.main(["--name", "whole", *whole]) == 0
+    assert train.main(["--name", "parts", *whole, "--gradient_accumulation_steps", str(parts)]) == 0
+    assert losses_of("parts") == pytest.approx(losses_of("whole"), abs=1e-5)
+
+
+def test_same_seed_same_run_and_another_seed_another():
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train.main(["--name", name, *TINY, *SHORT, *SCRATCH, "--seed", seed]) == 0
+    assert losses_of("a") == losses_of("b")
+    assert losses_of("a") != losses_of("c")
+
+
+def test_two_processes_train_as_one_with_their_total_batch():
+    args = [*TINY, *SHORT, *SCRATCH, "--dropout", "0"]
+    assert train.main(["--name", "one", *args]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train.py"), "--name", "two", *args, "--train_batch_size", "16"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses_of("two") == pytest.approx(losses_of("one"), abs=1e-5)
+    assert [line["test/loss"] for line in lines_of("two") if "test/loss" in line] == pytest.approx(
+        [line["test/loss"] for line in lines_of("one") if "test/loss" in line], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_fp16_trains_and_writes_float32_weights(level):
+    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, "--fp16", "--fp16_opt_level", level]) == 0
+    state = torch.load("output/a_checkpoint.bin", weights_only=True)
+    assert {x.dtype for x in state.values()} == {torch.float32}
+    assert train.main(["--name", "a", *TINY, "-v"]) == 0
+
+
+def write_pictures(root, size=(32, 32), classes=("ant", "bee"), per_class=4):
+    rng = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "test"), classes):
+        os.makedirs(f"{root}/{split}/{name}")
+        for i in range(per_class):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"{root}/{split}/{name}/{i}.png")
+
+
+def test_a_folder_of_pictures_trains_with_its_own_number_of_classes():
+    write_pictures("pets", classes=("ant", "bee", "cat"))
+    Image.new("L", (50, 20)).save("pets/train/ant/grey.jpg")  # sizes that differ go through the loader
+    Image.new("RGBA", (9, 40)).save("pets/train/bee/clear.png")
+    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "8", "--hflip"]
+    assert train.main(args) == 0
+    state = torch.load("output/a_checkpoint.bin", weights_only=True)
+    assert state["head.weight"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 33)])
+def test_an_unreadable_picture_is_reported_by_its_path(size, capsys):
+    write_pictures("pets")
+    Image.new("RGB", size).save("pets/train/bee/other.png")
+    Path("pets/train/bee/3.png").write_bytes(Path("pets/train/bee/3.png").read_bytes()[:200])
+    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "16"]
+    assert train.main(args) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "pets/train/bee/3.png" in error
+    assert "Traceback" not in error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(capsys):
+    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "1e38", "--max_grad_norm", "inf"]
+    assert train.main([*args, "--eval_every", "100", "--num_steps", "20"]) == 1
+    assert "at step" in capsys.readouterr().err.splitlines()[-1]
+
+
+def _truncated():
+    with open("whole.npz", "wb") as f:
+        model = VisionTransformer(CONFIGS["testing"], 32, 10)
+        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
+    Path("cut.npz").write_bytes(Path("whole.npz").read_bytes()[:100_000])
+    return ["--pretrained_dir", "cut.npz"]
+
+
+def _not_npz():
+    Path("text.npz").write_text("hello")
+    return ["--pretrained_dir", "text.npz"]
+
+
+def _another_model():
+    model = VisionTransformer(CONFIGS["ViT-demo"], 32, 10)
+    with open("demo.npz", "wb") as f:
+        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
+    return ["--pretrained_dir", "demo.npz"]
+
+
+def _empty_class():
+    write_pictures("pets")
+    os.mkdir("pets/train/cat")
+    return [*SCRATCH, "--dataset", "pets"]
+
+
+def _file_in_the_way():
+    Path("taken").write_text("")
+    return [*SCRATCH, "--output_dir", "taken/output"]
+
+
+BAD_INPUT = {
+    "missing npz": (
+        lambda: ["--model_type", "ViT-B_32", "--pretrained_dir", "checkpoint/imagenet21k_ViT-B_32.npz"],
+        ["curl", "checkpoint/imagenet21k_ViT-B_32.npz", "vit_models/imagenet21k/ViT-B_32.npz"],
+    ),
+    "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
+    "no npz": (_not_npz, ["text.npz", "not an .npz archive"]),
+    "npz of another model": (
+        _another_model,
+        ["expected (16, 16, 3, 32)", "found (8, 8, 3, 128)", "fits --model_type ViT-demo"],
+    ),
+    "unknown model": (lambda: ["--model_type", "ViT-B_33"], ["ViT-B_33", *CONFIGS]),
+    "unknown data set": (lambda: [*SCRATCH, "--dataset", "mnist"], ["mnist", "cifar10", "cifar100", "digits"]),
+    "empty class folder": (_empty_class, ["pets/train/cat", "no picture"]),
+    "no train folder": (lambda: [*SCRATCH, "--dataset", "."], ["train/<class>"]),
+    "size that patches do not divide": (lambda: [*SCRATCH, "--img_size", "40"], ["40", "16", "32", "48"]),
+    "size below one patch": (lambda: [*SCRATCH, "--img_size", "8"], ["8", "16"]),
+    "batch that parts do not divide": (
+        lambda: [*SCRATCH, "--train_batch_size", "10", "--gradient_accumulation_steps", "3"],
+        ["--train_batch_size 10", "--gradient_accumulation_steps 3"],
+    ),
+    "unwritable output": (_file_in_the_way, ["taken/output", "cannot be written"]),
+    "no steps": (lambda: [*SCRATCH, "--num_steps", "0"], ["--num_steps", "0"]),
+    "negative rate": (lambda: [*SCRATCH, "--learning_rate", "-1"], ["--learning_rate"]),
+    "word for a number": (lambda: [*SCRATCH, "--num_steps", "many"], ["--num_steps", "many"]),
+    "dropout of one": (lambda: [*SCRATCH, "--dropout", "1"], ["--dropout"]),
+    "name with a folder": (lambda: [*SCRATCH, "--name", "a/b"], ["--name", "a/b"]),
+    "unknown flag": (lambda: [*SCRATCH, "--turbo"], ["--turbo"]),
+    "no checkpoint to evaluate": (lambda: ["-v"], ["output/a_checkpoint.bin"]),
+    "checkpoint flag while training": (lambda: [*SCRATCH, "--load_model_dir", "x.bin"], ["--load_model_dir"]),
+    "rank without a launcher": (lambda: [*SCRATCH, "--local_rank", "1"], ["--local_rank", "torchrun"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, capsys):
+    make, expected = BAD_INPUT[case]
+    extra = make()
+    before = sorted(str(p) for p in Path().rglob("*"))
+    try:
+        status = train.main(["--name", "a", *TINY, *SHORT, *extra])
+    except SystemExit as e:  # argparse's own
+        status = e.code
+    assert status == 2
+    error = capsys.readouterr().err.splitlines()
+    assert sum("error:" in line for line in error) == 1
+    for words in expected:
+        assert words in error[-1]
+    created = set(map(str, Path().rglob("*"))) - set(before)
+    assert not [p for p in created if Path(p).is_file()]
+
+
+def test_a_checkpoint_of_another_size_names_the_size_it_was_trained_for(checkpoint, capsys):
+    assert train.main(["--name", "a", *TINY, "--img_size", "64", "-v"]) == 2
+    assert "trained at --img_size 32, not 64" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_classes_names_both_numbers(checkpoint, capsys):
+    write_pictures("pets")
+    assert train.main(["--name", "a", *TINY, "--dataset", "pets", "-v"]) == 2
+    assert "10 classes" in capsys.readouterr().err
+
+
+def test_a_flag_without_effect_is_a_warning(caplog):
+    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, "--fp16_opt_level", "O1"]) == 0
+    assert "no effect without --fp16" in caplog.text
+
+
+def test_reference_defaults():
+    args = train.make_parser().parse_args(["--name", "x"])
+    expected = dict(
+        dataset="cifar10", model_type="ViT-B_16", pretrained_dir="checkpoint/ViT-B_16.npz", output_dir="output",
+        img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100, learning_rate=3e-2, weight_decay=0,
+        num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0, local_rank=-1, seed=42,
+        gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2", loss_scale=0, eval_only=False,
+        data_dir="./data", device="auto", amp_dtype="auto", hflip=False,
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
