@@ -1,6 +1,7 @@
-"""Fine-tunes a Vision Transformer: flags, wiring, the training loop and the evaluation.
+r"""Fine-tunes a Vision Transformer: flags, wiring, the training loop and the evaluation.
 
-    python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint
+    python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 \
+        --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz
     python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 -v
 
 The flags and their defaults are the reference script's (github.com/jeonsworld/ViT-pytorch).  Only this
@@ -27,7 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from utils import checkpoint, data_utils, dist_util
+from utils import augment, checkpoint, data_utils, dist_util
 from utils.metrics import MetricsWriter, TrainingLog
 from utils.precision import AMP_DTYPES, OPT_LEVELS, Precision
 from utils.scheduler import DECAY_TYPES, make_schedule
@@ -40,10 +41,13 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
     optimizer = torch.optim.SGD(precision.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     schedule = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
     rank, world_size, accumulation = dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps
-    sampler = data_utils.StepSampler(len(data.train), args.train_batch_size, args.seed, rank, world_size)
+    transform = augment.TrainTransform(args.img_size, args.hflip)
+    sampler = data_utils.StepSampler(
+        len(data.train), args.train_batch_size, transform.num_draws, args.seed, rank, world_size
+    )
     steps, micro_batch_size = range(1, args.num_steps + 1), args.train_batch_size // accumulation
     batches = data_utils.train_batches(
-        data.train, sampler, steps, micro_batch_size, args.img_size, args.hflip, precision.device, args.num_workers
+        data.train, sampler, steps, micro_batch_size, transform, precision.device, args.num_workers
     )
     images_per_step, is_main = args.train_batch_size * world_size, dist_util.is_main()
     model, best_accuracy, start = dist_util.wrap(model), -1.0, time.perf_counter()
@@ -79,7 +83,9 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
                 log.restart_clock()
 
     logger.info("Best Accuracy: \t%.5f", best_accuracy)
-    logger.info("End Training! Wall time: %.2f s", time.perf_counter() - start)
+    logger.info(
+        "End Training! Wall time: %.2f s, %.1f images/s while training", time.perf_counter() - start, log.speed()
+    )
 
 
 @torch.inference_mode()
@@ -89,8 +95,9 @@ def evaluate(
     """Accuracy and mean loss over all pictures, each seen once, whatever the number of processes."""
     model.eval()
     share = (dist_util.rank(), dist_util.world_size())
+    transform = augment.EvalTransform(args.img_size)
     batches = data_utils.eval_batches(
-        pictures, args.eval_batch_size, args.img_size, precision.device, args.num_workers, *share
+        pictures, args.eval_batch_size, transform, precision.device, args.num_workers, *share
     )
     num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
@@ -225,7 +232,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.load_model_dir is not None and not args.eval_only:
         raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
     if args.num_workers is None:
-        args.num_workers = min(8, os.cpu_count() or 1)
+        args.num_workers = min(8, dist_util.num_cpus())
     if args.num_workers < 0:
         raise ValueError(f"--num_workers is {args.num_workers}, expected 0 or more")
 

@@ -255,24 +255,27 @@ class VisionTransformer(nn.Module):
                 the message names what was expected and what was found.
         """
         own = self.state_dict()
-        names = {"positions": "transformer.embeddings.position_embeddings", "head": "head.bias"}
-        later = (*names.values(), "head.weight")  # these may differ for reasons of their own, told below
-        wrong = [
-            f"{name}: expected {tuple(x.shape)}, found {tuple(state[name].shape)}"
+        positions, head = "transformer.embeddings.position_embeddings", "head.bias"
+        misfits = {
+            name: f"{name}: expected {tuple(x.shape)}, found {tuple(state[name].shape)}"
             for name, x in own.items()
-            if name in state and x.shape != state[name].shape and name not in later
-        ]
+            if name in state and x.shape != state[name].shape
+        }
+        later = (positions, head, "head.weight")  # these may differ for reasons of their own, told below
+        wrong = [misfit for name, misfit in misfits.items() if name not in later]
         wrong += [f"{name}: expected {tuple(x.shape)}, not in the file" for name, x in own.items() if name not in state]
         wrong += [f"{name}: not in this model" for name in state if name not in own]
         if wrong:
             raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-        num_classes = len(state[names["head"]])
+        num_classes = state[head].numel()
         if num_classes != self.num_classes:
             raise ValueError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")
-        num_tokens = state[names["positions"]].shape[1]
-        if num_tokens != own[names["positions"]].shape[1]:
+        num_tokens = state[positions].shape[1]
+        if num_tokens != own[positions].shape[1]:
             trained_for = round((num_tokens - 1) ** 0.5) * self.config.stride
             raise ValueError(
                 f"it was trained at --img_size {trained_for}, not {self.img_size}; give --img_size {trained_for}"
             )
+        if misfits:
+            raise ValueError("; ".join(misfits.values()))
         self.load_state_dict(state)

@@ -9,6 +9,7 @@ This module must not know data sets, devices or training; it never unpickles.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import CONFIGS, GOOGLE_NAMES, PUBLISHED, ViTConfig
+from models.configs import CONFIGS, DEMO, GOOGLE_NAMES, PUBLISHED, ViTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Entry(NamedTuple):
         """Our tensor as the .npz's array."""
         moved = [self.shape[axis] for axis in self.axes]
         x = tensor.detach().cpu().float().numpy().reshape(moved).transpose(np.argsort(self.axes))
-        return np.ascontiguousarray(x, dtype=dtype)
+        return np.array(x, dtype=dtype, order="C")  # a copy: training must not change it
 
 
 def _entry(google: str, ours: str, shape: tuple[int, ...]) -> Entry:
@@ -168,6 +169,7 @@ def find(path: str, model_type: str) -> str:
     problem = f"there is no file {path}"
     if os.path.isfile(path):
         return path
+    folder, file = os.path.split(path)
     if os.path.isdir(path):
         names = dict.fromkeys(
             f"{upstream}{n}.npz" for upstream in ("", "imagenet21k_") for n in (model_type, google_name)
@@ -176,11 +178,17 @@ def find(path: str, model_type: str) -> str:
             if os.path.isfile(os.path.join(path, name)):
                 return os.path.join(path, name)
         problem = f"{path} has none of {', '.join(names)}"
-        path = os.path.join(path, f"imagenet21k_{model_type}.npz")
+        folder, file = path, ""
+    if model_type == DEMO:
+        raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
     if model_type not in PUBLISHED:
         raise ValueError(f"{problem}; Google publishes no {model_type}, --pretrained_dir '' starts from random weights")
+    if model_type not in file and google_name not in file:
+        path = os.path.join(folder, f"imagenet21k_{model_type}.npz")
+        problem += f", and --model_type {model_type} needs its own"
     raise ValueError(
         f"{problem}; download it with: curl --create-dirs -fo {path} {BUCKET}/imagenet21k/{google_name}.npz"
+        + (f" and give --pretrained_dir {path}" if path not in problem else "")
     )
 
 
@@ -190,13 +198,14 @@ def read(path: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is not an .npz, cannot be read, is damaged, or holds something other than numbers.
     """
-    # numpy would take anything else for a pickle, and advise to load it without safety.
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not an .npz archive, or only the beginning of one; fetch it again")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        with zipfile.ZipFile(path) as archive:
+            # archive.read compares the checksum before anything of a member is believed; np.load does not.
+            members = ((name.removesuffix(".npy"), io.BytesIO(archive.read(name))) for name in archive.namelist())
+            return {name: np.lib.format.read_array(member, allow_pickle=False) for name, member in members}
+    except (ValueError, EOFError, KeyError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"it is a damaged .npz archive ({e}); fetch it again") from e
 
 
@@ -305,7 +314,7 @@ def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
     if old == grid:
         return positions
     logger.info("Resized position embeddings from a grid of %d x %d to %d x %d", old, old, grid, grid)
-    at = np.linspace(0, old - 1, grid) if grid > 1 else np.zeros(1)
+    at = np.linspace(0, old - 1, grid)
     # (grid, old): row i holds the weights of the two old positions around the new one
     weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
     x = positions[0, 1:].reshape(old, old, -1)

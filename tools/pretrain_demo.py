@@ -22,13 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import npz
-from models.configs import CONFIGS
+from models.configs import CONFIGS, DEMO
 from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
-MODEL_TYPE = "ViT-demo"
 IMG_SIZE = 32
 SKETCH_SIZE = 8
 #: Outputs of the head of zeros that is written: the pictures' own 10,000 would take more than the rest.
@@ -54,14 +53,15 @@ def sketches(images: Tensor) -> Tensor:
 def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> VisionTransformer:
     """Trains from random weights to tell the pictures (N, 3, H, W) apart."""
     torch.manual_seed(args.seed)
-    model = VisionTransformer(CONFIGS[MODEL_TYPE], IMG_SIZE, num_classes=len(images))
+    model = VisionTransformer(CONFIGS[DEMO], IMG_SIZE, num_classes=len(images))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
     schedule = make_schedule("cosine", args.num_steps // 20, args.num_steps)
-    sampler = data_utils.StepSampler(len(images), args.batch_size, args.seed)
+    transform = augment.TrainTransform(IMG_SIZE)
+    sampler = data_utils.StepSampler(len(images), args.batch_size, transform.num_draws, args.seed)
     steps = range(1, args.num_steps + 1)
     pictures = data_utils.MemoryPictures(sketches(images), torch.arange(len(images)))
     batches = data_utils.train_batches(
-        pictures, sampler, steps, args.batch_size, IMG_SIZE, hflip=False, device=precision.device, num_workers=0
+        pictures, sampler, steps, args.batch_size, transform, precision.device, num_workers=0
     )
     loss_sum = 0.0
     for step, (x, labels) in zip(tqdm(steps, "Pretraining", unit="step", mininterval=10), batches):
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Pretrain ViT-demo.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.add_argument("--dataset", required=True, help="a folder with train/<class>/* and test/<class>/*")
-    p.add_argument("--output", default=f"checkpoint/{MODEL_TYPE}.npz")
+    p.add_argument("--output", default=f"checkpoint/{DEMO}.npz")
     p.add_argument("--num_steps", type=int, default=12000)
     p.add_argument("--batch_size", type=int, default=128)
     p.add_argument("--learning_rate", type=float, default=1e-3)

@@ -8,8 +8,11 @@ Every random number comes in as an argument: this module draws none and reads no
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 SCALE = (0.05, 1.0)  # share of the picture's area
@@ -115,3 +118,49 @@ def resize(pictures: Tensor, out_size: int) -> Tensor:
 def normalize(pictures: Tensor) -> Tensor:
     """Grey levels 0..255 to [-1, 1], in place for floats: mean and deviation 0.5 of ToTensor's [0, 1]."""
     return pictures.mul_(1 / 127.5).sub_(1)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """What an evaluation sees: the whole picture, resized to a square.
+
+    Attributes:
+        img_size: side of the square, in pixels.
+    """
+
+    img_size: int
+
+    #: Uniform numbers that one picture takes.
+    num_draws = 0
+
+    def batch(self, pictures: Tensor, draws: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 and (B, num_draws) -> (B, 3, img_size, img_size) float32 in [-1, 1]."""
+        return resize(pictures, self.img_size)
+
+    def picture(self, picture: Image.Image, draws: Tensor) -> Tensor:
+        """One decoded picture and (num_draws,) -> (3, img_size, img_size) uint8."""
+        picture = picture.resize((self.img_size, self.img_size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def complete(self, pictures: Tensor) -> Tensor:
+        """A batch of what ``picture`` gives, made what ``batch`` gives."""
+        return normalize(pictures.float())
+
+
+@dataclass(frozen=True)
+class TrainTransform(EvalTransform):
+    """What an update sees: a random crop, resized to a square and, if ``hflip``, mirrored half of the time."""
+
+    hflip: bool = False
+
+    num_draws = NUM_DRAWS
+
+    def batch(self, pictures: Tensor, draws: Tensor) -> Tensor:
+        boxes = crop_boxes(draws, *pictures.shape[2:]).to(pictures.device, non_blocking=True)
+        mirrored = flips(draws).to(pictures.device, non_blocking=True) if self.hflip else None
+        return resized_crop(pictures, boxes, self.img_size, mirrored)
+
+    def picture(self, picture: Image.Image, draws: Tensor) -> Tensor:
+        top, left, height, width = crop_boxes(draws[None], picture.height, picture.width)[0].tolist()
+        x = super().picture(picture.crop((left, top, left + width, top + height)), draws)
+        return x.flip(2) if self.hflip and flips(draws[None])[0] else x

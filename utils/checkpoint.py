@@ -7,6 +7,7 @@ the weights belong to.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import tempfile
@@ -16,6 +17,8 @@ from typing import IO
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -77,13 +80,15 @@ def load_weights(path: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
+        # torch's own text advises to load the file without safety.
+        logger.debug("Refused %s", path, exc_info=e)
         raise ValueError(
-            f"{path} is not a checkpoint of tensors only, and anything else in it could run code ({reason}); "
+            f"{path} does not hold tensors only, and what else it holds could run code; "
             "save `model.state_dict()` and give that file"
         ) from e
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0]}); is it cut off?") from e
+        logger.debug("Could not read %s", path, exc_info=e)
+        raise ValueError(f"{path} cannot be read as a checkpoint of torch.save; is it cut off or damaged?") from e
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()) or not state:
         raise ValueError(
             f"{path} holds no state_dict (names and tensors); save `model.state_dict()` and give that file"

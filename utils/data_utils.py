@@ -1,11 +1,12 @@
 """Data sets, and the batches that each update and each evaluation takes from them.
 
-Small pictures sit in memory as uint8 and are augmented a batch at a time on the device that trains;
+Small pictures sit in memory as uint8 and are transformed a batch at a time on the device that trains;
 large ones are decoded by worker processes.  Which pictures an update takes, and every random number
 of their crops, is a function of the seed and the update's number (``StepSampler``): nothing is carried
 along that a resumed run would have to restore.
 
-This module must not know models, and reads flags from nobody: functions take the values they need.
+What is done to a picture is the caller's ``Transform`` (utils/augment.py has them).  This module must
+not know models, and reads flags from nobody: functions take the values they need.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from utils import augment, dist_util
+from utils import dist_util
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,20 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 #: Splits of a folder whose pictures, all of one size, take no more than this are decoded once.
 MEMORY_LIMIT_BYTES = 2**30
 DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits.npz")
+
+
+class Transform(Protocol):
+    """Makes the model's input of pictures (``augment.TrainTransform`` and ``augment.EvalTransform``)."""
+
+    @property
+    def num_draws(self) -> int: ...
+
+    def batch(self, pictures: Tensor, draws: Tensor) -> Tensor: ...
+
+    def picture(self, picture: Image.Image, draws: Tensor) -> Tensor: ...
+
+    def complete(self, pictures: Tensor) -> Tensor: ...
+
 
 Batch = tuple[Tensor, Tensor]  # pictures (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
 
@@ -125,10 +142,9 @@ def _load_digits() -> DataSets:
         arrays = {name: torch.from_numpy(f[name]) for name in f.files}
     splits = []
     for split in ("train", "test"):
-        grey = arrays[f"{split}_images"].float() * (255 / 16)  # (N, 8, 8), 0..16 in the file
-        weights = augment.resize_weights(torch.zeros(1), torch.full((1,), 8.0), 8, 32)[0]
-        images = (weights @ grey @ weights.T).round().byte()  # (N, 32, 32)
-        splits.append(MemoryPictures(images[:, None].repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
+        grey = arrays[f"{split}_images"][:, None].float() * (255 / 16)  # (N, 1, 8, 8), 0..16 in the file
+        images = F.interpolate(grey, (32, 32), mode="bilinear").round().byte()  # (N, 1, 32, 32)
+        splits.append(MemoryPictures(images.repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
     return DataSets(splits[0], splits[1], [str(digit) for digit in range(10)])
 
 
@@ -232,13 +248,17 @@ class StepSampler:
     Args:
         num_pictures: in the training split.
         batch_size: pictures of one update on this process.
+        num_draws: random numbers that one picture takes.
         seed: of the run.
         rank, world_size: this process among all.
     """
 
-    def __init__(self, num_pictures: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_pictures: int, batch_size: int, num_draws: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.num_pictures = num_pictures
         self.batch_size = batch_size
+        self.num_draws = num_draws
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -252,11 +272,11 @@ class StepSampler:
         return self._orders[epoch]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """The pictures' indices (batch_size,) and their random numbers (batch_size, NUM_DRAWS) in update ``step``."""
+        """The pictures' indices (batch_size,) and their random numbers (batch_size, num_draws) in update ``step``."""
         total = self.batch_size * self.world_size
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, step))
-        draws = torch.rand(total, augment.NUM_DRAWS, generator=generator, dtype=torch.float64)[mine]
+        draws = torch.rand(total, self.num_draws, generator=generator, dtype=torch.float64)[mine]
         start = (step - 1) * total + mine.start
         return self._stream(start, start + self.batch_size), draws
 
@@ -276,8 +296,7 @@ def train_batches(
     sampler: StepSampler,
     steps: Iterable[int],
     micro_batch_size: int,
-    img_size: int,
-    hflip: bool,
+    transform: Transform,
     device: torch.device,
     num_workers: int,
 ) -> Iterator[Batch]:
@@ -286,37 +305,26 @@ def train_batches(
     Raises:
         PictureError: a picture cannot be decoded.
     """
-    parts = _TrainParts(sampler, steps, micro_batch_size)
-    if isinstance(pictures, FilePictures):
-        yield from _decoded(_CropTask(pictures, img_size, hflip), parts, device, num_workers)
-        return
-    images, labels = pictures.images.to(device), pictures.labels.to(device)
-    height, width = images.shape[2:]
-    for indices, draws in parts.tensors():
-        boxes = augment.crop_boxes(draws, height, width).to(device, non_blocking=True)
-        mirrored = augment.flips(draws).to(device, non_blocking=True) if hflip else None
-        indices = indices.to(device, non_blocking=True)
-        yield augment.resized_crop(images[indices], boxes, img_size, mirrored), labels[indices]
+    return _batches(pictures, _train_parts(sampler, steps, micro_batch_size), transform, device, num_workers)
 
 
 def eval_batches(
     pictures: Pictures,
     batch_size: int,
-    img_size: int,
+    transform: Transform,
     device: torch.device,
     num_workers: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """This process's share of all pictures, each once, in order; the last batch may be smaller."""
-    mine = torch.arange(rank, len(pictures), world_size)
-    if isinstance(pictures, FilePictures):
-        parts = [[(int(i), None) for i in part] for part in mine.split(batch_size)]
-        yield from _decoded(_CropTask(pictures, img_size), parts, device, num_workers)
-        return
-    for part in mine.split(batch_size):
-        images, labels = pictures.images[part].to(device), pictures.labels[part].to(device)
-        yield augment.resize(images, img_size), labels
+    """This process's share of all pictures, each once, in order; the last batch may be smaller.
+
+    Raises:
+        PictureError: a picture cannot be decoded.
+    """
+    mine = torch.arange(len(pictures))[rank::world_size]
+    parts = [(indices, torch.empty(len(indices), 0)) for indices in mine.split(batch_size) if len(indices)]
+    return _batches(pictures, parts, transform, device, num_workers)
 
 
 def num_eval_batches(pictures: Pictures, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
@@ -324,65 +332,30 @@ def num_eval_batches(pictures: Pictures, batch_size: int, rank: int = 0, world_s
     return math.ceil(len(range(rank, len(pictures), world_size)) / batch_size)
 
 
-class _TrainParts:
-    """The indices and random numbers of each micro-batch of ``steps``."""
-
-    def __init__(self, sampler: StepSampler, steps: Iterable[int], micro_batch_size: int) -> None:
-        self.sampler = sampler
-        self.steps = steps
-        self.micro_batch_size = micro_batch_size
-
-    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in self.steps:
-            indices, draws = self.sampler(step)
-            yield from zip(indices.split(self.micro_batch_size), draws.split(self.micro_batch_size))
-
-    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None]]]:
-        """As a DataLoader wants them: a list of items a batch."""
-        for indices, draws in self.tensors():
-            yield list(zip(indices.tolist(), draws))
+#: The indices (B,) and random numbers (B, num_draws) of one batch after the other.
+Parts = Iterable[tuple[Tensor, Tensor]]
 
 
-class _CropTask(Dataset):
-    """Decodes, crops and resizes one picture in a worker process.
-
-    An item is (index, random numbers), or (index, None) for the whole picture.  An unreadable picture
-    comes back as its error's text: raised in a worker, it would reach the user as a stack.
-    """
-
-    def __init__(self, pictures: FilePictures, img_size: int, hflip: bool = False) -> None:
-        self.pictures = pictures
-        self.img_size = img_size
-        self.hflip = hflip
-
-    def __getitem__(self, item: tuple[int, Tensor | None]) -> tuple[Tensor, Tensor] | str:
-        index, draws = item
-        try:
-            picture = read_picture(self.pictures.paths[index])
-        except PictureError as e:
-            return str(e)
-        if draws is not None:
-            top, left, height, width = augment.crop_boxes(draws[None], picture.height, picture.width)[0].tolist()
-            picture = picture.crop((left, top, left + width, top + height))
-        picture = picture.resize((self.img_size, self.img_size), Image.Resampling.BILINEAR)
-        x = _to_tensor(picture)
-        if draws is not None and self.hflip and augment.flips(draws[None])[0]:
-            x = x.flip(2)
-        return x, self.pictures.labels[index]
+def _train_parts(sampler: StepSampler, steps: Iterable[int], micro_batch_size: int) -> Parts:
+    """The micro-batches of ``steps``."""
+    for step in steps:
+        indices, draws = sampler(step)
+        yield from zip(indices.split(micro_batch_size), draws.split(micro_batch_size))
 
 
-def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:
-    for item in items:
-        if isinstance(item, str):
-            return item
-    images, labels = zip(*items)
-    return torch.stack(images), torch.stack(labels)
-
-
-def _decoded(task: _CropTask, parts: Iterable[list], device: torch.device, num_workers: int) -> Iterator[Batch]:
+def _batches(
+    pictures: Pictures, parts: Parts, transform: Transform, device: torch.device, num_workers: int
+) -> Iterator[Batch]:
+    if isinstance(pictures, MemoryPictures):
+        images, labels = pictures.images.to(device), pictures.labels.to(device)
+        for indices, draws in parts:
+            at = indices.to(device, non_blocking=True)
+            yield transform.batch(images[at], draws), labels[at]
+        return
+    items = (list(zip(indices.tolist(), draws)) for indices, draws in parts)
     loader = DataLoader(
-        task,
-        batch_sampler=parts,
+        _DecodeTask(pictures, transform),
+        batch_sampler=cast(Sampler, items),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -390,6 +363,35 @@ def _decoded(task: _CropTask, parts: Iterable[list], device: torch.device, num_w
     for batch in loader:
         if isinstance(batch, str):
             raise PictureError(batch)
-        images, labels = batch
-        images = images.to(device, non_blocking=True).float()
-        yield augment.normalize(images), labels.to(device, non_blocking=True)
+        x, y = (t.to(device, non_blocking=True) for t in batch)
+        yield transform.complete(x), y
+
+
+@dataclass(frozen=True)
+class _DecodeTask(Dataset):
+    """Decodes and transforms one picture in a worker process.
+
+    An unreadable picture comes back as its error's text: raised in a worker, it would reach the user
+    as a stack.
+    """
+
+    pictures: FilePictures
+    transform: Transform
+
+    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | str:
+        index, draws = item
+        try:
+            picture = read_picture(self.pictures.paths[index])
+        except PictureError as e:
+            return str(e)
+        return self.transform.picture(picture, draws), self.pictures.labels[index]
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:
+    done: list[tuple[Tensor, Tensor]] = []
+    for item in items:
+        if isinstance(item, str):
+            return item
+        done.append(item)
+    images, labels = zip(*done)
+    return torch.stack(images), torch.stack(labels)

@@ -73,6 +73,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def num_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
@@ -84,9 +89,11 @@ def main_first() -> Iterator[None]:
     """The main process runs the block alone, then the others do: for what one must prepare for all."""
     if not is_main():
         barrier()
-    yield
-    if is_main():
-        barrier()
+    try:
+        yield
+    finally:  # the others must not wait for one that failed
+        if is_main():
+            barrier()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class TrainingLog:
             disable=not enabled,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
         )
+        self._total_secs, self._total_steps = 0.0, 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -143,11 +144,18 @@ class TrainingLog:
                 f"train/loss is {losses[bad]} at step {step - len(losses) + 1 + bad}; "
                 "a lower --learning_rate or a longer --warmup_steps may help"
             )
-        speed = self._steps_timed * self._images_per_step / max(time.perf_counter() - self._since, 1e-9)
+        secs = max(time.perf_counter() - self._since, 1e-9)
+        speed = self._steps_timed * self._images_per_step / secs
+        self._total_secs += secs
+        self._total_steps += self._steps_timed
         self._losses.clear()
         self.restart_clock()
         self._bar.set_postfix_str(f"loss={mean:.4f}, {speed:.1f} images/s")
         self._writer.write(step, {"train/loss": mean, "train/lr": learning_rate, "images_per_sec": speed})
+
+    def speed(self) -> float:
+        """Images per second of all lines so far, evaluations left out."""
+        return self._total_steps * self._images_per_step / max(self._total_secs, 1e-9)
 
     def __enter__(self) -> TrainingLog:
         return self

@@ -1,0 +1,256 @@
+"""Processes: one alone, and two that are real."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from utils import dist_util
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _without_launcher(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+# ---- one process ----
+
+
+@pytest.mark.parametrize("local_rank", [-1, 0])
+def test_a_single_process_needs_no_group(local_rank):
+    assert dist_util.setup("cpu", local_rank) == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+    assert (dist_util.rank(), dist_util.world_size(), dist_util.is_main()) == (0, 1, True)
+    dist_util.barrier()
+    dist_util.cleanup()
+
+
+def test_for_a_single_process_everything_does_nothing():
+    x, model = torch.tensor([1.0, 2.0]), nn.Linear(2, 2)
+    assert dist_util.sum_over_ranks(x) is x
+    assert x.tolist() == [1, 2]
+    assert dist_util.wrap(model) is model
+    assert dist_util.unwrap(model) is model
+    with dist_util.main_first():
+        pass
+    for now in (False, True):
+        with dist_util.sync_gradients(model, now):
+            model(x).sum().backward()
+    assert model.bias.grad.tolist() == [2, 2]
+
+
+def test_an_error_passes_through_main_first():
+    with pytest.raises(RuntimeError, match="of the block"), dist_util.main_first():
+        raise RuntimeError("of the block")
+
+
+def test_the_launchers_rank_is_known_before_the_group_is(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert dist_util.rank() == 3
+    assert not dist_util.is_main()
+
+
+def test_a_local_rank_without_a_launcher_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"--local_rank 1 without a launcher; .*torchrun"):
+        dist_util.setup("cpu", 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes")
+def test_processors_are_those_that_the_process_may_use():
+    before = os.sched_getaffinity(0)
+    assert dist_util.num_cpus() == len(before)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert dist_util.num_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(("given", "of_launcher"), [(0, 1), (1, 0), (2, 1)])
+def test_a_local_rank_that_contradicts_the_launcher_is_refused(monkeypatch, given, of_launcher):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(of_launcher))
+    with pytest.raises(ValueError, match=rf"--local_rank {given} contradicts LOCAL_RANK={of_launcher}"):
+        dist_util.setup("cpu", given)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"--device {name}: .*--device auto"):
+        dist_util.setup(name, -1)
+    assert dist_util.setup("auto", -1) == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="finds 2 GPUs"):
+        dist_util.setup("auto", -1)
+
+
+# ---- two processes ----
+
+PROCESS = """
+import json, os, sys, time
+import torch
+from torch import nn
+from utils import dist_util
+from utils.metrics import MetricsWriter, TrainingLog
+
+folder, local_rank = sys.argv[1], int(sys.argv[2])
+seen = {"rank_before_setup": dist_util.rank(), "device": str(dist_util.setup("cpu", local_rank))}
+rank = dist_util.rank()
+seen["rank"], seen["world_size"], seen["is_main"] = rank, dist_util.world_size(), dist_util.is_main()
+
+x = torch.tensor([1.0 + rank, 10.0], dtype=torch.float64)
+seen["same_tensor"] = dist_util.sum_over_ranks(x) is x
+seen["sum"] = x.tolist()
+
+prepared = os.path.join(folder, "prepared")
+with dist_util.main_first():
+    seen["prepared_on_entry"] = os.path.exists(prepared)
+    if rank == 0:
+        time.sleep(0.5)
+        open(prepared, "w").close()
+
+seen["failed"] = False
+try:
+    with dist_util.main_first():
+        if rank == 0:
+            raise OSError("no such download")
+except OSError:
+    seen["failed"] = True
+seen["sum_after_a_failure"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
+
+writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
+log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2, enabled=False)
+seen["stopped"] = None
+try:
+    for step in range(1, 5):
+        bad = step == 3 and rank == 1
+        log.update(step, torch.tensor(float("nan") if bad else step + 10.0 * rank), 0.1)
+except FloatingPointError as e:
+    seen["stopped"] = str(e)
+writer.close()
+
+passed = os.path.join(folder, "passed")
+if rank == 1:
+    time.sleep(0.5)
+    open(passed, "w").close()
+dist_util.barrier()
+seen["passed_after_barrier"] = os.path.exists(passed)
+
+torch.manual_seed(0)
+inner = nn.Linear(3, 1)
+model = dist_util.wrap(inner)
+seen["unwrapped"] = dist_util.unwrap(model) is inner and model is not inner
+data = torch.arange(24.0).view(4, 2, 3)  # (parts of the batch, pictures, features); two parts a process
+seen["gradients"] = []
+for part in range(2):
+    with dist_util.sync_gradients(model, now=part == 1):
+        (model(data[2 * rank + part]).square().mean() / 2).backward()
+    seen["gradients"].append(inner.weight.grad.flatten().tolist())
+
+dist_util.cleanup()
+seen["left"] = not torch.distributed.is_initialized()
+with open(os.path.join(folder, f"{rank}.json"), "w") as f:
+    json.dump(seen, f)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_folder(tmp_path_factory):
+    """Where two processes write."""
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(two_folder):
+    """What each of two processes saw."""
+    # As torchrun does, this process keeps the store where the others meet: its port cannot be taken in between.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(2):
+        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
+        # The first hears of its number from the environment only, the second from the flag as well.
+        command = [sys.executable, "-c", PROCESS, str(two_folder), str(-1 if rank == 0 else rank)]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 0, f"exit status {process.returncode}: {errors}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads((two_folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_know_who_they_are(two):
+    assert [seen["rank_before_setup"] for seen in two] == [0, 1]
+    assert [seen["rank"] for seen in two] == [0, 1]
+    assert [seen["world_size"] for seen in two] == [2, 2]
+    assert [seen["is_main"] for seen in two] == [True, False]
+    assert [seen["device"] for seen in two] == ["cpu", "cpu"]
+
+
+def test_sums_over_two_processes_arrive_at_both_in_place(two):
+    assert [seen["sum"] for seen in two] == [[3.0, 20.0]] * 2
+    assert all(seen["same_tensor"] for seen in two)
+
+
+def test_the_main_process_prepares_before_the_other_enters(two):
+    assert [seen["prepared_on_entry"] for seen in two] == [False, True]
+
+
+def test_a_failure_of_the_main_process_does_not_keep_the_other_waiting(two):
+    assert [seen["failed"] for seen in two] == [True, False]
+    assert [seen["sum_after_a_failure"] for seen in two] == [3.0, 3.0]
+
+
+def test_the_training_loss_is_the_mean_over_two_processes(two_folder, two):
+    lines = [json.loads(line) for line in (two_folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(2, 6.5)]
+
+
+def test_a_loss_that_is_not_finite_stops_both_processes(two):
+    assert all("train/loss is nan at step 3" in seen["stopped"] for seen in two)
+
+
+def test_a_barrier_waits_for_the_slowest(two):
+    assert all(seen["passed_after_barrier"] for seen in two)
+
+
+def test_gradients_are_averaged_in_an_updates_last_pass_only(two):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    data = torch.arange(24.0).view(4, 2, 3)
+    for rank, seen in enumerate(two):
+        model.zero_grad()
+        (model(data[2 * rank]).square().mean() / 2).backward()
+        assert seen["gradients"][0] == pytest.approx(model.weight.grad.flatten().tolist(), rel=1e-5)
+    model.zero_grad()
+    model(data.flatten(0, 1)).square().mean().backward()  # one process, the whole batch at once
+    for seen in two:
+        assert seen["gradients"][1] == pytest.approx(model.weight.grad.flatten().tolist(), rel=1e-5)
+
+
+def test_wrapping_can_be_undone_and_the_group_left(two):
+    assert all(seen["unwrapped"] and seen["left"] for seen in two)

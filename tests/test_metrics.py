@@ -1,0 +1,218 @@
+"""The lines and curves that a run leaves: what is in them, when, and that none is ever lost."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from utils import metrics
+from utils.metrics import MetricsWriter, TrainingLog
+
+
+def read_lines(folder):
+    with open(os.path.join(folder, metrics.METRICS_FILE), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def read_events(folder):
+    """{tag: [(step, value), ...]} as TensorBoard would show them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+class Recorder:
+    """Stands in for a MetricsWriter."""
+
+    def __init__(self):
+        self.lines = []
+
+    def write(self, step, values):
+        self.lines.append((step, values))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time stands still unless a test moves it."""
+
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+# ---- the writer ----
+
+
+def test_lines_and_events_agree(tmp_path):
+    writer = MetricsWriter(str(tmp_path / "logs" / "run"))
+    written = [
+        (10, {"train/loss": 2.25, "train/lr": 0.006, "images_per_sec": 900.0}),
+        (20, {"train/loss": 1e-9, "train/lr": 0.012, "images_per_sec": 1e6}),
+        (20, {"test/accuracy": 0.98, "test/loss": 0.07}),
+    ]
+    for step, values in written:
+        writer.write(step, values)
+    writer.close()
+    lines = read_lines(tmp_path / "logs" / "run")
+    assert lines == [{"step": step, **values} for step, values in written]
+    events = read_events(tmp_path / "logs" / "run")
+    from_lines = {}
+    for line in lines:
+        for tag in line.keys() - {"step"}:
+            from_lines.setdefault(tag, []).append((line["step"], pytest.approx(line[tag], rel=1e-6)))
+    assert events == from_lines
+
+
+def test_each_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path):
+    writer = MetricsWriter(str(tmp_path))
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": 0.5})
+        assert [line["step"] for line in read_lines(tmp_path)] == list(range(1, step + 1))
+    writer.close()
+
+
+def test_a_disabled_writer_writes_nothing(tmp_path):
+    writer = MetricsWriter(str(tmp_path / "run"), enabled=False)
+    writer.write(1, {"train/loss": 0.5})
+    writer.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_logs_of_earlier_runs_are_set_aside_whole(tmp_path, caplog):
+    for run in (1, 2, 3):
+        writer = MetricsWriter(str(tmp_path))
+        writer.write(run, {"train/loss": float(run)})
+        writer.close()
+        if run == 1:
+            assert not caplog.records
+            (tmp_path / "notes").mkdir()
+            (tmp_path / "notes" / "mine.txt").write_text("the user's")
+    folders = {3: tmp_path, 1: tmp_path / "earlier-1", 2: tmp_path / "earlier-2"}
+    for run, folder in folders.items():
+        assert read_lines(folder) == [{"step": run, "train/loss": float(run)}]
+        assert len([f for f in os.listdir(folder) if f.startswith("events.")]) == 1
+    assert read_events(tmp_path / "earlier-2") == {"train/loss": [(2, 2.0)]}
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "the user's"
+    assert len(caplog.records) == 2
+    assert str(tmp_path / "earlier-2") in caplog.text
+
+
+def test_a_folder_whose_name_has_wildcards_is_taken_literally(tmp_path):
+    for step, name in enumerate(("run1", "run[1]", "run[1]")):
+        writer = MetricsWriter(str(tmp_path / name))
+        writer.write(step, {"train/loss": 1.0})
+        writer.close()
+    for step, folder in enumerate(("run1", "run[1]/earlier-1", "run[1]")):
+        assert [line["step"] for line in read_lines(tmp_path / folder)] == [step]
+
+
+# ---- the training's log ----
+
+
+def make_log(num_steps=7, log_every=3, images_per_step=8, writer=None):
+    writer = writer or Recorder()
+    return writer, TrainingLog(writer, num_steps, images_per_step, log_every, enabled=False)
+
+
+def test_it_writes_the_mean_since_the_last_line_at_every_nth_and_the_last_step(clock):
+    writer, log = make_log()
+    for step in range(1, 8):
+        clock.now += 0.5
+        log.update(step, torch.tensor(float(step**2)), 0.1 * step)
+    log.close()
+    steps, values = zip(*writer.lines)
+    assert steps == (3, 6, 7)
+    assert [v["train/loss"] for v in values] == pytest.approx([(1 + 4 + 9) / 3, (16 + 25 + 36) / 3, 49])
+    assert [v["train/lr"] for v in values] == pytest.approx([0.3, 0.6, 0.7])
+    assert [v["images_per_sec"] for v in values] == pytest.approx([16, 16, 16])
+    assert all(type(x) is float for v in values for x in v.values())
+
+
+@pytest.mark.parametrize(("num_steps", "log_every", "steps"), [(4, 1, [1, 2, 3, 4]), (4, 100, [4]), (6, 3, [3, 6])])
+def test_when_lines_are_due(num_steps, log_every, steps):
+    writer, log = make_log(num_steps, log_every)
+    for step in range(1, num_steps + 1):
+        log.update(step, torch.tensor(1.0), 0.1)
+    log.close()
+    assert [step for step, _ in writer.lines] == steps
+
+
+def test_the_time_of_an_evaluation_does_not_count_as_training(clock):
+    writer, log = make_log(num_steps=4, log_every=4)
+    for step in range(1, 5):
+        clock.now += 1
+        log.update(step, torch.tensor(1.0), 0.1)
+        if step == 2:
+            clock.now += 1000
+            log.restart_clock()
+    log.close()
+    assert writer.lines[0][1]["images_per_sec"] == pytest.approx(8)
+
+
+def test_the_speed_of_a_run_is_that_of_all_its_lines(clock):
+    _, log = make_log(num_steps=6, log_every=2)
+    assert log.speed() == 0
+    for step, secs in enumerate((1, 1, 4, 4, 1, 1), start=1):
+        clock.now += secs
+        log.update(step, torch.tensor(1.0), 0.1)
+        if step == 4:
+            clock.now += 1000
+            log.restart_clock()
+    log.close()
+    assert log.speed() == pytest.approx(6 * 8 / 12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_names_the_metric_the_first_such_step_and_a_remedy(bad):
+    writer, log = make_log(num_steps=9, log_every=3)
+    for step in (1, 2, 3, 4):
+        log.update(step, torch.tensor(1.0), 0.1)
+    log.update(5, torch.tensor(bad), 0.1)
+    with pytest.raises(FloatingPointError, match=r"train/loss is -?(nan|inf) at step 5; .*--learning_rate"):
+        log.update(6, torch.tensor(float("nan")), 0.1)
+    log.close()
+    assert [step for step, _ in writer.lines] == [3]
+
+
+def test_losses_stay_where_they_are_until_a_line_is_due(monkeypatch):
+    _, log = make_log(num_steps=6, log_every=3)
+    reads = []
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, m=method, n=name: (reads.append(n), m(x))[1])
+    counts = []
+    for step in range(1, 7):
+        log.update(step, torch.tensor(1.0), 0.1)
+        counts.append(len(reads))
+    log.close()
+    assert counts == [0, 0, 1, 1, 1, 2]
+
+
+def test_the_log_writes_through_the_real_writer(tmp_path):
+    writer, log = make_log(num_steps=2, log_every=1, writer=MetricsWriter(str(tmp_path)))
+    for step in (1, 2):
+        log.update(step, torch.tensor(0.25), 0.1)
+    log.close()
+    writer.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+    assert set(read_events(tmp_path)) == {"train/loss", "train/lr", "images_per_sec"}
+
+
+def test_only_an_enabled_log_shows_a_bar(capsys):
+    for enabled in (False, True):
+        log = TrainingLog(Recorder(), 2, 8, 1, enabled)
+        log.update(1, torch.tensor(0.25), 0.1)
+        log.update(2, torch.tensor(0.25), 0.1)
+        log.close()
+        shown = capsys.readouterr().err
+        assert ("Training" in shown) == enabled
+    assert "2/2 steps" in shown
+    assert "loss=0.2500" in shown

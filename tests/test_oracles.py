@@ -1,0 +1,76 @@
+"""Full-size models against timm's, both loaded from the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import npz
+from models.configs import CONFIGS, ViTConfig
+from models.modeling import VisionTransformer
+from tests import fake_npz
+
+timm = pytest.importorskip("timm", reason="timm is the independent implementation")
+
+NUM_CLASSES = 10
+
+
+@pytest.fixture(scope="module", params=["ViT-B_16", "ViT-B_32"])
+def checkpoint(request, tmp_path_factory):
+    """(model type, path) of a checkpoint made for pictures of 224 pixels."""
+    weights = fake_npz.arrays(CONFIGS[request.param], img_size=224, num_classes=NUM_CLASSES)
+    path = fake_npz.save(tmp_path_factory.mktemp("oracles") / f"{request.param}.npz", weights)
+    yield request.param, path
+    Path(path).unlink()  # pytest would keep some hundred megabytes
+
+
+def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x: torch.Tensor) -> torch.Tensor:
+    with torch.device("meta"):  # initial values would take longer than the test
+        model = timm.models.vision_transformer.VisionTransformer(
+            img_size=img_size,
+            patch_size=config.patch_size,
+            embed_dim=config.hidden_size,
+            depth=config.num_layers,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_dim / config.hidden_size,
+            num_classes=num_classes,
+        )
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)  # what is not loaded shows
+        model.load_pretrained(path)
+        # timm resizes position embeddings with the grids' edges aligned, Google with their corners.
+        positions = npz.read(path)["Transformer/posembed_input/pos_embedding"].astype(np.float32)
+        model.pos_embed.copy_(torch.from_numpy(npz.resize_positions(positions, config.grid_size(img_size))))
+        return model(x)
+
+
+@pytest.mark.parametrize("img_size", [224, 384])
+def test_logits_are_timms(checkpoint, img_size):
+    model_type, path = checkpoint
+    config = CONFIGS[model_type]
+    x = torch.rand(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.device("meta"):
+        model = VisionTransformer(config, img_size, NUM_CLASSES)
+    model = model.to_empty(device="cpu").eval()
+    model.load_from(npz.read(path))
+    with torch.no_grad():
+        logits, _ = model(x)
+    expected = timm_logits(path, config, img_size, NUM_CLASSES, x)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_features_of_real_weights_are_timms(shared_data):
+    path = str(shared_data / "ViT-S_14.npz")
+    config = CONFIGS["ViT-S_14"]
+    x = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = VisionTransformer(config, 56, NUM_CLASSES, zero_head=True).eval()
+    model.load_from(npz.read(path))
+    with torch.no_grad():
+        features = model.transformer(x)[0][:, 0]
+    expected = timm_logits(path, config, 56, 0, x)  # no classes: the class token after the last norm
+    assert (features - expected).abs().max() <= 1e-4 * expected.abs().max()

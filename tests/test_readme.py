@@ -1,0 +1,85 @@
+"""The documents keep up with the code: their commands parse, their links lead somewhere, both languages agree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from models.configs import CONFIGS
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ("README.md", "README.zh-CN.md")
+DOCUMENTS = [
+    *READMES,
+    "CONTRIBUTING.md",
+    "checkpoint/README.md",
+    *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")),
+]
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands_of(name):
+    """Every command line of the shell blocks, continued lines joined, comments and prompts dropped."""
+    for block in re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text_of(name), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line.removeprefix("$ "), comments=True):
+                yield words
+
+
+def flags_of(words):
+    return words[words.index("train.py") + 1 :]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_training_command_parses(document):
+    for words in commands_of(document):
+        if "train.py" in words:
+            train.check_args(train.make_parser().parse_args(flags_of(words)))
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_two_commands_are_there(readme):
+    lines = [" ".join(words) for words in commands_of(readme)]
+    assert (
+        "python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 "
+        "--pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz"
+    ) in lines
+    assert (
+        "python train.py --name cifar10 --dataset cifar10 -v true --model_type ViT-B_32 --img_size 384 "
+        "--load_model_dir output/cifar10_checkpoint.bin"
+    ) in lines
+    assert "make demo" in lines
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_flag_and_model_is_explained(readme):
+    text = text_of(readme)
+    for action in train.make_parser()._actions:
+        assert any(f"`{flag}" in text for flag in action.option_strings), action.option_strings
+    for model_type in CONFIGS:
+        if not model_type.startswith("testing"):
+            assert model_type in text
+
+
+def test_both_languages_give_the_same_commands_and_numbers():
+    english, chinese = ([" ".join(words) for words in commands_of(readme)] for readme in READMES)
+    assert english == chinese
+    numbers = [sorted(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text_of(readme))) for readme in READMES]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_files_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text_of(document)):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "test-gpu", "soak"])
+def test_the_makefile_has_what_the_documents_name(target):
+    assert re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE)
