@@ -10,6 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 DEMO := --name demo --dataset digits --model_type ViT-demo --img_size 32
+DEMO_TRAINING := --train_batch_size 64 --num_steps 1200 --warmup_steps 60 --learning_rate 0.05 --eval_every 400
 
 .PHONY: demo test lint format test-gpu soak clean
 
@@ -23,8 +24,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	$(PY) train.py $(DEMO) --pretrained_dir checkpoint/ViT-demo.npz \
-	    --train_batch_size 64 --num_steps 600 --warmup_steps 60 --eval_every 200
+	$(PY) train.py $(DEMO) $(DEMO_TRAINING) --pretrained_dir checkpoint/ViT-demo.npz
 	$(PY) train.py $(DEMO) -v
 
 test: $(VENV)/installed-dev

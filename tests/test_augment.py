@@ -202,3 +202,30 @@ def test_filter_rows_sum_to_one_inside_the_part_and_are_zero_outside(start, leng
     outside[start : start + length] = False
     assert weights[..., outside].count_nonzero() == 0
     assert weights.min() >= 0
+
+
+# ---- transforms ----
+
+
+@pytest.mark.parametrize(
+    "transform", [augment.EvalTransform(20), *(augment.TrainTransform(20, x) for x in (False, True))]
+)
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24)])
+def test_a_transform_gives_the_same_for_a_batch_and_for_one_decoded_picture_at_a_time(transform, height, width):
+    pictures = make_pictures("random", height, width)
+    draws = draw(len(pictures))[:, : transform.num_draws]
+    batch = transform.batch(pictures, draws)
+    images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures]
+    single = transform.complete(torch.stack([transform.picture(x, d) for x, d in zip(images, draws)]))
+    assert batch.shape == (6, 3, 20, 20)
+    grey_levels_off(batch, single)
+
+
+def test_a_training_picture_is_cropped_mirrored_if_asked_and_an_evaluations_is_whole():
+    pictures, draws = make_pictures("random", 32, 32), draw(6)
+    mirrored, boxes = augment.flips(draws), augment.crop_boxes(draws, 32, 32)
+    assert 0 < mirrored.sum() < 6
+    for hflip, flipped in ((True, mirrored), (False, None)):
+        expected = augment.resized_crop(pictures, boxes, 20, flipped)
+        assert torch.equal(augment.TrainTransform(20, hflip).batch(pictures, draws), expected)
+    assert torch.equal(augment.EvalTransform(20).batch(pictures, draws[:, :0]), augment.resize(pictures, 20))

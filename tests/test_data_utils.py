@@ -78,9 +78,9 @@ def as_files(pictures, root):
 
 
 def test_an_update_is_a_function_of_the_seed_and_its_number_only():
-    forwards = StepSampler(10, 4, seed=3)
+    forwards = StepSampler(10, 4, augment.NUM_DRAWS, seed=3)
     in_turn = {step: forwards(step) for step in range(1, 12)}
-    jumping = StepSampler(10, 4, seed=3)
+    jumping = StepSampler(10, 4, augment.NUM_DRAWS, seed=3)
     torch.manual_seed(99)  # the global generator has no say
     for step in (11, 2, 7, 7, 1, 10):
         for a, b in zip(jumping(step), in_turn[step]):
@@ -89,13 +89,13 @@ def test_an_update_is_a_function_of_the_seed_and_its_number_only():
 
 def test_asking_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    StepSampler(10, 4, seed=3)(5)
+    StepSampler(10, 4, augment.NUM_DRAWS, seed=3)(5)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("num_pictures", "batch_size"), [(10, 4), (12, 4), (7, 7), (5, 12), (1, 3)])
 def test_the_stream_of_batches_is_one_permutation_after_another(num_pictures, batch_size):
-    sampler = StepSampler(num_pictures, batch_size, seed=0)
+    sampler = StepSampler(num_pictures, batch_size, augment.NUM_DRAWS, seed=0)
     batches = [sampler(step) for step in range(1, 4 * num_pictures + 1)]
     for indices, draws in batches:
         assert indices.shape == (batch_size,)
@@ -108,8 +108,8 @@ def test_the_stream_of_batches_is_one_permutation_after_another(num_pictures, ba
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_slices_of_all_processes_are_the_batch_of_a_single_one(world_size):
-    alone = StepSampler(11, 8, seed=5)
-    ranks = [StepSampler(11, 8 // world_size, 5, rank, world_size) for rank in range(world_size)]
+    alone = StepSampler(11, 8, augment.NUM_DRAWS, seed=5)
+    ranks = [StepSampler(11, 8 // world_size, augment.NUM_DRAWS, 5, rank, world_size) for rank in range(world_size)]
     for step in (1, 2, 3, 50):
         together = [torch.cat(parts) for parts in zip(*(sampler(step) for sampler in ranks))]
         for a, b in zip(together, alone(step)):
@@ -118,19 +118,21 @@ def test_the_slices_of_all_processes_are_the_batch_of_a_single_one(world_size):
 
 @pytest.mark.parametrize(("a", "b"), [((0, 1), (1, 1)), ((0, 1), (0, 2)), ((1, 2), (2, 1)), ((0, 257), (1, 256))])
 def test_other_seeds_and_other_updates_give_other_pictures_and_draws(a, b):
-    (indices_a, draws_a), (indices_b, draws_b) = (StepSampler(1000, 64, seed)(step) for seed, step in (a, b))
+    (indices_a, draws_a), (indices_b, draws_b) = (
+        StepSampler(1000, 64, augment.NUM_DRAWS, seed)(step) for seed, step in (a, b)
+    )
     assert not torch.equal(indices_a, indices_b)
     assert (draws_a == draws_b).sum() == 0
 
 
 def test_no_update_repeats_anothers_draws():
-    sampler = StepSampler(10, 2, seed=0)
+    sampler = StepSampler(10, 2, augment.NUM_DRAWS, seed=0)
     draws = torch.cat([sampler(step)[1] for step in range(1, 301)])
     assert len(draws.unique(dim=0)) == len(draws)
 
 
 def test_draws_are_uniform_and_independent_between_the_pictures_of_a_batch():
-    _, draws = StepSampler(10, 2000, seed=0)(1)
+    _, draws = StepSampler(10, 2000, augment.NUM_DRAWS, seed=0)(1)
     assert draws.dtype == torch.float64
     assert draws.min() >= 0
     assert draws.max() < 1
@@ -148,7 +150,11 @@ def test_derived_seeds_do_not_collide():
 
 
 def take(pictures, sampler, steps=range(1, 4), micro_batch_size=6, img_size=9, hflip=True, num_workers=0):
-    return list(data_utils.train_batches(pictures, sampler, steps, micro_batch_size, img_size, hflip, CPU, num_workers))
+    return list(
+        data_utils.train_batches(
+            pictures, sampler, steps, micro_batch_size, augment.TrainTransform(img_size, hflip), CPU, num_workers
+        )
+    )
 
 
 def joined(batches):
@@ -162,7 +168,7 @@ def test_micro_batches_together_are_the_whole_batch(tmp_path, kind, micro_batch_
     pictures = numbered_pictures(10)
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
-    sampler = StepSampler(10, 6, seed=0)
+    sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
     whole, parts = take(pictures, sampler), take(pictures, sampler, micro_batch_size=micro_batch_size)
     assert [len(labels) for _, labels in parts] == [micro_batch_size] * (3 * 6 // micro_batch_size)
     for a, b in zip(joined(parts), joined(whole)):
@@ -172,7 +178,7 @@ def test_micro_batches_together_are_the_whole_batch(tmp_path, kind, micro_batch_
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_training_pictures_are_the_samplers_cropped_as_its_draws_say(tmp_path, kind):
     pictures = numbered_pictures(10, size=12)
-    sampler = StepSampler(10, 6, seed=0)
+    sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
     [(images, labels)] = take(as_files(pictures, tmp_path) if kind == "files" else pictures, sampler, steps=[3])
     assert images.shape == (6, 3, 9, 9)
     assert images.dtype == torch.float32
@@ -194,11 +200,13 @@ def test_pictures_in_memory_and_in_files_give_the_same_batches(tmp_path, rng, mo
     files = load_datasets(str(tmp_path), "", 1)
     assert isinstance(memory.train, MemoryPictures)
     assert isinstance(files.train, FilePictures)
-    sampler = StepSampler(6, 6, seed=1)
+    sampler = StepSampler(6, 6, augment.NUM_DRAWS, seed=1)
     (a, labels_a), (b, labels_b) = (joined(take(d.train, sampler, img_size=20, hflip=hflip)) for d in (memory, files))
     assert torch.equal(labels_a, labels_b)
     assert (a - b).abs().max() <= 1.001 * GREY_LEVEL
-    (a, labels_a), (b, labels_b) = (joined(data_utils.eval_batches(d.test, 4, 20, CPU, 0)) for d in (memory, files))
+    (a, labels_a), (b, labels_b) = (
+        joined(data_utils.eval_batches(d.test, 4, augment.EvalTransform(20), CPU, 0)) for d in (memory, files)
+    )
     assert torch.equal(labels_a, labels_b)
     assert (a - b).abs().max() <= 1.001 * GREY_LEVEL
 
@@ -208,7 +216,7 @@ def test_hflip_mirrors_the_pictures_that_the_draws_name_and_no_others(tmp_path, 
     pictures = numbered_pictures(10)
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
-    sampler = StepSampler(10, 6, seed=0)
+    sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
     (plain, _), (flipped, _) = (joined(take(pictures, sampler, hflip=hflip)) for hflip in (False, True))
     mirrored = torch.cat([augment.flips(sampler(step)[1]) for step in range(1, 4)])
     assert 0 < mirrored.sum() < len(mirrored)
@@ -218,7 +226,7 @@ def test_hflip_mirrors_the_pictures_that_the_draws_name_and_no_others(tmp_path, 
 
 def test_worker_processes_give_the_batches_that_no_worker_gives(tmp_path):
     pictures = as_files(numbered_pictures(10), tmp_path)
-    sampler = StepSampler(10, 6, seed=0)
+    sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
     alone, workers = take(pictures, sampler, num_workers=0), take(pictures, sampler, num_workers=2)
     assert len(alone) == len(workers) == 3
     for a, b in zip(joined(alone), joined(workers)):
@@ -233,8 +241,8 @@ def test_reading_batches_leaves_the_global_generator_alone(tmp_path, kind):
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
     before = torch.get_rng_state()
-    take(pictures, StepSampler(10, 6, seed=0))
-    list(data_utils.eval_batches(pictures, 4, 9, CPU, 0))
+    take(pictures, StepSampler(10, 6, augment.NUM_DRAWS, seed=0))
+    list(data_utils.eval_batches(pictures, 4, augment.EvalTransform(9), CPU, 0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -247,7 +255,7 @@ def test_an_evaluation_sees_each_picture_once(tmp_path, kind, world_size, count)
         pictures = as_files(pictures, tmp_path)
     seen = []
     for rank in range(world_size):
-        batches = list(data_utils.eval_batches(pictures, 3, 4, CPU, 0, rank, world_size))
+        batches = list(data_utils.eval_batches(pictures, 3, augment.EvalTransform(4), CPU, 0, rank, world_size))
         assert len(batches) == data_utils.num_eval_batches(pictures, 3, rank, world_size)
         assert all(1 <= len(labels) <= 3 for _, labels in batches)
         seen += [(int(label), image) for images, labels in batches for label, image in zip(labels, images)]
@@ -306,10 +314,12 @@ def test_pictures_of_various_sizes_are_decoded_when_they_are_needed(folder, rng)
     data = load_datasets(str(folder), "", 2)
     assert isinstance(data.train, FilePictures)
     assert isinstance(data.test, FilePictures)
-    images, labels = joined(take(data.train, StepSampler(11, 11, seed=0), steps=[1], micro_batch_size=11))
+    images, labels = joined(
+        take(data.train, StepSampler(11, 11, augment.NUM_DRAWS, seed=0), steps=[1], micro_batch_size=11)
+    )
     assert images.shape == (11, 3, 9, 9)
     assert labels.bincount().tolist() == [6, 5]
-    images, labels = joined(data_utils.eval_batches(data.test, 4, 9, CPU, 0))
+    images, labels = joined(data_utils.eval_batches(data.test, 4, augment.EvalTransform(9), CPU, 0))
     assert images.shape == (7, 3, 9, 9)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
 
@@ -323,7 +333,9 @@ def test_pictures_of_any_mode_become_rgb(folder, rng, monkeypatch, mode, extensi
         monkeypatch.setattr(data_utils, "MEMORY_LIMIT_BYTES", 0)
     picture = noise(rng).convert(mode)
     save(picture, folder, "test", "cat", f"-1.{extension}")
-    images, _ = next(data_utils.eval_batches(load_datasets(str(folder), "", 1).test, 1, 6, CPU, 0))
+    images, _ = next(
+        data_utils.eval_batches(load_datasets(str(folder), "", 1).test, 1, augment.EvalTransform(6), CPU, 0)
+    )
     expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(images[0], expected, rtol=0, atol=1e-6)
 
@@ -402,11 +414,11 @@ def test_an_unreadable_picture_is_named_when_its_turn_comes(folder, how, num_wor
         else:
             damage(path, how)
     with pytest.raises(PictureError, match="cannot be read as a picture") as e:
-        take(data.train, StepSampler(10, 5, seed=0), micro_batch_size=5, num_workers=num_workers)
+        take(data.train, StepSampler(10, 5, augment.NUM_DRAWS, seed=0), micro_batch_size=5, num_workers=num_workers)
     assert str(folder / "train" / "dog" / "1.png") in str(e.value)
     assert "Traceback" not in str(e.value)
     with pytest.raises(PictureError, match="cannot be read as a picture") as e:
-        list(data_utils.eval_batches(data.test, 2, 9, CPU, num_workers))
+        list(data_utils.eval_batches(data.test, 2, augment.EvalTransform(9), CPU, num_workers))
     assert str(folder / "test" / "dog" / "1.png") in str(e.value)
 
 

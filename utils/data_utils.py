@@ -11,6 +11,7 @@ not know models, and reads flags from nobody: functions take the values they nee
 
 from __future__ import annotations
 
+import http.client
 import logging
 import math
 import os
@@ -125,7 +126,7 @@ def _load_cifar(name: str, data_dir: str) -> DataSets:
     for train in (True, False):
         try:
             data = cls(root=data_dir, train=train, download=dist_util.is_main())
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError, http.client.HTTPException) as e:
             raise ConnectionError(
                 f"{name} could not be downloaded into {data_dir} ({e}); put {cls.url} there yourself "
                 f"(md5 {cls.tgz_md5}), or name another folder with --data_dir"
@@ -176,12 +177,12 @@ def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = [
-            os.path.join(parent, f)
-            for parent, _, files in os.walk(os.path.join(folder, name), followlinks=True)
-            for f in files
-            if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
-        ]
+        found = []
+        for parent, subfolders, files in os.walk(os.path.join(folder, name), followlinks=True):
+            subfolders[:] = [f for f in subfolders if not f.startswith(".")]
+            found += [
+                os.path.join(parent, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
+            ]
         if not found:
             raise ValueError(
                 f"{os.path.join(folder, name)} holds no picture ({', '.join(e[1:] for e in EXTENSIONS)}); "
@@ -200,6 +201,8 @@ def read_picture(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
@@ -358,6 +361,7 @@ def _batches(
         batch_sampler=cast(Sampler, items),
         num_workers=num_workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # else it would draw from the global one, which is dropout's
         pin_memory=device.type == "cuda",
     )
     for batch in loader:
