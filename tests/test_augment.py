@@ -144,7 +144,17 @@ def test_resized_crop_gives_pillows_pixels(kind):
         for out_size in OUT_SIZES:
             expected = [pillow_pipeline(x, box, out_size) for x, box in zip(pictures, boxes.tolist())]
             off.append(grey_levels_off(augment.resized_crop(pictures, boxes, out_size), torch.stack(expected)))
-    assert sum(off) / len(off) <= 0.2
+    assert sum(off) / len(off) <= 0.1
+    assert max(off) <= 0.25  # newer Pillows reduce some tall pictures in the other order
+
+
+@pytest.mark.parametrize("out_size", [32, 56, 64, 224, 384])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+def test_enlarged_crops_of_cifar_sized_pictures_are_pillows_to_the_bit(kind, out_size):
+    pictures = make_pictures(kind, 32, 32)
+    boxes = augment.crop_boxes(draw(len(pictures)), 32, 32)
+    expected = torch.stack([pillow_pipeline(x, box, out_size) for x, box in zip(pictures, boxes.tolist())])
+    assert grey_levels_off(augment.resized_crop(pictures, boxes, out_size), expected) < 1e-3
 
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (5, 7, 1, 20), (2, 0, 30, 2), (31, 31, 1, 1), (0, 0, 32, 32)])
@@ -175,7 +185,8 @@ def test_resize_gives_pillows_pixels_of_the_whole_picture(kind):
         for out_size in OUT_SIZES:
             expected = [pillow_pipeline(x, (0, 0, height, width), out_size) for x in pictures]
             off.append(grey_levels_off(augment.resize(pictures, out_size), torch.stack(expected)))
-    assert sum(off) / len(off) <= 0.2
+    assert sum(off) / len(off) <= 0.1
+    assert max(off) <= 0.25  # newer Pillows reduce some tall pictures in the other order
 
 
 @pytest.mark.parametrize("whole", ["resize", "resized_crop"])
@@ -197,7 +208,7 @@ def test_pictures_of_the_right_size_keep_every_grey_level(whole):
 def test_filter_rows_sum_to_one_inside_the_part_and_are_zero_outside(start, length, out_size):
     weights = augment.resize_weights(torch.tensor([start]), torch.tensor([length]), 20, out_size)
     assert weights.shape == (1, out_size, 20)
-    torch.testing.assert_close(weights.sum(2), torch.ones(1, out_size))
+    torch.testing.assert_close(weights.sum(2), torch.ones(1, out_size, dtype=weights.dtype), atol=1e-5, rtol=0)
     outside = torch.ones(20, dtype=torch.bool)
     outside[start : start + length] = False
     assert weights[..., outside].count_nonzero() == 0

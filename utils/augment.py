@@ -18,6 +18,7 @@ from torch import Tensor
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
+PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
 #: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
 NUM_DRAWS = 4 * NUM_TRIES + 1
 
@@ -70,16 +71,28 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int) -> T
         out_size: pixels to make of the part.
 
     Returns:
-        (B, out_size, size) float32; each row sums to 1 and is zero outside the part.
+        (B, out_size, size); each row sums to 1 and is zero outside the part.
     """
-    start, length = start[:, None, None].float(), length[:, None, None].float()
+    dtype = exact_dtype(start.device)
+    start, length = start[:, None, None].to(dtype), length[:, None, None].to(dtype)
     scale = length / out_size
     support = scale.clamp(min=1)
-    centre = (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (B, out_size, 1)
-    pixel = torch.arange(size, device=start.device) - start + 0.5  # (B, 1, size)
+    centre = (torch.arange(out_size, dtype=dtype, device=start.device)[:, None] + 0.5) * scale  # (B, out_size, 1)
+    pixel = torch.arange(size, dtype=dtype, device=start.device) - start + 0.5  # (B, 1, size)
     weights = (1 - (pixel - centre).abs() / support).clamp(min=0)
     weights = weights * ((pixel > 0) & (pixel < length))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights.mul_(PILLOW_ONE).add_(0.5).floor_().div_(PILLOW_ONE)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The type in which a picture's products with Pillow's weights have no rounding error: 8 + 22 bits."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+
+
+def whole_levels(x: Tensor) -> Tensor:
+    """Rounds grey levels in place, halves up, as Pillow does after each of its two passes."""
+    return x.add_(0.5).floor_()
 
 
 def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
@@ -100,9 +113,9 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
     if mirrored is not None:
         cols = torch.where(mirrored[:, None, None], cols.flip(1), cols)
     # Two small products a picture; the channels ride along as rows of the first.
-    x = pictures.float().flatten(1, 2) @ cols.transpose(1, 2)  # (B, 3 * H, out)
-    x = rows[:, None] @ x.unflatten(1, (3, -1))  # (B, 3, out, out)
-    return normalize(x)
+    x = whole_levels(pictures.to(cols.dtype).flatten(1, 2) @ cols.transpose(1, 2))  # (B, 3 * H, out)
+    x = whole_levels(rows[:, None] @ x.unflatten(1, (3, -1)))  # (B, 3, out, out)
+    return normalize(x.float())
 
 
 def resize(pictures: Tensor, out_size: int) -> Tensor:
@@ -112,7 +125,7 @@ def resize(pictures: Tensor, out_size: int) -> Tensor:
     zero = torch.zeros(1, dtype=torch.long, device=pictures.device)
     rows = resize_weights(zero, zero + pictures.shape[2], pictures.shape[2], out_size)[0]  # (out, H)
     cols = resize_weights(zero, zero + pictures.shape[3], pictures.shape[3], out_size)[0]  # (out, W)
-    return normalize(rows @ (pictures.float() @ cols.T))
+    return normalize(whole_levels(rows @ whole_levels(pictures.to(cols.dtype) @ cols.T)).float())
 
 
 def normalize(pictures: Tensor) -> Tensor:

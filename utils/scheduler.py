@@ -29,9 +29,9 @@ def make_schedule(decay_type: str, warmup_steps: int, num_steps: int) -> Schedul
     def factor(k: int) -> float:
         if k < warmup_steps:
             return k / max(1, warmup_steps)
-        progress = (k - warmup_steps) / max(1, num_steps - warmup_steps)
+        num_decay_steps = max(1, num_steps - warmup_steps)
         if decay_type == "linear":
-            return max(0.0, 1 - progress)
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+            return max(0.0, (num_steps - k) / num_decay_steps)
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * (k - warmup_steps) / num_decay_steps)))
 
     return factor
