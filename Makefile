@@ -15,7 +15,8 @@ DEMO_TRAINING := --train_batch_size 64 --num_steps 1200 --warmup_steps 60 --lear
 .PHONY: demo test lint format test-gpu soak clean
 
 $(VENV)/installed: requirements.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing the packages; PyTorch takes a while"
 	$(PIP) install -q -r requirements.txt
 	touch $@
 
@@ -46,4 +47,4 @@ format: $(VENV)/installed-dev
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

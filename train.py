@@ -49,12 +49,12 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
     batches = data_utils.train_batches(
         data.train, sampler, steps, micro_batch_size, transform, precision.device, args.num_workers
     )
-    images_per_step, is_main = args.train_batch_size * world_size, dist_util.is_main()
+    images_per_step = args.train_batch_size * world_size
     model, best_accuracy, start = dist_util.wrap(model), -1.0, time.perf_counter()
 
     with (
-        MetricsWriter(log_dir(args), is_main) as writer,
-        TrainingLog(writer, args.num_steps, images_per_step, args.log_every, is_main) as log,
+        MetricsWriter(log_dir(args), dist_util.is_main()) as writer,
+        TrainingLog(writer, args.num_steps, images_per_step, args.log_every) as log,
     ):
         for step in steps:
             for group in optimizer.param_groups:
@@ -102,7 +102,7 @@ def evaluate(
     num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     totals = torch.zeros(2, dtype=exact, device=precision.device)  # correct, loss
-    bar = tqdm(batches, "Validating", num_batches, dynamic_ncols=True, leave=False, disable=not dist_util.is_main())
+    bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
     for images, labels in bar:
         with precision.autocast():
             logits = model(images)[0].float()
@@ -177,7 +177,7 @@ def make_parser() -> Parser:
     p.add_argument("--eval_every", type=int, default=100, help="updates between two evaluations")
     p.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics")
     p.add_argument("--learning_rate", type=float, default=3e-2, help="of SGD, at its highest")
-    p.add_argument("--weight_decay", type=float, default=0.0)
+    p.add_argument("--weight_decay", type=float, default=0.0, help="of SGD, on all weights")
     p.add_argument("--num_steps", type=int, default=10000, help="updates")
     p.add_argument("--decay_type", choices=DECAY_TYPES, default="cosine", help="how the learning rate falls")
     p.add_argument("--warmup_steps", type=int, default=500, help="updates over which the learning rate rises")
@@ -185,7 +185,7 @@ def make_parser() -> Parser:
     p.add_argument("--dropout", type=float, default=None, help="dropout rate, instead of the model's own")
     p.add_argument("--gelu", choices=("erf", "tanh"), default="erf", help="tanh is what Google's code computes")
     p.add_argument("--hflip", action="store_true", help="mirror half of the training pictures")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what computes")
     p.add_argument("--num_workers", type=int, default=None, help="decoding processes, for folders of large pictures")
     p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
     p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
@@ -220,12 +220,22 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
-    if not args.name or os.path.basename(args.name) != args.name or args.name in (".", ".."):
-        raise ValueError(f"--name {args.name!r} names files; it must not be empty or a path")
+    if os.path.basename(args.name) != args.name or args.name in ("", ".", "..") or not args.name.isprintable():
+        raise ValueError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
+    if len(os.fsencode(args.name)) > 200:
+        raise ValueError(f"--name has {len(args.name)} characters, too many for the names of files")
     if args.train_batch_size % args.gradient_accumulation_steps:
         raise ValueError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of "
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
+        )
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed is {args.seed}, expected less than 2**63")
+    if args.warmup_steps >= args.num_steps and not args.eval_only:
+        logger.warning(
+            "--warmup_steps %d of --num_steps %d: the learning rate does not get to fall",
+            args.warmup_steps,
+            args.num_steps,
         )
     if not args.fp16 and (args.fp16_opt_level != "O2" or args.amp_dtype != "auto" or args.loss_scale):
         logger.warning("--fp16_opt_level, --amp_dtype and --loss_scale have no effect without --fp16")
@@ -241,7 +251,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.DataSets]:
-    """The model with its weights, and the data it is for; what is cheap to check comes first, downloads last.
+    """The model with its weights, and the data it is for; downloads come last.
 
     Raises:
         ValueError: the user got something wrong.
@@ -250,6 +260,7 @@ def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.Dat
     if args.dropout is not None:
         config = replace(config, dropout_rate=args.dropout)
     config.check_img_size(args.img_size)
+    data_utils.check_name(args.dataset)
     pretrained = None
     if args.eval_only:
         path = args.load_model_dir or checkpoint_path(args)
@@ -322,7 +333,6 @@ def run(args: argparse.Namespace) -> int:
 
 def fail(error: BaseException, status: int) -> int:
     """Says what went wrong in one line."""
-    logger.debug("Traceback", exc_info=error)
     print(f"train.py: error: {error}", file=sys.stderr)
     return status
 

@@ -74,21 +74,31 @@ class ViTConfig:
             )
 
 
+_TINY = ViTConfig(patch_size=16, hidden_size=192, mlp_dim=768, num_heads=3, num_layers=12, dropout_rate=0.0)
+_SMALL = ViTConfig(patch_size=16, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=12, dropout_rate=0.0)
 _BASE = ViTConfig(patch_size=16, hidden_size=768, mlp_dim=3072, num_heads=12, num_layers=12)
 _LARGE = ViTConfig(patch_size=16, hidden_size=1024, mlp_dim=4096, num_heads=16, num_layers=24)
 _TESTING = ViTConfig(patch_size=16, hidden_size=32, mlp_dim=64, num_heads=4, num_layers=2)
 
 DEMO = "ViT-demo"
 
-CONFIGS: dict[str, ViTConfig] = {
+# Dropout rates: 0.1 for the reference script's models, as there; Google's for the others.
+_MODELS: dict[str, ViTConfig] = {
     "ViT-B_16": _BASE,
     "ViT-B_32": replace(_BASE, patch_size=32),
     "ViT-L_16": _LARGE,
     "ViT-L_32": replace(_LARGE, patch_size=32),
     "ViT-H_14": ViTConfig(patch_size=14, hidden_size=1280, mlp_dim=5120, num_heads=16, num_layers=32),
     "R50-ViT-B_16": replace(_BASE, patch_size=1, resnet_units=(3, 4, 9)),
-    # Its pretrained weights never saw dropout, and short trainings lose points by it.
-    "ViT-S_14": ViTConfig(patch_size=14, hidden_size=384, mlp_dim=1536, num_heads=6, num_layers=12, dropout_rate=0.0),
+    # The AugReg family (Steiner et al., arXiv 2106.10270).
+    "ViT-Ti_16": _TINY,
+    "ViT-S_16": _SMALL,
+    "ViT-S_32": replace(_SMALL, patch_size=32),
+    "R-ViT-Ti_16": replace(_TINY, patch_size=8, resnet_units=()),
+    "R26-ViT-S_32": replace(_SMALL, patch_size=1, resnet_units=(2, 2, 2, 2)),
+    "R50-ViT-L_32": replace(_LARGE, patch_size=1, resnet_units=(3, 4, 6, 3)),
+    # DINOv2's small shape.  Its pretrained weights never saw dropout, and short trainings lose points by it.
+    "ViT-S_14": replace(_SMALL, patch_size=14),
     # Small enough to learn on a laptop; checkpoint/ViT-demo.npz holds it pretrained.
     DEMO: ViTConfig(patch_size=8, hidden_size=128, mlp_dim=512, num_heads=4, num_layers=4, dropout_rate=0.0),
     # Small enough for unit tests.
@@ -97,7 +107,34 @@ CONFIGS: dict[str, ViTConfig] = {
 }
 
 #: Google's name of a model whose name here differs: its files are found under both.
-GOOGLE_NAMES: dict[str, str] = {"R50-ViT-B_16": "R50+ViT-B_16"}
+GOOGLE_NAMES: dict[str, str] = {
+    "R50-ViT-B_16": "R50+ViT-B_16",
+    "R-ViT-Ti_16": "R+ViT-Ti_16",
+    "R26-ViT-S_32": "R26+ViT-S_32",
+    "R50-ViT-L_32": "R50+ViT-L_32",
+}
 
-#: Models whose weights Google publishes, all of them pretrained on imagenet21k.
-PUBLISHED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50-ViT-B_16")
+#: The architectures by ``--model_type``.
+CONFIGS: dict[str, ViTConfig] = _MODELS | {google: _MODELS[name] for name, google in GOOGLE_NAMES.items()}
+
+#: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
+#: Of the AugReg files, those that Google's README recommends.
+PUBLISHED: dict[str, str] = {
+    "ViT-B_16": "imagenet21k/ViT-B_16",
+    "ViT-B_32": "imagenet21k/ViT-B_32",
+    "ViT-L_16": "imagenet21k/ViT-L_16",
+    "ViT-L_32": "imagenet21k/ViT-L_32",
+    "ViT-H_14": "imagenet21k/ViT-H_14",
+    "R50-ViT-B_16": "imagenet21k/R50+ViT-B_16",
+    "ViT-Ti_16": "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+    "ViT-S_16": "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
+    "ViT-S_32": "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
+    "R-ViT-Ti_16": "augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+    "R26-ViT-S_32": "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
+    "R50-ViT-L_32": "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
+}
+
+
+def canonical_name(model_type: str) -> str:
+    """This project's name of a model that may be called by Google's."""
+    return next((name for name, google_name in GOOGLE_NAMES.items() if google_name == model_type), model_type)

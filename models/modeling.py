@@ -48,8 +48,9 @@ class Attention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, T, K)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (self._split_heads(linear(x)) for linear in (self.query, self.key, self.value))
+    def forward(self, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
+        q = self._split_heads(self.query(x[:, :num_queries]))  # (B, A, num_queries or T, K)
+        k, v = self._split_heads(self.key(x)), self._split_heads(self.value(x))
         probs = None
         if self.vis or (x.device.type == "cpu" and torch.is_grad_enabled()):
             # The fused kernel returns no probabilities; on CPUs its backward is slower than this.
@@ -80,7 +81,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block: attention and MLP, each around a shortcut."""
+    """Pre-norm encoder block: attention and MLP, each around a shortcut.
+
+    With ``num_queries`` only the first tokens go on, each of which still attends to all.
+    """
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
         super().__init__()
@@ -89,25 +93,29 @@ class Block(nn.Module):
         self.ffn = Mlp(config)
         self.attn = Attention(config, vis)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        h, probs = self.attn(self.attention_norm(x))
-        x = x + h
+    def forward(self, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
+        h, probs = self.attn(self.attention_norm(x), num_queries)
+        x = x[:, :num_queries] + h
         x = x + self.ffn(self.ffn_norm(x))
         return x, probs
 
 
 class Encoder(nn.Module):
-    """All blocks and the final norm.  (B, T, D) -> (B, T, D) and the blocks' probabilities."""
+    """All blocks and the final norm.  (B, T, D) -> (B, T, D) and the blocks' probabilities.
+
+    With ``class_only`` the result is (B, 1, D), the class token: what the last block would make of the
+    other tokens, most of its work, is left out.
+    """
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Block(config, vis) for _ in range(config.num_layers))
         self.encoder_norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, list[Tensor]]:
         attn_weights = []
         for block in self.layer:
-            x, probs = block(x)
+            x, probs = block(x, num_queries=1 if class_only and block is self.layer[-1] else None)
             if probs is not None:
                 attn_weights.append(probs)
         return self.encoder_norm(x), attn_weights
@@ -164,8 +172,8 @@ class Transformer(nn.Module):
         self.embeddings = Embeddings(config, img_size)
         self.encoder = Encoder(config, vis)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.encoder(self.embeddings(x))
+    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, list[Tensor]]:
+        return self.encoder(self.embeddings(x), class_only)
 
 
 class VisionTransformer(nn.Module):
@@ -175,7 +183,7 @@ class VisionTransformer(nn.Module):
         config: the architecture, one of ``CONFIGS``.
         img_size: side of the pictures, in pixels.
         num_classes: outputs of the head.
-        zero_head: start the head at zero, as for fine-tuning; ``load_from`` then leaves it alone.
+        zero_head: fine-tune: ``load_from`` leaves the head at the zeros it starts with.
         vis: return every block's attention probabilities.
     """
 
@@ -192,6 +200,7 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.num_classes = num_classes
         self.zero_head = zero_head
+        self.vis = vis
         self.transformer = Transformer(config, img_size, vis)
         self.head = nn.Linear(config.hidden_size, num_classes)
         self.reset_parameters()
@@ -222,7 +231,7 @@ class VisionTransformer(nn.Module):
             The mean cross-entropy if labels are given, else logits (B, num_classes) and, for
             ``vis=True``, one (B, A, T, T) tensor of attention probabilities per block.
         """
-        x, attn_weights = self.transformer(x)
+        x, attn_weights = self.transformer(x, class_only=not self.vis)
         logits = self.head(x[:, 0])
         if labels is not None:
             return F.cross_entropy(logits.float(), labels)
@@ -261,7 +270,9 @@ class VisionTransformer(nn.Module):
             for name, x in own.items()
             if name in state and x.shape != state[name].shape
         }
-        later = (positions, head, "head.weight")  # these may differ for reasons of their own, told below
+        later = [head, "head.weight"]  # these may differ for reasons of their own, told below
+        if positions in state and state[positions].ndim == 3:
+            later.append(positions)
         wrong = [misfit for name, misfit in misfits.items() if name not in later]
         wrong += [f"{name}: expected {tuple(x.shape)}, not in the file" for name, x in own.items() if name not in state]
         wrong += [f"{name}: not in this model" for name in state if name not in own]

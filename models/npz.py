@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator, Mapping
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import CONFIGS, DEMO, GOOGLE_NAMES, PUBLISHED, ViTConfig
+from models.configs import CONFIGS, DEMO, GOOGLE_NAMES, PUBLISHED, ViTConfig, canonical_name
 
 logger = logging.getLogger(__name__)
 
-#: Names of the Flax version that wrote most AugReg and SAM files, and the historical ones.
+#: How newer Flax versions number a block's layers, and how the historical ones did.
 _NEW_NUMBERING = {
     "LayerNorm_1": "LayerNorm_2",
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
@@ -164,32 +165,34 @@ def load(path: str, model_type: str) -> dict[str, np.ndarray]:
 
 
 def find(path: str, model_type: str) -> str:
-    """The .npz file that a file's or a folder's path means."""
-    google_name = GOOGLE_NAMES.get(model_type, model_type)
-    problem = f"there is no file {path}"
+    """The .npz file that a file's or a folder's path means.
+
+    Raises:
+        ValueError: there is none; the message has the command that downloads it.
+    """
     if os.path.isfile(path):
         return path
+    name = canonical_name(model_type)
+    own_names = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
     folder, file = os.path.split(path)
+    problem = f"there is no file {path}"
     if os.path.isdir(path):
-        names = dict.fromkeys(
-            f"{upstream}{n}.npz" for upstream in ("", "imagenet21k_") for n in (model_type, google_name)
-        )
-        for name in names:
-            if os.path.isfile(os.path.join(path, name)):
-                return os.path.join(path, name)
-        problem = f"{path} has none of {', '.join(names)}"
         folder, file = path, ""
-    if model_type == DEMO:
+        candidates = [f"{upstream}{own}.npz" for upstream in ("", "imagenet21k_", "augreg_") for own in own_names]
+        for candidate in candidates:
+            if os.path.isfile(os.path.join(folder, candidate)):
+                return os.path.join(folder, candidate)
+        problem = f"{path} has none of {', '.join(candidates)}"
+    if name == DEMO:
         raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
-    if model_type not in PUBLISHED:
-        raise ValueError(f"{problem}; Google publishes no {model_type}, --pretrained_dir '' starts from random weights")
-    if model_type not in file and google_name not in file:
-        path = os.path.join(folder, f"imagenet21k_{model_type}.npz")
-        problem += f", and --model_type {model_type} needs its own"
-    raise ValueError(
-        f"{problem}; download it with: curl --create-dirs -fo {path} {BUCKET}/imagenet21k/{google_name}.npz"
-        + (f" and give --pretrained_dir {path}" if path not in problem else "")
-    )
+    if name not in PUBLISHED:
+        raise ValueError(f"{problem}; Google publishes no {name}, --pretrained_dir '' starts from random weights")
+    if not any(own in file for own in own_names):
+        path = os.path.join(folder, f"{PUBLISHED[name].split('/')[0]}_{name}.npz")
+        problem += f", and --model_type {name} needs its own"
+    command = f"curl --create-dirs -fo {shlex.quote(path)} {BUCKET}/{PUBLISHED[name]}.npz"
+    remedy = f" and give --pretrained_dir {path}" if path not in problem else ""
+    raise ValueError(f"{problem}; download it with: {command}{remedy}")
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -238,7 +241,7 @@ def match(
         num_classes: outputs of the head, or None to leave the head out.
 
     Raises:
-        ValueError: an array is missing or has the wrong shape.
+        ValueError: an array is missing, has the wrong shape or holds a NaN; the message names it.
     """
     names = normalize_names(weights)
     arrays: dict[str, np.ndarray] = {}
@@ -254,6 +257,8 @@ def match(
         elif not _fits(entry, array.shape):
             expected = f"(1, 1 + n * n, {config.hidden_size})" if entry.google == POSITIONS else entry.shape
             wrong.append(f"{entry.google}: expected {expected}, found {array.shape}")
+        elif not np.isfinite(array).all():
+            wrong.append(f"{entry.google}: it holds NaN or infinity")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError("; ".join(wrong[:3]) + more + _hint(names, weights))

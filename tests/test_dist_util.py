@@ -137,7 +137,7 @@ except OSError:
 seen["sum_after_a_failure"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
 
 writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
-log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2, enabled=False)
+log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)
 seen["stopped"] = None
 try:
     for step in range(1, 5):

@@ -119,7 +119,7 @@ def test_a_folder_whose_name_has_wildcards_is_taken_literally(tmp_path):
 
 def make_log(num_steps=7, log_every=3, images_per_step=8, writer=None):
     writer = writer or Recorder()
-    return writer, TrainingLog(writer, num_steps, images_per_step, log_every, enabled=False)
+    return writer, TrainingLog(writer, num_steps, images_per_step, log_every)
 
 
 def test_it_writes_the_mean_since_the_last_line_at_every_nth_and_the_last_step(clock):
@@ -206,9 +206,10 @@ def test_the_log_writes_through_the_real_writer(tmp_path):
     assert set(read_events(tmp_path)) == {"train/loss", "train/lr", "images_per_sec"}
 
 
-def test_only_an_enabled_log_shows_a_bar(capsys):
+def test_only_the_main_process_shows_a_bar(capsys, monkeypatch):
     for enabled in (False, True):
-        log = TrainingLog(Recorder(), 2, 8, 1, enabled)
+        monkeypatch.setenv("RANK", "0" if enabled else "1")
+        log = TrainingLog(Recorder(), 2, 8, 1)
         log.update(1, torch.tensor(0.25), 0.1)
         log.update(2, torch.tensor(0.25), 0.1)
         log.close()

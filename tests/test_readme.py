@@ -80,6 +80,11 @@ def test_links_to_files_lead_somewhere(document):
             assert ((ROOT / document).parent / target).exists(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_nothing_is_left_to_fill_in(document):
+    assert not re.search(r"[A-Z]_HERE\b", text_of(document))
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "test-gpu", "soak"])
 def test_the_makefile_has_what_the_documents_name(target):
     assert re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE)

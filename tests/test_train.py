@@ -194,6 +194,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(capsys):
     assert "at step" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_weights_that_went_bad_are_not_saved(capsys):
+    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "1e38", "--max_grad_norm", "inf"]
+    assert train.main([*args, "--eval_every", "3", "--log_every", "100"]) == 1
+    assert "test/loss is nan at step 3" in capsys.readouterr().err.splitlines()[-1]
+    assert not os.path.exists("output/a_checkpoint.bin")
+    assert "NaN" not in Path("logs/a/metrics.jsonl").read_text()
+
+
 def _truncated():
     with open("whole.npz", "wb") as f:
         model = VisionTransformer(CONFIGS["testing"], 32, 10)
@@ -251,6 +259,8 @@ BAD_INPUT = {
     "negative rate": (lambda: [*SCRATCH, "--learning_rate", "-1"], ["--learning_rate"]),
     "word for a number": (lambda: [*SCRATCH, "--num_steps", "many"], ["--num_steps", "many"]),
     "dropout of one": (lambda: [*SCRATCH, "--dropout", "1"], ["--dropout"]),
+    "name too long for a file": (lambda: [*SCRATCH, "--name", "n" * 230], ["--name", "230"]),
+    "seed too large": (lambda: [*SCRATCH, "--seed", str(2**63)], ["--seed", str(2**63)]),
     "name with a folder": (lambda: [*SCRATCH, "--name", "a/b"], ["--name", "a/b"]),
     "unknown flag": (lambda: [*SCRATCH, "--turbo"], ["--turbo"]),
     "no checkpoint to evaluate": (lambda: ["-v"], ["output/a_checkpoint.bin"]),

@@ -18,6 +18,7 @@ from torch import Tensor
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
+CHUNK = 16  # pictures that are resized at once
 PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
 #: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
 NUM_DRAWS = 4 * NUM_TRIES + 1
@@ -71,7 +72,7 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int) -> T
         out_size: pixels to make of the part.
 
     Returns:
-        (B, out_size, size); each row sums to 1 and is zero outside the part.
+        (B, out_size, size); each row sums to 1, but for Pillow's rounding, and is zero outside the part.
     """
     dtype = exact_dtype(start.device)
     start, length = start[:, None, None].to(dtype), length[:, None, None].to(dtype)
@@ -87,7 +88,7 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int) -> T
 
 def exact_dtype(device: torch.device) -> torch.dtype:
     """The type in which a picture's products with Pillow's weights have no rounding error: 8 + 22 bits."""
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def whole_levels(x: Tensor) -> Tensor:
@@ -107,6 +108,15 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
     Returns:
         (B, 3, out_size, out_size) float32 in [-1, 1].
     """
+    out = torch.empty(len(pictures), 3, out_size, out_size, device=pictures.device)
+    for start in range(0, len(pictures), CHUNK):  # the exact products take several times the memory of the result
+        part = slice(start, start + CHUNK)
+        out[part] = _exact_crop(pictures[part], boxes[part], out_size, None if mirrored is None else mirrored[part])
+    return normalize(out)
+
+
+def _exact_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None) -> Tensor:
+    """Whole grey levels (B, 3, out_size, out_size)."""
     top, left, height, width = boxes.unbind(dim=1)
     rows = resize_weights(top, height, pictures.shape[2], out_size)  # (B, out, H)
     cols = resize_weights(left, width, pictures.shape[3], out_size)  # (B, out, W)
@@ -114,8 +124,7 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
         cols = torch.where(mirrored[:, None, None], cols.flip(1), cols)
     # Two small products a picture; the channels ride along as rows of the first.
     x = whole_levels(pictures.to(cols.dtype).flatten(1, 2) @ cols.transpose(1, 2))  # (B, 3 * H, out)
-    x = whole_levels(rows[:, None] @ x.unflatten(1, (3, -1)))  # (B, 3, out, out)
-    return normalize(x.float())
+    return whole_levels(rows[:, None] @ x.unflatten(1, (3, -1)))  # (B, 3, out, out)
 
 
 def resize(pictures: Tensor, out_size: int) -> Tensor:
@@ -169,11 +178,13 @@ class TrainTransform(EvalTransform):
     num_draws = NUM_DRAWS
 
     def batch(self, pictures: Tensor, draws: Tensor) -> Tensor:
+        """As ``EvalTransform.batch``, of a crop of each picture; ``draws`` may stay on the CPU."""
         boxes = crop_boxes(draws, *pictures.shape[2:]).to(pictures.device, non_blocking=True)
         mirrored = flips(draws).to(pictures.device, non_blocking=True) if self.hflip else None
         return resized_crop(pictures, boxes, self.img_size, mirrored)
 
     def picture(self, picture: Image.Image, draws: Tensor) -> Tensor:
+        """As ``EvalTransform.picture``, of a crop of the picture."""
         top, left, height, width = crop_boxes(draws[None], picture.height, picture.width)[0].tolist()
         x = super().picture(picture.crop((left, top, left + width, top + height)), draws)
         return x.flip(2) if self.hflip and flips(draws[None])[0] else x

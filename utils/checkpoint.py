@@ -7,7 +7,6 @@ the weights belong to.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import tempfile
@@ -17,17 +16,18 @@ from typing import IO
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside ``path`` that takes its place when the block ends well.
 
     Whoever looks at ``path``, even after a power cut, finds the old file or the whole new one.
+
+    Raises:
+        OSError: the file could not be written; the old one is untouched.
     """
     folder = os.path.dirname(path) or "."
-    fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=folder)
+    fd, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(fd, "wb") as f:
             yield f
@@ -41,11 +41,12 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    folder_fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
+    with contextlib.suppress(OSError):  # not every system lets a folder be synced; the file itself is
+        folder_fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(folder_fd)
+        finally:
+            os.close(folder_fd)
 
 
 def check_writable(folder: str) -> None:
@@ -80,13 +81,11 @@ def load_weights(path: str) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         # torch's own text advises to load the file without safety.
-        logger.debug("Refused %s", path, exc_info=e)
         raise ValueError(
-            f"{path} does not hold tensors only, and what else it holds could run code; "
+            f"{path} is no checkpoint, or holds more than tensors, which could run code and is not read; "
             "save `model.state_dict()` and give that file"
         ) from e
     except Exception as e:  # damaged bytes lead the reader to IndexError, AssertionError, struct.error and more
-        logger.debug("Could not read %s", path, exc_info=e)
         raise ValueError(f"{path} cannot be read as a checkpoint of torch.save; is it cut off or damaged?") from e
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items())
     if not named or not state:

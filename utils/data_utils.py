@@ -34,13 +34,14 @@ logger = logging.getLogger(__name__)
 
 NAMED_DATASETS = ("cifar10", "cifar100", "digits")
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-#: Splits of a folder whose pictures, all of one size, take no more than this are decoded once.
+#: A folder's split is decoded once, into memory, if its pictures have one size and are this small.
+MEMORY_PICTURE_PX = 256 * 256
 MEMORY_LIMIT_BYTES = 2**30
 DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits.npz")
 
 
 class Transform(Protocol):
-    """Makes the model's input of pictures (``augment.TrainTransform`` and ``augment.EvalTransform``)."""
+    """Makes the model's input of pictures; ``augment.EvalTransform`` says what each method does."""
 
     @property
     def num_draws(self) -> int: ...
@@ -110,12 +111,17 @@ def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
             return _load_cifar(name, data_dir)
     if name == "digits":
         return _load_digits()
-    if not os.path.isdir(name):
+    check_name(name)
+    return _load_folder(name, num_workers)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless ``name`` is a data set's or a folder's."""
+    if name not in NAMED_DATASETS and not os.path.isdir(name):
         raise ValueError(
             f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
             "a folder needs train/<class>/ and test/<class>/"
         )
-    return _load_folder(name, num_workers)
 
 
 def _load_cifar(name: str, data_dir: str) -> DataSets:
@@ -177,9 +183,13 @@ def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = []
+        found: list[str] = []
+        seen: set[str] = set()  # a link may lead back up
         for parent, subfolders, files in os.walk(os.path.join(folder, name), followlinks=True):
-            subfolders[:] = [f for f in subfolders if not f.startswith(".")]
+            seen.add(os.path.realpath(parent))
+            subfolders[:] = [
+                f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen
+            ]
             found += [
                 os.path.join(parent, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
             ]
@@ -201,8 +211,9 @@ def read_picture(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
-                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
+                grey = np.asarray(picture).clip(0, 65535) >> 8  # Pillow would cut 16 bits off at 255
+                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
@@ -215,7 +226,7 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
     """All pictures as (N, 3, H, W) uint8, or None if they differ in size or take too much memory."""
     first = _to_tensor(read_picture(paths[0]))
-    if first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
+    if first[0].numel() > MEMORY_PICTURE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
         return None
     images = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
 
@@ -228,9 +239,7 @@ def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
 
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         done = pool.map(decode, range(len(paths)))
-        for same_size in tqdm(
-            done, "Decoding", len(paths), unit="picture", leave=False, disable=not dist_util.is_main()
-        ):
+        for same_size in tqdm(done, "Decoding", len(paths), unit="picture", leave=False, **dist_util.bar_options()):
             if not same_size:
                 pool.shutdown(cancel_futures=True)
                 return None
@@ -371,7 +380,6 @@ def _batches(
         yield transform.complete(x), y
 
 
-@dataclass(frozen=True)
 class _DecodeTask(Dataset):
     """Decodes and transforms one picture in a worker process.
 
@@ -379,8 +387,9 @@ class _DecodeTask(Dataset):
     as a stack.
     """
 
-    pictures: FilePictures
-    transform: Transform
+    def __init__(self, pictures: FilePictures, transform: Transform) -> None:
+        self.pictures = pictures
+        self.transform = transform
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | str:
         index, draws = item

@@ -1,14 +1,16 @@
 """The processes of a run: who this one is, and the few things they do together.
 
-The only module of ``utils`` that its neighbours may import.  A single process is the case where every
-function here does nothing; no caller needs to ask which case it is in.
+The only module of ``utils`` that its neighbours may import.  With a single process the collective
+functions do nothing, so that no caller needs to ask which case it is in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +24,14 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         device_name: auto, cpu, cuda or mps.
         local_rank: what the launcher passed as ``--local_rank``, or -1.
 
+    Returns:
+        The device, with its number if it is a GPU.
+
     Raises:
         ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """
     kind = _device_type(device_name)
-    env_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise ValueError(
             f"--local_rank {local_rank} without a launcher; start several processes with "
@@ -38,13 +43,18 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         if env_rank >= torch.cuda.device_count():
             raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
         torch.cuda.set_device(env_rank)
+    device = torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    return device
 
 
 def _device_type(name: str) -> str:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if "WORLD_SIZE" in os.environ:
+        if name == "mps":
+            raise ValueError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
+        available["mps"] = False
     if name == "auto":
         return next(kind for kind, there in available.items() if there)
     if not available[name]:
@@ -76,6 +86,11 @@ def is_main() -> bool:
 def num_cpus() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bar_options() -> dict[str, Any]:
+    """How tqdm shows progress: on the main process only, and rarely where the bar goes to a file."""
+    return {"disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
 
 
 def barrier() -> None:
@@ -111,7 +126,7 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``wrap``."""
+    """The model that ``wrap`` wrapped."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

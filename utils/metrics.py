@@ -1,6 +1,6 @@
 """What a run tells its user: TensorBoard events, ``metrics.jsonl``, and the progress bar.
 
-Only the main process has a writer; this module decides what is shown, never what is computed.
+Only the main process's writer writes; this module decides what is shown, never what is computed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ class MetricsWriter:
         self._lines = open(os.path.join(log_dir, METRICS_FILE), "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line and its scalars."""
+        """Adds one line and its scalars.
+
+        Raises:
+            FloatingPointError: a value is not finite; nothing is written.
+        """
+        check_finite(step, values)
         if not self.enabled:
             return
         for tag, value in values.items():
@@ -66,6 +71,15 @@ class MetricsWriter:
         if self.enabled:
             self._events.close()
             self._lines.close()
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Raises FloatingPointError that names the metric and the step, if one is NaN or infinite."""
+    for tag, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{tag} is {value} at step {step}; a lower --learning_rate or a longer --warmup_steps may help"
+            )
 
 
 def _set_aside_earlier(log_dir: str) -> None:
@@ -92,12 +106,9 @@ class TrainingLog:
         num_steps: updates of the whole run.
         images_per_step: pictures of one update, over all processes.
         log_every: updates between two lines.
-        enabled: False on processes that show nothing.
     """
 
-    def __init__(
-        self, writer: MetricsWriter, num_steps: int, images_per_step: int, log_every: int, enabled: bool = True
-    ) -> None:
+    def __init__(self, writer: MetricsWriter, num_steps: int, images_per_step: int, log_every: int) -> None:
         self._writer = writer
         self._num_steps = num_steps
         self._images_per_step = images_per_step
@@ -107,8 +118,7 @@ class TrainingLog:
             total=num_steps,
             desc="Training",
             unit="step",
-            dynamic_ncols=True,
-            disable=not enabled,
+            **dist_util.bar_options(),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
         )
         self._total_secs, self._total_steps = 0.0, 0
@@ -137,13 +147,9 @@ class TrainingLog:
             return
         summed = dist_util.sum_over_ranks(torch.stack(self._losses))
         losses = (summed / dist_util.world_size()).tolist()  # the one wait for the device between two lines
+        for at, value in enumerate(losses, step - len(losses) + 1):
+            check_finite(at, {"train/loss": value})
         mean = sum(losses) / len(losses)
-        if not math.isfinite(mean):
-            bad = next(i for i, x in enumerate(losses) if not math.isfinite(x))
-            raise FloatingPointError(
-                f"train/loss is {losses[bad]} at step {step - len(losses) + 1 + bad}; "
-                "a lower --learning_rate or a longer --warmup_steps may help"
-            )
         secs = max(time.perf_counter() - self._since, 1e-9)
         speed = self._steps_timed * self._images_per_step / secs
         self._total_secs += secs

@@ -8,7 +8,7 @@ The levels are those of NVIDIA apex (nvidia.github.io/apex/amp.html), done with 
         token and position embeddings stay float32
     O3  half precision throughout
 
-Half is float16 with loss scaling on CUDA, bfloat16 without on CPUs.  The training loop reads the same
+Half is float16 on CUDA, with loss scaling at O1 and O2, and bfloat16 without on CPUs.  The training loop reads the same
 for all of them.
 """
 
@@ -103,6 +103,7 @@ class Precision:
             torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1 / self.static_scale)
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
+        # Dynamic scaling waits for the device in any case: the scaler must know whether to skip.
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
         self.scaler.step(optimizer)
         self.scaler.update()
