@@ -347,6 +347,25 @@ def test_sixteen_bit_grey_keeps_its_levels(tmp_path):
     np.testing.assert_allclose(got, np.repeat(grey[..., None] / 257, 3, axis=2), atol=1)
 
 
+@pytest.mark.parametrize(("level", "grey"), [(200, 200), (51400, 200), (70000, 255)])
+def test_thirty_two_bit_grey_is_taken_as_bytes_or_as_sixteen_bits(tmp_path, level, grey):
+    path = save(Image.new("I", (4, 4), level), tmp_path, "a.tiff")
+    assert set(np.array(data_utils.read_picture(path)).ravel()) == {grey}
+
+
+def test_photos_of_one_size_are_not_held_in_memory(tmp_path, rng):
+    for split, name in (("train", "cat"), ("test", "cat")):
+        save(noise(rng, 257, 257), tmp_path, split, name, "0.png")
+    data = load_datasets(str(tmp_path), "", 1)
+    assert isinstance(data.train, FilePictures)
+
+
+def test_a_link_that_leads_back_up_does_not_multiply_the_pictures(folder):
+    before = len(load_datasets(str(folder), "", 1).train)
+    (folder / "train" / "dog" / "loop").symlink_to(folder / "train" / "dog", target_is_directory=True)
+    assert len(load_datasets(str(folder), "", 1).train) == before
+
+
 @pytest.mark.parametrize("missing", ["train", "test", "both"])
 def test_a_folder_without_its_splits_is_refused_with_the_layout(folder, missing):
     for split in ("train", "test") if missing == "both" else (missing,):

@@ -421,7 +421,13 @@ def test_finetuned_weights_without_a_part_are_refused(missing):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("head.weight", (9, 32)), ("head.weight", (10, 31)), ("transformer.embeddings.position_embeddings", (1, 10, 31))],
+    [
+        ("head.weight", (9, 32)),
+        ("head.weight", (10, 31)),
+        ("transformer.embeddings.position_embeddings", (1, 10, 31)),
+        ("transformer.embeddings.position_embeddings", (10, 32)),
+        ("transformer.embeddings.position_embeddings", (10,)),
+    ],
 )
 def test_finetuned_weights_that_contradict_themselves_are_refused_whole(name, shape):
     model = VisionTransformer(PLAIN, img_size=48, num_classes=10)
