@@ -229,6 +229,18 @@ def test_arrays_that_are_no_floats_are_refused(dtype):
         build(PLAIN).load_from(weights)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_number_that_is_none_is_named_and_nothing_loads(bad, dtype):
+    weights = {name: x.astype(dtype) for name, x in fake_npz.arrays(PLAIN).items()}
+    weights["Transformer/encoderblock_1/MlpBlock_3/Dense_0/bias"][7] = bad
+    model = build(PLAIN)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match="encoderblock_1/MlpBlock_3/Dense_0/bias: it holds NaN or infinity"):
+        model.load_from(weights)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [("ViT-demo", {}), ("testing-hybrid", {}), ("testing-hybrid", {"newer_names": True, "flat_norms": True})],
@@ -502,7 +514,13 @@ def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
 
 @pytest.mark.parametrize(
     ("model_type", "file"),
-    [("ViT-B_16", "ViT-B_16.npz"), ("ViT-H_14", "ViT-H_14.npz"), ("R50-ViT-B_16", "R50+ViT-B_16.npz")],
+    [
+        ("ViT-B_16", "imagenet21k/ViT-B_16.npz"),
+        ("ViT-H_14", "imagenet21k/ViT-H_14.npz"),
+        ("R50-ViT-B_16", "imagenet21k/R50+ViT-B_16.npz"),
+        ("ViT-S_16", "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz"),
+        ("R26-ViT-S_32", "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz"),
+    ],
 )
 @pytest.mark.parametrize("given", ["missing/{}.npz", "missing/imagenet21k_{}.npz", "ViT-L_32.npz", ".", "{}"])
 def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model_type, file, given):
@@ -513,7 +531,7 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
         npz.find(str(path), model_type)
     message = str(e.value)
     assert str(path) in message
-    assert f"https://storage.googleapis.com/vit_models/imagenet21k/{file}" in message
+    assert f"https://storage.googleapis.com/vit_models/{file}" in message
     target = Path(message.split(" -fo ")[1].split()[0])
     if "{}.npz" in given:
         assert target == path
@@ -524,6 +542,13 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
     target.parent.mkdir(exist_ok=True)
     target.touch()  # what the command would leave is found the next time
     assert npz.find(str(path if path.is_dir() else target), model_type) == str(target)
+
+
+@pytest.mark.parametrize("name", ["R26-ViT-S_32.npz", "R26+ViT-S_32.npz", "augreg_R26-ViT-S_32.npz"])
+@pytest.mark.parametrize("model_type", ["R26-ViT-S_32", "R26+ViT-S_32"])
+def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
+    (tmp_path / name).touch()
+    assert npz.find(str(tmp_path), model_type) == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x: torch.Tensor) -> torch.Tensor:
+    """In the pictures' number format."""
     with torch.device("meta"):  # initial values would take longer than the test
         model = timm.models.vision_transformer.VisionTransformer(
             img_size=img_size,
@@ -46,22 +47,23 @@ def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x
         # timm resizes position embeddings with the grids' edges aligned, Google with their corners.
         positions = npz.read(path)["Transformer/posembed_input/pos_embedding"].astype(np.float32)
         model.pos_embed.copy_(torch.from_numpy(npz.resize_positions(positions, config.grid_size(img_size))))
-        return model(x)
+        return model.to(x.dtype)(x)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("img_size", [224, 384])
-def test_logits_are_timms(checkpoint, img_size):
+def test_logits_are_timms(checkpoint, img_size, dtype, tolerance):
     model_type, path = checkpoint
     config = CONFIGS[model_type]
-    x = torch.rand(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.rand(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
     with torch.device("meta"):
         model = VisionTransformer(config, img_size, NUM_CLASSES)
     model = model.to_empty(device="cpu").eval()
     model.load_from(npz.read(path))
     with torch.no_grad():
-        logits, _ = model(x)
+        logits, _ = model.to(dtype)(x)
     expected = timm_logits(path, config, img_size, NUM_CLASSES, x)
-    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_features_of_real_weights_are_timms(shared_data):

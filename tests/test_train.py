@@ -107,6 +107,25 @@ def test_weights_of_a_wrapped_model_evaluate_alike(checkpoint, caplog):
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.parametrize("model_type", ["testing", "testing-hybrid"])
+def test_fine_tuned_weights_go_back_to_googles_layout_and_evaluate_to_the_same_logits(model_type):
+    tiny = [*TINY, "--model_type", model_type]
+    assert train.main(["--name", "a", *tiny, *SHORT, *SCRATCH]) == 0
+    state = torch.load("output/a_checkpoint.bin", weights_only=True)
+    config = CONFIGS[model_type]
+    with open("a.npz", "wb") as f:
+        npz.write(f, npz.from_state_dict(state, config, 32))
+    model = VisionTransformer(config, 32, 10, zero_head=False)
+    model.load_from(np.load("a.npz"))
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert train.main(["--name", "a", *tiny, "-v"]) == 0
+
+
+def test_googles_model_names_are_model_types():
+    args = train.make_parser().parse_args(["--name", "x", "--model_type", "R50+ViT-B_16"])
+    assert CONFIGS[args.model_type] == CONFIGS["R50-ViT-B_16"]
+
+
 def test_first_loss_from_a_zero_head_is_log_of_the_classes():
     model = VisionTransformer(CONFIGS["testing"], 48, 10)
     with open("testing.npz", "wb") as f:
