@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from benchmarks.agreement import timm_logits
 from models import npz
-from models.configs import CONFIGS, ViTConfig
+from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests import fake_npz
 
-timm = pytest.importorskip("timm", reason="timm is the independent implementation")
+pytest.importorskip("timm", reason="timm is the independent implementation")
 
 NUM_CLASSES = 10
 
@@ -25,29 +25,6 @@ def checkpoint(request, tmp_path_factory):
     path = fake_npz.save(tmp_path_factory.mktemp("oracles") / f"{request.param}.npz", weights)
     yield request.param, path
     Path(path).unlink()  # pytest would keep some hundred megabytes
-
-
-def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x: torch.Tensor) -> torch.Tensor:
-    """In the pictures' number format."""
-    with torch.device("meta"):  # initial values would take longer than the test
-        model = timm.models.vision_transformer.VisionTransformer(
-            img_size=img_size,
-            patch_size=config.patch_size,
-            embed_dim=config.hidden_size,
-            depth=config.num_layers,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_dim / config.hidden_size,
-            num_classes=num_classes,
-        )
-    model = model.to_empty(device="cpu").eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(torch.nan)  # what is not loaded shows
-        model.load_pretrained(path)
-        # timm resizes position embeddings with the grids' edges aligned, Google with their corners.
-        positions = npz.read(path)["Transformer/posembed_input/pos_embedding"].astype(np.float32)
-        model.pos_embed.copy_(torch.from_numpy(npz.resize_positions(positions, config.grid_size(img_size))))
-        return model.to(x.dtype)(x)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
