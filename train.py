@@ -59,7 +59,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
         for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * schedule(step)
-            torch.manual_seed(data_utils.derive_seed(args.seed, 2, step, rank))  # dropout's
+            torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
             model.train()
             step_loss = torch.zeros((), device=precision.device)
             for part in range(accumulation):

@@ -92,7 +92,10 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def whole_levels(x: Tensor) -> Tensor:
-    """Rounds grey levels in place, halves up, as Pillow does after each of its two passes."""
+    """Rounds grey levels in place, halves up, as Pillow does after each of its two passes.
+
+    The horizontal pass comes first; Pillow 13 turns that round for some pictures that lose height.
+    """
     return x.add_(0.5).floor_()
 
 

@@ -246,6 +246,10 @@ def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
     return images
 
 
+#: What random numbers are for: the first number after the run's seed in ``derive_seed``.
+ORDER, DRAWS, DROPOUT = range(3)
+
+
 def derive_seed(*numbers: int) -> int:
     """One seed from several numbers, such as (seed, step): close numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -278,7 +282,7 @@ class StepSampler:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = torch.randperm(self.num_pictures, generator=generator)
         return self._orders[epoch]
@@ -287,7 +291,7 @@ class StepSampler:
         """The pictures' indices (batch_size,) and their random numbers (batch_size, num_draws) in update ``step``."""
         total = self.batch_size * self.world_size
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, DRAWS, step))
         draws = torch.rand(total, self.num_draws, generator=generator, dtype=torch.float64)[mine]
         start = (step - 1) * total + mine.start
         return self._stream(start, start + self.batch_size), draws
