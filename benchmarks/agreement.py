@@ -4,9 +4,10 @@
 
 For every model that Google publishes: parameters, GFLOPs of one picture, and for the plain ones the
 largest difference of the logits from timm's, relative to the largest logit, both models loaded from
-the same random checkpoint in Google's layout.  timm's hybrids differ from Google's code by design
-(sqrt(var + eps) in weight standardisation), so they are no measure here; tests/test_google_reference.py
-compares with Google's own numbers.  Prints the rows of the README's table; needs timm.
+the same random checkpoint in Google's layout.  timm's hybrids differ from Google's code (sqrt(var + eps)
+in weight standardisation, another epsilon in the norms), so they are no measure here;
+tests/test_google_reference.py compares with Google's own numbers.  Prints the numbers of
+the README's table; needs timm.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Prints, for a random checkpoint in Google's layout, the largest difference of the logits from this
 project's, relative to the largest logit: for erf instead of Flax's tanh GELU, and for what the
-reference script and timm do in the hybrid's stem.  The numbers stand in docs/deviations.md.
+reference script does in the hybrid's stem.  The numbers stand in docs/deviations.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def symmetric_padding(x: Tensor, kernel: int, stride: int, value: float = 0.0) -
 
 
 def sqrt_standardisation(self: modeling_resnet.StdConv2d, x: Tensor) -> Tensor:
-    """The reference's and timm's: sqrt(var + eps) instead of std + eps."""
+    """The reference's: sqrt(var + eps) instead of std + eps."""
     var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
     w = (self.weight - mean) / torch.sqrt(var + 1e-5)
     return F.conv2d(modeling_resnet.pad_same(x, self.kernel_size[0], self.stride[0]), w, stride=self.stride)

@@ -94,8 +94,10 @@ _MODELS: dict[str, ViTConfig] = {
     "ViT-Ti_16": _TINY,
     "ViT-S_16": _SMALL,
     "ViT-S_32": replace(_SMALL, patch_size=32),
+    "ViT-B_8": replace(_BASE, patch_size=8, dropout_rate=0.0),
     "R-ViT-Ti_16": replace(_TINY, patch_size=8, resnet_units=()),
     "R26-ViT-S_32": replace(_SMALL, patch_size=1, resnet_units=(2, 2, 2, 2)),
+    "R26-ViT-B_32": replace(_BASE, patch_size=1, resnet_units=(2, 2, 2, 2), dropout_rate=0.0),
     "R50-ViT-L_32": replace(_LARGE, patch_size=1, resnet_units=(3, 4, 6, 3)),
     # DINOv2's small shape.  Its pretrained weights never saw dropout, and short trainings lose points by it.
     "ViT-S_14": replace(_SMALL, patch_size=14),
@@ -111,6 +113,7 @@ GOOGLE_NAMES: dict[str, str] = {
     "R50-ViT-B_16": "R50+ViT-B_16",
     "R-ViT-Ti_16": "R+ViT-Ti_16",
     "R26-ViT-S_32": "R26+ViT-S_32",
+    "R26-ViT-B_32": "R26+ViT-B_32",
     "R50-ViT-L_32": "R50+ViT-L_32",
 }
 
@@ -118,7 +121,7 @@ GOOGLE_NAMES: dict[str, str] = {
 CONFIGS: dict[str, ViTConfig] = _MODELS | {google: _MODELS[name] for name, google in GOOGLE_NAMES.items()}
 
 #: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
-#: Of the AugReg files, those that Google's README recommends.
+#: Of the AugReg files, those that Google's README recommends; it has others, listed in augreg/index.csv.
 PUBLISHED: dict[str, str] = {
     "ViT-B_16": "imagenet21k/ViT-B_16",
     "ViT-B_32": "imagenet21k/ViT-B_32",

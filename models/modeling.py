@@ -183,7 +183,7 @@ class VisionTransformer(nn.Module):
         config: the architecture, one of ``CONFIGS``.
         img_size: side of the pictures, in pixels.
         num_classes: outputs of the head.
-        zero_head: fine-tune: ``load_from`` leaves the head at the zeros it starts with.
+        zero_head: fine-tune: ``load_from`` sets the head to zero instead of loading it.
         vis: return every block's attention probabilities.
     """
 
@@ -252,6 +252,10 @@ class VisionTransformer(nn.Module):
         left_alone = {"head.weight", "head.bias"} if self.zero_head else set()
         assert set(missing) == left_alone, missing
         assert not unexpected, unexpected
+        if self.zero_head:
+            with torch.no_grad():
+                self.head.weight.zero_()
+                self.head.bias.zero_()
 
     def load_finetuned(self, state: Mapping[str, Tensor]) -> None:
         """Loads a fine-tuned state_dict of exactly this model: all of it, or nothing.

@@ -33,7 +33,11 @@ _NEW_NUMBERING = {
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
     "MlpBlock_0": "MlpBlock_3",
 }
+#: Where files keep their weights, and what else is in a train state.
+_PREFIXES = ("", "opt/target/", "opt/target/params/", "params/", "target/")
+_OPTIMIZER_STATE = ("opt/state/", "opt_state/", "state/")
 BUCKET = "https://storage.googleapis.com/vit_models"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
@@ -179,6 +183,8 @@ def find(path: str, model_type: str) -> str:
     if os.path.isdir(path):
         folder, file = path, ""
         candidates = [f"{upstream}{own}.npz" for upstream in ("", "imagenet21k_", "augreg_") for own in own_names]
+        if name in PUBLISHED and os.path.basename(PUBLISHED[name]) not in own_names:
+            candidates.append(os.path.basename(PUBLISHED[name]) + ".npz")
         for candidate in candidates:
             if os.path.isfile(os.path.join(folder, candidate)):
                 return os.path.join(folder, candidate)
@@ -186,7 +192,9 @@ def find(path: str, model_type: str) -> str:
     if name == DEMO:
         raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
     if name not in PUBLISHED:
-        raise ValueError(f"{problem}; Google publishes no {name}, --pretrained_dir '' starts from random weights")
+        raise ValueError(
+            f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
+        )
     if not any(own in file for own in own_names):
         path = os.path.join(folder, f"{PUBLISHED[name].split('/')[0]}_{name}.npz")
         problem += f", and --model_type {name} needs its own"
@@ -213,18 +221,18 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def normalize_names(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The name in ``weights`` of every array, by its historical name.
+    """The name in ``weights`` of every array, by its historical name without the prefix of a train state.
 
-    Optimiser state beside the weights is left out, and so are the prefixes that come with it.
+    Optimiser state beside the weights is left out.
     """
+    marker = POSITIONS.split("/")[0] + "/"
+    prefix = max(_PREFIXES, key=lambda p: sum(name.startswith(p + marker) for name in weights))
+    own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
+    new_numbering = any(name.startswith(prefix) and "/MlpBlock_0/" in name for name in own)
     names = {}
-    prefix = next((p for p in ("opt/target/", "params/") if any(name.startswith(p) for name in weights)), "")
-    new_numbering = any("/MlpBlock_0/" in name for name in weights)
-    for name in weights:
-        if not name.startswith(prefix):
-            continue
-        parts = name[len(prefix) :].split("/")
-        if new_numbering and re.fullmatch(r"encoderblock_\d+", parts[1] if len(parts) > 2 else ""):
+    for name in own:
+        parts = name.removeprefix(prefix).split("/")
+        if new_numbering and len(parts) > 2 and re.fullmatch(r"encoderblock_\d+", parts[1]):
             parts[2] = _NEW_NUMBERING.get(parts[2], parts[2])
         names["/".join(parts)] = name
     return names
@@ -257,8 +265,8 @@ def match(
         elif not _fits(entry, array.shape):
             expected = f"(1, 1 + n * n, {config.hidden_size})" if entry.google == POSITIONS else entry.shape
             wrong.append(f"{entry.google}: expected {expected}, found {array.shape}")
-        elif not np.isfinite(array).all():
-            wrong.append(f"{entry.google}: it holds NaN or infinity")
+        elif not np.isfinite(array).all() or (array.dtype.itemsize > 4 and np.abs(array).max() > FLOAT32_MAX):
+            wrong.append(f"{entry.google}: it holds NaN, infinity or what float32 cannot hold")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError("; ".join(wrong[:3]) + more + _hint(names, weights))
@@ -330,8 +338,24 @@ def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
 def from_state_dict(
     state: Mapping[str, Tensor], config: ViTConfig, img_size: int, dtype: type[np.generic] = np.float32
 ) -> dict[str, np.ndarray]:
-    """The inverse of ``to_state_dict``, head included: arrays by Google's names, sorted as its files are."""
-    entries = layout(config, img_size, num_classes=len(state["head.bias"]))
+    """The inverse of ``to_state_dict``, head included: arrays by Google's names, sorted as its files are.
+
+    Raises:
+        ValueError: the state_dict is not this model's at this size; the message names what differs.
+    """
+    if "head.bias" not in state:
+        raise ValueError("head.bias: not in the state_dict")
+    entries = list(layout(config, img_size, num_classes=len(state["head.bias"])))
+    shapes = {entry.ours: entry.ours_shape for entry in entries}
+    wrong = [f"{name}: not in the state_dict" for name in shapes if name not in state]
+    wrong += [f"{name}: not in this model" for name in state if name not in shapes]
+    wrong += [
+        f"{name}: expected {shape}, found {tuple(state[name].shape)}"
+        for name, shape in shapes.items()
+        if name in state and state[name].shape != shape
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     arrays = {entry.google: entry.to_array(state[entry.ours], dtype) for entry in entries}
     return dict(sorted(arrays.items(), key=lambda item: item[0].split("/")))
 

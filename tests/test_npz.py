@@ -236,7 +236,7 @@ def test_a_number_that_is_none_is_named_and_nothing_loads(bad, dtype):
     weights["Transformer/encoderblock_1/MlpBlock_3/Dense_0/bias"][7] = bad
     model = build(PLAIN)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(ValueError, match="encoderblock_1/MlpBlock_3/Dense_0/bias: it holds NaN or infinity"):
+    with pytest.raises(ValueError, match="encoderblock_1/MlpBlock_3/Dense_0/bias: it holds NaN, infinity"):
         model.load_from(weights)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
@@ -555,8 +555,11 @@ def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
     ("model_type", "advice"),
     [
         ("ViT-demo", "comes with checkpoint/ViT-demo.npz"),
-        ("ViT-S_14", "Google publishes no ViT-S_14, --pretrained_dir '' starts from random weights"),
-        ("testing", "Google publishes no testing"),
+        (
+            "ViT-S_14",
+            "no file of ViT-S_14 is known here, give its path; --pretrained_dir '' starts from random weights",
+        ),
+        ("testing", "no file of testing is known here"),
     ],
 )
 def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model_type, advice):
@@ -573,3 +576,46 @@ def test_real_float16_weights_load(shared_data, caplog):
     assert "from a grid of 37 x 37 to 4 x 4" in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("prefix", ["", "opt/target/", "opt/target/params/", "params/", "target/"])
+def test_weights_load_from_every_kind_of_train_state(prefix, caplog):
+    weights = {prefix + name: x for name, x in fake_npz.arrays(PLAIN).items()}
+    weights["opt/state/param_states/cls/momentum"] = np.zeros(3)
+    weights["params/stray" if prefix != "params/" else "stray"] = np.zeros(3)
+    plain, wrapped = build(PLAIN), build(PLAIN)
+    plain.load_from(fake_npz.arrays(PLAIN))
+    wrapped.load_from(weights)
+    assert all(torch.equal(x, wrapped.state_dict()[name]) for name, x in plain.state_dict().items())
+    assert "stray" in caplog.text
+    assert "momentum" not in caplog.text
+
+
+def test_numbers_beyond_float32_are_refused():
+    weights = {name: x.astype(np.float64) for name, x in fake_npz.arrays(PLAIN).items()}
+    weights["cls"][0, 0, 3] = 1e300
+    with pytest.raises(ValueError, match="cls: it holds NaN, infinity or what float32 cannot hold"):
+        build(PLAIN).load_from(weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("head.bias"), "head.bias: not in the state_dict"),
+        (lambda state: state.pop("transformer.embeddings.cls_token"), "cls_token: not in the state_dict"),
+        (lambda state: state.update(extra=torch.zeros(1)), "extra: not in this model"),
+        (lambda state: state.update({"head.weight": torch.zeros(32, 10)}), r"head.weight: expected \(10, 32\)"),
+    ],
+)
+def test_a_state_dict_of_another_model_is_not_written(change, message):
+    state = build(PLAIN).state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        npz.from_state_dict(state, PLAIN, 32)
+
+
+def test_a_head_that_was_trained_is_zeroed_for_fine_tuning():
+    model = VisionTransformer(PLAIN, 32, 10, zero_head=True)
+    torch.nn.init.ones_(model.head.weight)
+    model.load_from(fake_npz.arrays(PLAIN))
+    assert not model.head.weight.any()
