@@ -281,7 +281,7 @@ class VisionTransformer(nn.Module):
         wrong += [f"{name}: expected {tuple(x.shape)}, not in the file" for name, x in own.items() if name not in state]
         wrong += [f"{name}: not in this model" for name in state if name not in own]
         if wrong:
-            raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+            raise ValueError(google.first_faults(wrong))
         num_classes = state[head].numel()
         if num_classes != self.num_classes:
             raise ValueError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")

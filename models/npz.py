@@ -268,14 +268,18 @@ def match(
         elif not np.isfinite(array).all() or (array.dtype.itemsize > 4 and np.abs(array).max() > FLOAT32_MAX):
             wrong.append(f"{entry.google}: it holds NaN, infinity or what float32 cannot hold")
     if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError("; ".join(wrong[:3]) + more + _hint(names, weights))
+        raise ValueError(first_faults(wrong) + _hint(names, weights))
     if num_classes is not None and "pre_logits/kernel" in names:
         logger.warning("The head was trained behind a pre_logits layer, which this model has not")
     known = {"head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
     if extra := sorted(set(names) - set(arrays) - known):
         logger.warning("The .npz holds arrays that the model has no place for: %s", ", ".join(extra))
     return arrays
+
+
+def first_faults(faults: list[str]) -> str:
+    """What is wrong with a file's arrays, for a message of one line: three faults and the number of the others."""
+    return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
 def _hint(names: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
@@ -355,7 +359,7 @@ def from_state_dict(
         if name in state and state[name].shape != shape
     ]
     if wrong:
-        raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise ValueError(first_faults(wrong))
     arrays = {entry.google: entry.to_array(state[entry.ours], dtype) for entry in entries}
     return dict(sorted(arrays.items(), key=lambda item: item[0].split("/")))
 
