@@ -30,7 +30,7 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, dist_util
 from utils.metrics import MetricsWriter, TrainingLog
-from utils.precision import AMP_DTYPES, OPT_LEVELS, Precision
+from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
 from utils.scheduler import DECAY_TYPES, make_schedule
 
 logger = logging.getLogger("train")
@@ -38,7 +38,7 @@ logger = logging.getLogger("train")
 
 def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:
     """The training loop: pictures -> batch -> loss -> gradients -> step -> log -> save."""
-    optimizer = torch.optim.SGD(precision.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = precision.make_optimizer(model, args.weight_decay)
     schedule = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
     rank, world_size, accumulation = dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps
     transform = augment.TrainTransform(args.img_size, args.hflip)
@@ -50,6 +50,8 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
         data.train, sampler, steps, micro_batch_size, transform, precision.device, args.num_workers
     )
     images_per_step = args.train_batch_size * world_size
+    if args.compile:
+        model.compile()
     model, best_accuracy, start = dist_util.wrap(model), -1.0, time.perf_counter()
 
     with (
@@ -57,8 +59,6 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
         TrainingLog(writer, args.num_steps, images_per_step, args.log_every) as log,
     ):
         for step in steps:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * schedule(step)
             torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
             model.train()
             step_loss = torch.zeros((), device=precision.device)
@@ -69,9 +69,11 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
                         loss = model(images, labels) / accumulation
                     precision.backward(loss)
                 step_loss += loss.detach()
-            if not precision.step(model, optimizer, args.max_grad_norm):
-                logger.warning("Step %d was skipped: its scaled gradients overflowed", step)
-            log.update(step, step_loss, args.learning_rate * schedule(step))
+            learning_rate = args.learning_rate * schedule(step - precision.num_skipped())
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            applied = precision.step(optimizer, args.max_grad_norm)
+            log.update(step, step_loss, learning_rate, applied)
 
             if step % args.eval_every == 0 or step == args.num_steps:
                 accuracy, test_loss = evaluate(args, dist_util.unwrap(model), data.test, precision)
@@ -195,6 +197,8 @@ def make_parser() -> Parser:
     p.add_argument("--fp16", action="store_true", help="mixed precision")
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
     p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
+    p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model: pays off in runs of hours")
     p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
     p.add_argument(
         "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
@@ -237,8 +241,11 @@ def check_args(args: argparse.Namespace) -> None:
             args.warmup_steps,
             args.num_steps,
         )
-    if not args.fp16 and (args.fp16_opt_level != "O2" or args.amp_dtype != "auto" or args.loss_scale):
-        logger.warning("--fp16_opt_level, --amp_dtype and --loss_scale have no effect without --fp16")
+    half = (args.fp16_opt_level, args.amp_dtype, args.amp_backend, args.loss_scale) != ("O2", "auto", "native", 0)
+    if half and not args.fp16:
+        logger.warning("--fp16_opt_level, --amp_dtype, --amp_backend and --loss_scale have no effect without --fp16")
+    if args.fp16 and args.amp_backend == "apex" and args.amp_dtype == "bfloat16":
+        raise ValueError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
     if args.load_model_dir is not None and not args.eval_only:
         raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
     if args.num_workers is None:
@@ -285,6 +292,13 @@ def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.Dat
     return model, data
 
 
+def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """The number formats that the flags ask for; raises ValueError if they need what is not there."""
+    if args.fp16 and args.amp_backend == "apex":
+        return ApexPrecision(import_apex_amp(device), device, args.fp16_opt_level, args.loss_scale)
+    return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
+
+
 def log_start(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:
     """Logs what is about to happen."""
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -311,16 +325,17 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_args(args)
         device = dist_util.setup(args.device, args.local_rank)
+        precision = make_precision(args, device)
         model, data = prepare(args)
     except ValueError as e:
         return fail(e, 2)
     except OSError as e:
         return fail(e, 1)
-    precision = Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
-    precision.prepare(model.to(device))
+    model, data = model.to(device), data.to(device)
     log_start(args, model, data, precision)
     try:
         if args.eval_only:
+            precision.prepare(model)
             report(None, *evaluate(args, model, data.test, precision))
         else:
             train(args, model, data, precision)

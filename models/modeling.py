@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from models import npz as google
 from models.configs import CONFIGS, ViTConfig
+from models.dropout import dropout
 from models.modeling_resnet import ResNetV2
 
 __all__ = ["CONFIGS", "VisionTransformer"]
@@ -29,6 +30,12 @@ __all__ = ["CONFIGS", "VisionTransformer"]
 logger = logging.getLogger(__name__)
 
 LAYER_NORM_EPS = 1e-6
+
+
+def for_product(x: Tensor) -> Tensor:
+    """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Attention(nn.Module):
@@ -49,6 +56,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, T, K)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
+        x = for_product(x)
         q = self._split_heads(self.query(x[:, :num_queries]))  # (B, A, num_queries or T, K)
         k, v = self._split_heads(self.key(x)), self._split_heads(self.value(x))
         probs = None
@@ -56,12 +64,12 @@ class Attention(nn.Module):
             # The fused kernel returns no probabilities; on CPUs its backward is slower than this.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, A, T, T)
             probs = scores.softmax(dim=-1)
-            x = F.dropout(probs, self.dropout_rate, self.training) @ v  # (B, A, T, K)
+            x = dropout(probs, self.dropout_rate, self.training) @ v  # (B, A, T, K)
         else:
             rate = self.dropout_rate if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # (B, A, T, K)
         x = self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
-        return F.dropout(x, self.dropout_rate, self.training), probs if self.vis else None
+        return dropout(x, self.dropout_rate, self.training), probs if self.vis else None
 
 
 class Mlp(nn.Module):
@@ -76,8 +84,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.fc1(x), approximate=self.approximate)
-        x = F.dropout(x, self.dropout_rate, self.training)
-        return F.dropout(self.fc2(x), self.dropout_rate, self.training)
+        x = dropout(x, self.dropout_rate, self.training)
+        return dropout(self.fc2(x), self.dropout_rate, self.training)
 
 
 class Block(nn.Module):
@@ -134,7 +142,7 @@ class PatchEmbedding(nn.Conv2d):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.kernel_size[0]
+        p, x = self.kernel_size[0], for_product(x)
         rows, cols = x.shape[2] // p, x.shape[3] // p  # what is left over is not seen ('VALID')
         x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))  # (B, C, rows, p, cols, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, P, C * p * p)
@@ -161,7 +169,7 @@ class Embeddings(nn.Module):
         x = self.patch_embeddings(x)  # (B, P, D)
         x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)  # (B, T, D)
         x = x + self.position_embeddings
-        return F.dropout(x, self.dropout_rate, self.training)
+        return dropout(x, self.dropout_rate, self.training)
 
 
 class Transformer(nn.Module):

@@ -117,6 +117,9 @@ def test_a_folder_whose_name_has_wildcards_is_taken_literally(tmp_path):
 # ---- the training's log ----
 
 
+DONE = torch.tensor(True)
+
+
 def make_log(num_steps=7, log_every=3, images_per_step=8, writer=None):
     writer = writer or Recorder()
     return writer, TrainingLog(writer, num_steps, images_per_step, log_every)
@@ -126,7 +129,7 @@ def test_it_writes_the_mean_since_the_last_line_at_every_nth_and_the_last_step(c
     writer, log = make_log()
     for step in range(1, 8):
         clock.now += 0.5
-        log.update(step, torch.tensor(float(step**2)), 0.1 * step)
+        log.update(step, torch.tensor(float(step**2)), 0.1 * step, DONE)
     log.close()
     steps, values = zip(*writer.lines)
     assert steps == (3, 6, 7)
@@ -140,7 +143,7 @@ def test_it_writes_the_mean_since_the_last_line_at_every_nth_and_the_last_step(c
 def test_when_lines_are_due(num_steps, log_every, steps):
     writer, log = make_log(num_steps, log_every)
     for step in range(1, num_steps + 1):
-        log.update(step, torch.tensor(1.0), 0.1)
+        log.update(step, torch.tensor(1.0), 0.1, DONE)
     log.close()
     assert [step for step, _ in writer.lines] == steps
 
@@ -149,7 +152,7 @@ def test_the_time_of_an_evaluation_does_not_count_as_training(clock):
     writer, log = make_log(num_steps=4, log_every=4)
     for step in range(1, 5):
         clock.now += 1
-        log.update(step, torch.tensor(1.0), 0.1)
+        log.update(step, torch.tensor(1.0), 0.1, DONE)
         if step == 2:
             clock.now += 1000
             log.restart_clock()
@@ -162,7 +165,7 @@ def test_the_speed_of_a_run_is_that_of_all_its_lines(clock):
     assert log.speed() == 0
     for step, secs in enumerate((1, 1, 4, 4, 1, 1), start=1):
         clock.now += secs
-        log.update(step, torch.tensor(1.0), 0.1)
+        log.update(step, torch.tensor(1.0), 0.1, DONE)
         if step == 4:
             clock.now += 1000
             log.restart_clock()
@@ -174,10 +177,10 @@ def test_the_speed_of_a_run_is_that_of_all_its_lines(clock):
 def test_a_loss_that_is_not_finite_names_the_metric_the_first_such_step_and_a_remedy(bad):
     writer, log = make_log(num_steps=9, log_every=3)
     for step in (1, 2, 3, 4):
-        log.update(step, torch.tensor(1.0), 0.1)
-    log.update(5, torch.tensor(bad), 0.1)
+        log.update(step, torch.tensor(1.0), 0.1, DONE)
+    log.update(5, torch.tensor(bad), 0.1, DONE)
     with pytest.raises(FloatingPointError, match=r"train/loss is -?(nan|inf) at step 5; .*--learning_rate"):
-        log.update(6, torch.tensor(float("nan")), 0.1)
+        log.update(6, torch.tensor(float("nan")), 0.1, DONE)
     log.close()
     assert [step for step, _ in writer.lines] == [3]
 
@@ -190,7 +193,7 @@ def test_losses_stay_where_they_are_until_a_line_is_due(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda x, m=method, n=name: (reads.append(n), m(x))[1])
     counts = []
     for step in range(1, 7):
-        log.update(step, torch.tensor(1.0), 0.1)
+        log.update(step, torch.tensor(1.0), 0.1, DONE)
         counts.append(len(reads))
     log.close()
     assert counts == [0, 0, 1, 1, 1, 2]
@@ -199,7 +202,7 @@ def test_losses_stay_where_they_are_until_a_line_is_due(monkeypatch):
 def test_the_log_writes_through_the_real_writer(tmp_path):
     writer, log = make_log(num_steps=2, log_every=1, writer=MetricsWriter(str(tmp_path)))
     for step in (1, 2):
-        log.update(step, torch.tensor(0.25), 0.1)
+        log.update(step, torch.tensor(0.25), 0.1, DONE)
     log.close()
     writer.close()
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
@@ -210,8 +213,8 @@ def test_only_the_main_process_shows_a_bar(capsys, monkeypatch):
     for enabled in (False, True):
         monkeypatch.setenv("RANK", "0" if enabled else "1")
         log = TrainingLog(Recorder(), 2, 8, 1)
-        log.update(1, torch.tensor(0.25), 0.1)
-        log.update(2, torch.tensor(0.25), 0.1)
+        log.update(1, torch.tensor(0.25), 0.1, DONE)
+        log.update(2, torch.tensor(0.25), 0.1, DONE)
         log.close()
         shown = capsys.readouterr().err
         assert ("Training" in shown) == enabled

@@ -58,7 +58,7 @@ def allowed(path: Path) -> set[str]:
     name = module_name(path)
     package = name.split(".")[0]
     if name == "models.modeling":
-        return {"models.configs", "models.modeling_resnet", "models.npz"}
+        return {"models.configs", "models.dropout", "models.modeling_resnet", "models.npz"}
     if name == "models.npz":
         return {"models.configs"}
     if package == "models":

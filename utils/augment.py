@@ -18,7 +18,7 @@ from torch import Tensor
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
-CHUNK = 16  # pictures that are resized at once
+CHUNK = 16  # pictures that a CPU resizes at once: what stays in its cache
 PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
 #: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
 NUM_DRAWS = 4 * NUM_TRIES + 1
@@ -63,27 +63,26 @@ def flips(draws: Tensor) -> Tensor:
     return draws[:, -1] < 0.5
 
 
-def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int) -> Tensor:
+def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int, dtype: torch.dtype) -> Tensor:
     """The bilinear filter along one axis, as a matrix.
 
     Args:
         start, length: (B,) the part of the axis that is kept, in pixels.
         size: length of the whole axis in pixels.
         out_size: pixels to make of the part.
+        dtype: of the result; float32 has all digits of Pillow's weights.
 
     Returns:
         (B, out_size, size); each row sums to 1, but for Pillow's rounding, and is zero outside the part.
     """
-    dtype = exact_dtype(start.device)
     start, length = start[:, None, None].to(dtype), length[:, None, None].to(dtype)
     scale = length / out_size
-    support = scale.clamp(min=1)
     centre = (torch.arange(out_size, dtype=dtype, device=start.device)[:, None] + 0.5) * scale  # (B, out_size, 1)
-    pixel = torch.arange(size, dtype=dtype, device=start.device) - start + 0.5  # (B, 1, size)
-    weights = (1 - (pixel - centre).abs() / support).clamp(min=0)
-    weights = weights * ((pixel > 0) & (pixel < length))
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights.mul_(PILLOW_ONE).add_(0.5).floor_().div_(PILLOW_ONE)
+    pixel = torch.arange(size, dtype=dtype, device=start.device) + (0.5 - start)  # (B, 1, size)
+    weights = (pixel - centre).abs_().mul_(-1 / scale.clamp(min=1)).add_(1).clamp_(min=0)
+    weights.mul_((pixel > 0) & (pixel < length))
+    weights.div_(weights.sum(dim=-1, keepdim=True))
+    return weights.mul_(PILLOW_ONE).add_(0.5).floor_().mul_(1 / PILLOW_ONE)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -100,7 +99,10 @@ def whole_levels(x: Tensor) -> Tensor:
 
 
 def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
-    """Cuts a box out of each picture and resizes it to a square.
+    """Cuts a box out of each picture and resizes it to a square, in float32.
+
+    Two small matrix products a picture, one an axis.  Their last digits now and then (a few pixels in a
+    thousand) round a value that lies between two grey levels to the other one than Pillow.
 
     Args:
         pictures: (B, 3, H, W) uint8.
@@ -111,33 +113,37 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
     Returns:
         (B, 3, out_size, out_size) float32 in [-1, 1].
     """
-    out = torch.empty(len(pictures), 3, out_size, out_size, device=pictures.device)
-    for start in range(0, len(pictures), CHUNK):  # the exact products take several times the memory of the result
-        part = slice(start, start + CHUNK)
-        out[part] = _exact_crop(pictures[part], boxes[part], out_size, None if mirrored is None else mirrored[part])
-    return normalize(out)
-
-
-def _exact_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None) -> Tensor:
-    """Whole grey levels (B, 3, out_size, out_size)."""
     top, left, height, width = boxes.unbind(dim=1)
-    rows = resize_weights(top, height, pictures.shape[2], out_size)  # (B, out, H)
-    cols = resize_weights(left, width, pictures.shape[3], out_size)  # (B, out, W)
+    rows = resize_weights(top, height, pictures.shape[2], out_size, torch.float32)  # (B, out, H)
+    cols = resize_weights(left, width, pictures.shape[3], out_size, torch.float32)  # (B, out, W)
     if mirrored is not None:
         cols = torch.where(mirrored[:, None, None], cols.flip(1), cols)
-    # Two small products a picture; the channels ride along as rows of the first.
-    x = whole_levels(pictures.to(cols.dtype).flatten(1, 2) @ cols.transpose(1, 2))  # (B, 3 * H, out)
-    return whole_levels(rows[:, None] @ x.unflatten(1, (3, -1)))  # (B, 3, out, out)
+    out = torch.empty(len(pictures), 3, out_size, out_size, device=pictures.device)
+    size = CHUNK if pictures.device.type == "cpu" else len(pictures)
+    for part in zip(*(x.split(size) for x in (out, pictures, rows, cols))):
+        _crop_into(*part)
+    return out
+
+
+def _crop_into(out: Tensor, pictures: Tensor, rows: Tensor, cols: Tensor) -> None:
+    half = torch.full((), 0.5, device=out.device)  # rounds, together with floor_
+    x = torch.baddbmm(half, pictures.float().flatten(1, 2), cols.transpose(1, 2)).floor_()  # (B, 3 * H, out)
+    x = x.unflatten(1, (3, -1)).flatten(0, 1)  # (B * 3, H, out)
+    x = torch.baddbmm(half, rows.repeat_interleave(3, dim=0), x).floor_()  # (B * 3, out, out)
+    torch.sub(x.view(out.shape).mul_(1 / 127.5), 1, out=out)
 
 
 def resize(pictures: Tensor, out_size: int) -> Tensor:
-    """Resizes whole pictures: (B, 3, H, W) uint8 -> (B, 3, out_size, out_size) float32 in [-1, 1]."""
+    """Resizes whole pictures: (B, 3, H, W) uint8 -> (B, 3, out_size, out_size) float32 in [-1, 1].
+
+    Unlike crops, which training draws anew each time, these are Pillow's to the bit.
+    """
     if pictures.shape[2:] == (out_size, out_size):
         return normalize(pictures.float())
-    zero = torch.zeros(1, dtype=torch.long, device=pictures.device)
-    rows = resize_weights(zero, zero + pictures.shape[2], pictures.shape[2], out_size)[0]  # (out, H)
-    cols = resize_weights(zero, zero + pictures.shape[3], pictures.shape[3], out_size)[0]  # (out, W)
-    return normalize(whole_levels(rows @ whole_levels(pictures.to(cols.dtype) @ cols.T)).float())
+    dtype, zero = exact_dtype(pictures.device), torch.zeros(1, dtype=torch.long, device=pictures.device)
+    rows = resize_weights(zero, zero + pictures.shape[2], pictures.shape[2], out_size, dtype)[0]  # (out, H)
+    cols = resize_weights(zero, zero + pictures.shape[3], pictures.shape[3], out_size, dtype)[0]  # (out, W)
+    return normalize(whole_levels(rows @ whole_levels(pictures.to(dtype) @ cols.T)).float())
 
 
 def normalize(pictures: Tensor) -> Tensor:

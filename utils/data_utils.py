@@ -70,6 +70,10 @@ class MemoryPictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> MemoryPictures:
+        """The same on a device, once for all updates and evaluations."""
+        return MemoryPictures(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class FilePictures:
@@ -80,6 +84,10 @@ class FilePictures:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to(self, device: torch.device) -> FilePictures:
+        """Themselves: what is decoded moves with its batch."""
+        return self
 
 
 Pictures = MemoryPictures | FilePictures
@@ -92,6 +100,10 @@ class DataSets:
     train: Pictures
     test: Pictures
     classes: list[str]
+
+    def to(self, device: torch.device) -> DataSets:
+        """The same, with pictures in memory moved to a device."""
+        return DataSets(self.train.to(device), self.test.to(device), self.classes)
 
 
 def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
@@ -363,7 +375,7 @@ def _batches(
     pictures: Pictures, parts: Parts, transform: Transform, device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
     if isinstance(pictures, MemoryPictures):
-        images, labels = pictures.images.to(device), pictures.labels.to(device)
+        images, labels = pictures.to(device).images, pictures.to(device).labels
         for indices, draws in parts:
             at = indices.to(device, non_blocking=True)
             yield transform.batch(images[at], draws), labels[at]

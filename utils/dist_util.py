@@ -7,6 +7,7 @@ functions do nothing, so that no caller needs to ask which case it is in.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         if env_rank >= torch.cuda.device_count():
             raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
         torch.cuda.set_device(env_rank)
+    if kind == "cpu":
+        _keep_freed_memory()
     device = torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
@@ -60,6 +63,19 @@ def _device_type(name: str) -> str:
     if not available[name]:
         raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
     return name
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library keep what tensors free, for the next ones.
+
+    By default glibc gives blocks of megabytes back to the kernel at once, and every update faults its
+    activations in anew: a tenth of its time.  Elsewhere than on glibc nothing happens.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_max, 0)
 
 
 def cleanup() -> None:

@@ -114,6 +114,7 @@ class TrainingLog:
         self._images_per_step = images_per_step
         self._log_every = log_every
         self._losses: list[Tensor] = []
+        self._applied: list[Tensor] = []
         self._bar = tqdm(
             total=num_steps,
             desc="Training",
@@ -129,35 +130,50 @@ class TrainingLog:
         self._since = time.perf_counter()
         self._steps_timed = 0
 
-    def update(self, step: int, loss: Tensor, learning_rate: float) -> None:
+    def update(self, step: int, loss: Tensor, learning_rate: float, applied: Tensor) -> None:
         """Counts one update, and writes a line if one is due.
 
         Args:
             step: the update's number, from 1.
             loss: its mean loss over this process's pictures, a detached scalar still on the device.
             learning_rate: what it used.
+            applied: False if it was skipped, for its scaled gradients overflowed; a scalar there too.
 
         Raises:
-            FloatingPointError: a loss since the last line is not finite.
+            FloatingPointError: a loss since the last line is not finite, and its update was not skipped.
         """
         self._losses.append(loss)
+        self._applied.append(applied)
         self._steps_timed += 1
         self._bar.update(1)
         if step % self._log_every and step != self._num_steps:
             return
-        summed = dist_util.sum_over_ranks(torch.stack(self._losses))
-        losses = (summed / dist_util.world_size()).tolist()  # the one wait for the device between two lines
-        for at, value in enumerate(losses, step - len(losses) + 1):
-            check_finite(at, {"train/loss": value})
-        mean = sum(losses) / len(losses)
+        losses = self._read_losses(step)
+        values = {"train/loss": sum(losses) / len(losses)} if losses else {}
         secs = max(time.perf_counter() - self._since, 1e-9)
         speed = self._steps_timed * self._images_per_step / secs
         self._total_secs += secs
         self._total_steps += self._steps_timed
-        self._losses.clear()
         self.restart_clock()
-        self._bar.set_postfix_str(f"loss={mean:.4f}, {speed:.1f} images/s")
-        self._writer.write(step, {"train/loss": mean, "train/lr": learning_rate, "images_per_sec": speed})
+        loss_text = "".join(f"loss={mean:.4f}, " for mean in values.values())
+        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s")
+        self._writer.write(step, {**values, "train/lr": learning_rate, "images_per_sec": speed})
+
+    def _read_losses(self, step: int) -> list[float]:
+        """The losses of the updates since the last line, but for those that were skipped."""
+        summed = dist_util.sum_over_ranks(torch.stack(self._losses)) / dist_util.world_size()
+        rows = torch.stack((summed, torch.stack(self._applied).to(summed.dtype)))
+        both = rows.tolist()  # the one wait for the device between two lines
+        losses = []
+        for at, (value, applied) in enumerate(zip(*both), step - len(self._losses) + 1):
+            if applied:
+                check_finite(at, {"train/loss": value})
+                losses.append(value)
+            else:
+                logger.warning("Step %d was skipped: its scaled gradients overflowed", at)
+        self._losses.clear()
+        self._applied.clear()
+        return losses
 
     def speed(self) -> float:
         """Images per second of all lines so far, evaluations left out."""

@@ -1,6 +1,6 @@
 """One object owns the number formats of a run: casts, loss scaling, clipping and the optimizer's step.
 
-The levels are those of NVIDIA apex (nvidia.github.io/apex/amp.html), done with torch's own means:
+The levels are those of NVIDIA apex (nvidia.github.io/apex/amp.html):
 
     O0  float32
     O1  float32 weights, matrix products in half precision (autocast)
@@ -8,19 +8,25 @@ The levels are those of NVIDIA apex (nvidia.github.io/apex/amp.html), done with 
         token and position embeddings stay float32
     O3  half precision throughout
 
-Half is float16 on CUDA, with loss scaling at O1 and O2, and bfloat16 without on CPUs.  The training loop reads the same
-for all of them.
+Half is float16 on CUDA, with loss scaling at O1 and O2, and bfloat16 without on CPUs.  ``Precision`` does
+this with torch's own means, ``ApexPrecision`` with an apex that still has amp.  The training loop reads the
+same for all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
+AMP_BACKENDS = ("native", "apex")
+MOMENTUM = 0.9
+#: Dynamic scaling halves the scale at each overflow: after so many in a row no scale will help.
+MAX_SKIPPED_IN_A_ROW = 50
 
 
 class Precision:
@@ -48,12 +54,15 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dynamic)
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # (half weight of the model, float32 master)
         self._parameters: list[nn.Parameter] = []
+        self._skipped = SkippedSteps()
 
     def __str__(self) -> str:
         return "float32" if self.opt_level == "O0" else f"{self.half} {self.opt_level}".removeprefix("torch.")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module) -> None:
         """Casts the model's weights as the level asks, in place."""
+        if self.device.type == "cuda" and self.opt_level in ("O1", "O2"):
+            torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
         if self.opt_level == "O3":
             model.to(self.half)
         masters = {}
@@ -66,11 +75,11 @@ class Precision:
                         p.data = p.data.to(self.half)
         self._pairs = list(masters.items())
         self._parameters = [masters.get(p, p) for p in model.parameters()]
-        return model
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer updates, in the model's order."""
-        return self._parameters
+    def make_optimizer(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+        """Prepares the model, and makes the reference's optimizer of what is to be updated."""
+        self.prepare(model)
+        return torch.optim.SGD(self._parameters, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay, fused=True)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state_dict in float32, from the masters where there are any."""
@@ -91,25 +100,154 @@ class Precision:
         """Adds the gradients of the (scaled) loss to those in the parameters."""
         self.scaler.scale(loss * self.static_scale if self.static_scale else loss).backward()
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
         """One update: unscale, clip, step; gradients are gone afterwards.
 
         Returns:
-            False if the update was skipped because a scaled gradient overflowed.
+            A scalar on the device: False if the update was skipped because a scaled gradient overflowed.
         """
         for p, master in self._pairs:
-            master.grad = None if p.grad is None else p.grad.float()
+            if p.grad is not None:
+                master.grad, p.grad = p.grad.float(), None
         if self.static_scale:
             torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1 / self.static_scale)
         self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
-        # Dynamic scaling waits for the device in any case: the scaler must know whether to skip.
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         with torch.no_grad():
             for p, master in self._pairs:
                 p.copy_(master)
-        model.zero_grad(set_to_none=True)
         optimizer.zero_grad(set_to_none=True)
-        return not (self.scaler.is_enabled() and self.scaler.get_scale() < scale)
+        if not self.scaler.is_enabled():
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        applied = torch.isfinite(norm)
+        self._skipped.add(applied)
+        return applied
+
+    def num_skipped(self) -> int:
+        """Updates that were skipped so far.
+
+        Raises:
+            FloatingPointError: the last ``MAX_SKIPPED_IN_A_ROW`` all were.
+        """
+        return self._skipped.count()
+
+
+class SkippedSteps:
+    """Counts updates that were skipped, without making the device wait.
+
+    Each outcome starts on its way to the host at once, and is read when the count is asked for: after the
+    next forward and backward pass have been queued, when it has long arrived.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.in_a_row = 0
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def add(self, applied: Tensor) -> None:
+        """Takes the outcome of one update, a bool scalar on the device."""
+        arrived = None
+        if applied.is_cuda:
+            applied, arrived = applied.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._pending = (applied, arrived)
+
+    def count(self) -> int:
+        """All skipped updates so far; raises FloatingPointError if there is no end to them."""
+        if self._pending is not None:
+            applied, arrived = self._pending
+            if arrived is not None:
+                arrived.synchronize()
+            self._pending = None
+            self.in_a_row = 0 if applied else self.in_a_row + 1
+            self.total += not applied
+        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the gradients overflowed in {self.in_a_row} updates in a row, however small the loss scale; "
+                "a lower --learning_rate or --amp_dtype bfloat16 may help"
+            )
+        return self.total
+
+
+class ApexPrecision(Precision):
+    """The same levels by NVIDIA apex's amp, as the reference uses it.
+
+    Source: nvidia.github.io/apex/amp.html.  The initial loss scale is the reference's.
+
+    Args:
+        amp: the module ``apex.amp``; ``import_apex_amp`` finds it.
+        device, opt_level, loss_scale: as for ``Precision``; the half-precision type is float16.
+    """
+
+    INITIAL_SCALE = 2.0**20
+
+    def __init__(self, amp: ModuleType, device: torch.device, opt_level: str, loss_scale: float = 0) -> None:
+        super().__init__(device, opt_level, "float16", loss_scale)
+        self._amp = amp
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._applied = True
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} by apex"
+
+    def prepare(self, model: nn.Module) -> None:
+        self._amp.initialize(model, opt_level=self.opt_level, verbosity=0)
+
+    def make_optimizer(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay)
+        scale = self.static_scale or None  # None: the level's own
+        _, self._optimizer = self._amp.initialize(
+            model, optimizer, opt_level=self.opt_level, loss_scale=scale, verbosity=0
+        )
+        if self._is_dynamic():
+            self._scaler()._loss_scale = self.INITIAL_SCALE
+        return self._optimizer
+
+    def _is_dynamic(self) -> bool:
+        return not self.static_scale and self.opt_level in ("O1", "O2")
+
+    def _scaler(self):  # noqa: ANN202 - apex has no types
+        return self._amp._amp_state.loss_scalers[0]
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        state = {name: p.detach().float() for name, p in model.state_dict().items()}
+        if self._optimizer is not None:
+            masters = self._amp.master_params(self._optimizer)
+            state |= {name: p.detach().float() for (name, _), p in zip(model.named_parameters(), masters)}
+        return state
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # apex has patched the functions themselves
+
+    def backward(self, loss: Tensor) -> None:
+        scale = self._scaler().loss_scale()
+        with self._amp.scale_loss(loss, self._optimizer) as scaled_loss:
+            scaled_loss.backward()
+        self._applied = self._applied and self._scaler().loss_scale() >= scale  # halved: the next step is a no-op
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+        torch.nn.utils.clip_grad_norm_(self._amp.master_params(optimizer), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        applied, self._applied = torch.tensor(self._applied), True
+        self._skipped.add(applied)
+        return applied.to(self.device)
+
+
+def import_apex_amp(device: torch.device) -> ModuleType:
+    """``apex.amp``.
+
+    Raises:
+        ValueError: it is not there, or the run is not on a GPU.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"--amp_backend apex needs a CUDA GPU, not {device.type}; use --amp_backend native")
+    try:
+        from apex import amp
+    except ImportError as e:
+        raise ValueError(
+            "--amp_backend apex: no NVIDIA apex with amp is installed (apex removed amp in 25.07); "
+            "--amp_backend native does the same"
+        ) from e
+    return amp

@@ -1,0 +1,78 @@
+"""Dropout whose masks cost little on CPUs, where torch's own take up to a third of an update.
+
+Source: Srivastava et al., JMLR 15 (2014), in the scaled form that every framework uses: in training an
+element is kept with probability 1 - rate and divided by it, in evaluation nothing happens.
+
+torch draws one number per element, one after another on a single core.  Here one 64-bit number decides
+on four elements, 16 bits each, so that the rate is met to within 1 / 65536.  This module must not know
+what it drops from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LANE_BITS = 16  # random bits an element
+SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Drops elements in training.
+
+    Args:
+        x: of any shape and float type.
+        rate: probability that an element is dropped, 0 <= rate < 1.
+        training: False does nothing.
+
+    Returns:
+        A tensor like ``x``: zeros where dropped, ``x / (1 - rate)`` elsewhere.
+    """
+    if not training or rate == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    return _CpuDropout.apply(x, rate)
+
+
+def keep_mask(shape: torch.Size, rate: float) -> Tensor:
+    """int16, all bits set where an element is kept and none where it is dropped.
+
+    The numbers come from a generator of numpy's, twice as fast as torch's, that torch's seeds: so
+    ``torch.manual_seed`` decides on them as on everything else.
+    """
+    seed = int(torch.randint(2**63 - 1, ()))
+    size, lanes = shape.numel(), 64 // LANE_BITS
+    words = np.random.SFC64(seed).random_raw(-(-size // lanes))
+    draws = torch.from_numpy(words.view(np.int16))[:size].view(shape)
+    threshold = round((1 - rate) * 2**LANE_BITS) - 2 ** (LANE_BITS - 1)  # kept: draws below, from -2**15 on
+    if threshold == 2 ** (LANE_BITS - 1):  # so low a rate that no int16 reaches it
+        return draws.fill_(-1)
+    return draws.lt_(threshold).neg_()
+
+
+class _CpuDropout(torch.autograd.Function):
+    """Sets the bits of dropped elements to zero: one pass over memory, whatever the float type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+        mask = keep_mask(x.shape, rate)
+        ctx.save_for_backward(mask)
+        ctx.factor = 1 / (1 - rate)
+        return _masked(x, mask, ctx.factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return _masked(grads[0], mask, ctx.factor), None
+
+
+def _masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
+    ints = SAME_SIZE_INT[x.element_size()]
+    x = x * factor
+    x.view(ints).bitwise_and_(mask.to(ints))
+    return x
