@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,7 +112,7 @@ def matmul_peak(device: str, dtype: torch.dtype, rows: int, width: int, hidden: 
         quick: smaller squares and fewer repetitions.
     """
     sides = (256, 512) if quick else (1024, 2048, 4096) if device == "cpu" else (2048, 4096, 8192)
-    secs = 0.002 if quick else 0.1
+    secs = 0.002 if quick else 0.05
     shapes = [(rows, width, width), (rows, width, hidden), (rows, hidden, width), *((n, n, n) for n in sides)]
     best = 0.0
     for m, k, n in shapes:
@@ -119,8 +120,8 @@ def matmul_peak(device: str, dtype: torch.dtype, rows: int, width: int, hidden: 
         out = torch.empty(m, n, device=device, dtype=dtype)
         for b in (torch.randn(k, n, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype).T):
             product = functools.partial(torch.mm, a, b, out=out)
-            product()
-            repeats = max(1, round(secs / timed(product, 1, device)))
+            first = timed(product, 1, device)  # warms up
+            repeats = max(1, round(secs / (first if first > secs else timed(product, 1, device))))
             fastest = min(timed(product, repeats, device) for _ in range(3))
             best = max(best, 2 * m * k * n / fastest)
     return best
@@ -273,6 +274,7 @@ def crew(jobs: dict[str, Job], one_process: bool) -> Iterator[dict[str, Contende
     with contextlib.ExitStack() as stack:
         ready: dict[str, Contender] = {}
         for name, job in jobs.items():
+            print(f"Preparing {name}", file=sys.stderr, flush=True)
             if one_process:
                 ready[name] = job.build()
             else:
