@@ -33,10 +33,10 @@ NUM_CLASSES = 1000
 DTYPES = (torch.float32, torch.float64)
 
 
-def random_checkpoint(config: ViTConfig, img_size: int = 224) -> dict[str, np.ndarray]:
+def random_checkpoint(config: ViTConfig, img_size: int = 224, num_classes: int = NUM_CLASSES) -> dict[str, np.ndarray]:
     """Arrays in Google's layout whose sizes keep activations near 1, from a fixed seed."""
     arrays = {}
-    for entry in npz.layout(config, img_size, NUM_CLASSES):
+    for entry in npz.layout(config, img_size, num_classes):
         x = np.random.default_rng(zlib.crc32(entry.google.encode())).standard_normal(entry.shape, np.float32)
         if entry.google.endswith("kernel"):
             x *= int(np.prod(entry.ours_shape[1:])) ** -0.5

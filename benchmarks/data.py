@@ -1,0 +1,303 @@
+"""How fast training pictures are made and evaluations run, against torchvision's transforms and a plain loop.
+
+    python -m benchmarks.data [--dataset DATASET] [--img_size 224]
+
+First the training's pictures: random crops, resized and normalised, as float32 on the device.  Ours are
+what ``train.py`` feeds itself; the others are torchvision's RandomResizedCrop, ToTensor and Normalize in
+a DataLoader, on PIL pictures and (v2) on tensors, with and without worker processes.  The clock starts
+at the first batch, so that nobody pays for starting workers.  Then the evaluation, resize to accuracy:
+ours, and the plain formulation in float32 with PIL and workers.  Unless --dataset names one, the
+pictures are 10,000 random ones of 32 x 32 pixels in memory, as CIFAR's are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from benchmarks import common, ours, peers
+from utils import augment, data_utils
+from utils.precision import OPT_LEVELS, Precision
+
+NUM_SYNTHETIC = 10_000
+SYNTHETIC = "synthetic"
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all contenders.
+
+    Attributes:
+        dataset, data_dir: as for train.py, or SYNTHETIC.
+        img_size: side of the finished pictures in pixels.
+        batch_size: pictures of a batch.
+        batches: of one turn of the training's pictures.
+        eval_pictures: of one turn of the evaluation.
+        workers: processes that train.py would decode large pictures with.
+    """
+
+    dataset: str
+    data_dir: str
+    img_size: int
+    batch_size: int
+    batches: int
+    eval_batch_size: int
+    eval_pictures: int
+    model_type: str
+    device: str
+    workers: int
+
+    def load(self) -> tuple[data_utils.Pictures, data_utils.Pictures]:
+        """The pictures to train on, and the first of those to evaluate."""
+        if self.dataset == SYNTHETIC:
+            generator = torch.Generator().manual_seed(SEED)
+            images = torch.randint(256, (NUM_SYNTHETIC, 3, 32, 32), generator=generator, dtype=torch.uint8)
+            labels = torch.randint(ours.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
+            train = test = data_utils.MemoryPictures(images, labels)  # type: data_utils.Pictures
+        else:
+            sets = data_utils.load_datasets(self.dataset, self.data_dir, self.workers)
+            train, test = sets.train, sets.test
+        first = slice(self.eval_pictures)
+        if isinstance(test, data_utils.MemoryPictures):
+            return train, data_utils.MemoryPictures(test.images[first], test.labels[first])
+        return train, data_utils.FilePictures(test.paths[first], test.labels[first])
+
+
+def seconds_of(batches: Iterable[Any], device: str) -> float:
+    """Time from the first batch to the last, all on the device."""
+    start = 0.0
+    for i, (images, labels) in enumerate(batches):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if i == 0:
+            common.synchronize(device)
+            start = time.perf_counter()
+    common.synchronize(device)
+    return time.perf_counter() - start
+
+
+# ---- the training's pictures ----
+
+
+class OurPictures:
+    """What train.py feeds itself."""
+
+    note = ("as train.py",)
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._pictures, _ = setting.load()
+        self._transform = augment.TrainTransform(setting.img_size)
+        size = setting.batch_size
+        self._sampler = data_utils.StepSampler(len(self._pictures), size, self._transform.num_draws, SEED)
+        self._steps = itertools.count(1)
+        self.run()
+
+    def run(self) -> float:
+        s, steps = self._setting, itertools.islice(self._steps, 1 + self._setting.batches)
+        batches = data_utils.train_batches(
+            self._pictures, self._sampler, steps, s.batch_size, self._transform, torch.device(s.device), s.workers
+        )
+        return seconds_of(batches, s.device)
+
+
+class StockDataset(Dataset):
+    """Pictures one by one, through torchvision's transforms; in memory they lie as CIFAR's do there."""
+
+    def __init__(self, pictures: data_utils.Pictures, transform: Callable[[Any], Tensor], tensors: bool) -> None:
+        self.labels = pictures.labels.tolist()
+        self.transform = transform
+        self.items: Any
+        if isinstance(pictures, data_utils.FilePictures):
+            self.items = pictures.paths
+        else:
+            self.items = pictures.images if tensors else pictures.images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item = self.items[index]
+        if isinstance(item, str):
+            with Image.open(item) as picture:
+                item = picture.convert("RGB")
+        elif not isinstance(item, Tensor):
+            item = Image.fromarray(item)
+        return self.transform(item), self.labels[index]
+
+
+def stock_transform(img_size: int, tensors: bool, crop: bool) -> Callable[[Any], Tensor]:
+    """RandomResizedCrop, ToTensor, Normalize, or the same with Resize."""
+    if tensors:
+        from torchvision.transforms import v2
+
+        first = v2.RandomResizedCrop(img_size, scale=augment.SCALE, antialias=True)
+        half = [0.5] * 3
+        return v2.Compose([v2.ToImage(), first, v2.ToDtype(torch.float32, scale=True), v2.Normalize(half, half)])
+    from torchvision import transforms
+
+    resize = transforms.RandomResizedCrop(img_size, augment.SCALE) if crop else transforms.Resize((img_size, img_size))
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+
+class StockPictures:
+    """torchvision's transforms in a DataLoader."""
+
+    def __init__(self, setting: Setting, tensors: bool, workers: int) -> None:
+        self.note = ("on tensors",) if tensors else ("on PIL pictures",)
+        self._device = setting.device
+        dataset = StockDataset(setting.load()[0], stock_transform(setting.img_size, tensors, True), tensors)
+        count = (1 + setting.batches) * setting.batch_size
+        self._loader = DataLoader(
+            dataset,
+            setting.batch_size,
+            sampler=RandomSampler(dataset, replacement=True, num_samples=count),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=setting.device == "cuda",
+        )
+        self.run()
+
+    def run(self) -> float:
+        return seconds_of(self._loader, self._device)
+
+
+# ---- the evaluation ----
+
+
+class OurEvaluation:
+    """train.py's."""
+
+    def __init__(self, setting: Setting, level: str) -> None:
+        self._setting = setting
+        self._pictures = setting.load()[1]
+        s = setting
+        self._model, self._precision = ours.build(s.model_type, s.img_size, None, s.device, level)
+        self.note = (f"batch {s.eval_batch_size}",)
+        self.run()
+
+    def run(self) -> float:
+        s = self._setting
+        start = time.perf_counter()
+        ours.evaluate(self._model, self._pictures, self._precision, s.img_size, s.eval_batch_size, s.workers)
+        return time.perf_counter() - start  # the accuracy is a number on the host: nothing is left to wait for
+
+
+class StockEvaluation:
+    """The plain formulation in float32, PIL and a DataLoader."""
+
+    def __init__(self, setting: Setting, workers: int) -> None:
+        self.note = (f"batch {setting.eval_batch_size}, {workers} workers",)
+        self._device = setting.device
+        dataset = StockDataset(setting.load()[1], stock_transform(setting.img_size, False, False), False)
+        self._loader = DataLoader(
+            dataset,
+            setting.eval_batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=setting.device == "cuda",
+        )
+        config = peers.CONFIGS[setting.model_type]
+        self._model = peers.plain_model(config, setting.img_size, ours.NUM_CLASSES, 0.0).to(setting.device).eval()
+        self.run()
+
+    @torch.no_grad()
+    def run(self) -> float:
+        start = time.perf_counter()
+        losses, correct = [], []
+        for images, labels in self._loader:
+            images, labels = images.to(self._device), labels.to(self._device)
+            logits = self._model(images)
+            losses.append(F.cross_entropy(logits, labels).item())
+            correct.append((logits.argmax(dim=-1) == labels).cpu())
+        torch.cat(correct).float().mean().item()
+        return time.perf_counter() - start
+
+
+# ---- the measurement ----
+
+
+def measure(title: str, jobs: dict[str, common.Job], pictures: int, args: argparse.Namespace) -> None:
+    """Prints the table of one kind of work."""
+    with common.crew(jobs, args.one_process) as ready:
+        secs = common.take_turns({name: contender.run for name, contender in ready.items()}, args.rounds)
+        notes = {name: ", ".join(contender.note) for name, contender in ready.items()}
+    speeds = {name: common.Speed(taken, pictures) for name, taken in secs.items()}
+    first = next(iter(speeds.values()))
+    print(f"\n{title}, {pictures} pictures a turn, {args.rounds} rounds")
+    common.print_table(
+        ["", "setting", "pictures/s", "slowest - fastest", "ours / it"],
+        [
+            [name, notes[name], common.number(speed.median), speed.spread, f"{first.median / speed.median:.2f}"]
+            for name, speed in speeds.items()
+        ],
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Speed of the training's pictures and of evaluations.")
+    p.add_argument("--dataset", default=SYNTHETIC, help=f"{SYNTHETIC} (random, 32 px), or what train.py takes")
+    p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are")
+    p.add_argument("--model_type", choices=peers.MODELS, default="ViT-B_32", metavar="MODEL", help="what is evaluated")
+    p.add_argument("--img_size", type=int, default=224, help="side of the finished pictures in pixels")
+    p.add_argument("--batch_size", type=int, default=32, help="pictures of a training batch")
+    p.add_argument("--eval_batch_size", type=int, default=64, help="pictures evaluated at once")
+    p.add_argument("--batches", type=int, default=64, help="training batches of one turn")
+    p.add_argument("--eval_pictures", type=int, default=256, help="pictures of one evaluation")
+    p.add_argument("--num_workers", type=int, default=2, help="worker processes, where a contender has them")
+    p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="ours, in the evaluation")
+    p.add_argument("--one_process", action="store_true", help="all in this process, process-wide settings included")
+    common.add_flags(p, rounds=7)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    p = make_parser()
+    args = p.parse_args(argv)
+    common.check_flags(p, args, "img_size", "batch_size", "eval_batch_size", "batches", "eval_pictures", "num_workers")
+    if args.quick:
+        args.batches, args.eval_pictures = min(args.batches, 2), min(args.eval_pictures, 16)
+    setting = Setting(
+        args.dataset, args.data_dir, args.img_size, args.batch_size, args.batches, args.eval_batch_size,
+        args.eval_pictures, args.model_type, args.device, args.num_workers,
+    )  # fmt: skip
+    try:
+        peers.CONFIGS[args.model_type].check_img_size(args.img_size)
+        train, test = setting.load()  # downloads and mistakes come before the processes
+    except ValueError as e:
+        p.error(str(e))
+    torch.set_num_threads(args.threads)
+    print(common.hardware(args.threads, args.device))
+    kind = f"{NUM_SYNTHETIC:,} random pictures of 32 px" if args.dataset == SYNTHETIC else args.dataset
+    where = "in memory" if isinstance(train, data_utils.MemoryPictures) else "in files"
+    print(f"{kind}, {where}; {args.img_size} px", flush=True)
+
+    def job(build: Callable, *values: Any) -> common.Job:
+        return common.Job(functools.partial(build, setting, *values), ("torchvision",), args.device, args.threads)
+
+    workers = (args.num_workers, 0)
+    jobs = {"ours": job(OurPictures)}
+    for name, tensors in (("torchvision", False), ("torchvision v2", True)):
+        jobs |= {f"{name}, {n} workers": job(StockPictures, tensors, n) for n in workers}
+    measure(f"Training pictures, batch {args.batch_size}", jobs, args.batches * args.batch_size, args)
+    levels = dict.fromkeys((args.fp16_opt_level, "O0"))
+    jobs = {f"ours, {Precision(torch.device(args.device), level)}": job(OurEvaluation, level) for level in levels}
+    jobs["plain reference, float32"] = job(StockEvaluation, args.num_workers)
+    measure(f"Evaluation of {args.model_type}", jobs, len(test), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What ``train.py`` does in one update and in one evaluation, without its flags, logs and files.
+
+Nothing may import ``train``; these two mirror ``train.train`` and ``train.evaluate`` line by line, and
+tests/test_benchmarks.py holds that their losses are those of a run of ``train.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+from utils import augment, data_utils, dist_util
+from utils.precision import Precision
+
+NUM_CLASSES = 10
+SEED = 42
+
+
+def build(
+    model_type: str, img_size: int, dropout: float | None, device: str, level: str
+) -> tuple[VisionTransformer, Precision]:
+    """The model with random weights, and its number formats."""
+    config = CONFIGS[model_type]
+    if dropout is not None:
+        config = replace(config, dropout_rate=dropout)
+    torch.manual_seed(SEED)
+    model = VisionTransformer(config, img_size, NUM_CLASSES, zero_head=True)
+    precision = Precision(torch.device(device), level)
+    precision.prepare(model.to(device))
+    return model, precision
+
+
+class Updates:
+    """The training loop's updates."""
+
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
+        self.precision = precision
+        self.optimizer = torch.optim.SGD(precision.parameters(), lr=0.0, momentum=0.9, weight_decay=0.0)
+        self.model = dist_util.wrap(model)
+
+    def update(self, step: int, learning_rate: float, parts: Iterable[data_utils.Batch], accumulation: int) -> Tensor:
+        """Update number ``step`` on ``accumulation`` batches of ``parts``; returns its mean loss."""
+        batches = iter(parts)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.manual_seed(data_utils.derive_seed(SEED, data_utils.DROPOUT, step, dist_util.rank()))
+        self.model.train()
+        step_loss = torch.zeros((), device=self.precision.device)
+        for part in range(accumulation):
+            images, labels = next(batches)
+            with dist_util.sync_gradients(self.model, now=part == accumulation - 1):
+                with self.precision.autocast():
+                    loss = self.model(images, labels) / accumulation
+                self.precision.backward(loss)
+            step_loss += loss.detach()
+        self.precision.step(self.model, self.optimizer, 1.0)
+        return step_loss
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, pictures: data_utils.Pictures, precision: Precision, img_size: int, batch_size: int, workers: int
+) -> tuple[float, float]:
+    """Accuracy and mean loss over all pictures."""
+    model.eval()
+    transform = augment.EvalTransform(img_size)
+    totals = torch.zeros(2, dtype=torch.float64, device=precision.device)  # correct, loss
+    for images, labels in data_utils.eval_batches(pictures, batch_size, transform, precision.device, workers):
+        with precision.autocast():
+            logits = model(images)[0].float()
+        totals += torch.stack(
+            ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
+        ).to(torch.float64)
+    correct, loss = totals.tolist()
+    return correct / len(pictures), loss / len(pictures)

@@ -1,0 +1,253 @@
+"""The contenders of ``benchmarks.step``: this project, timm, torchvision, Hugging Face, a plain formulation.
+
+All have random weights, the same shape, the same random pictures, and dropout of one rate wherever they
+offer it: timm and torchvision after every projection, Hugging Face not within the MLP, this project and
+the plain formulation not after attention.  A peer is imported only when it is built.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import common, ours, plain
+from models.configs import CONFIGS, ViTConfig
+
+LEARNING_RATE = 0.01
+#: The models that peers and the plain formulation have too.
+MODELS = [name for name, config in CONFIGS.items() if config.resnet_units is None]
+#: What each peer is called, and the package it needs.
+PACKAGES = {"timm": "timm", "torchvision": "torchvision", "Hugging Face": "transformers"}
+#: Attention implementations that a peer's users can choose; the first is its default.
+ATTENTIONS: dict[str, tuple[str, ...]] = {
+    "timm": ("fused_attn", "no fused_attn"),
+    "torchvision": ("MultiheadAttention",),
+    "Hugging Face": ("sdpa", "eager"),
+}
+OPTIMIZERS: dict[str, dict[str, bool]] = {"SGD": {}, "SGD foreach": {"foreach": True}, "SGD fused": {"fused": True}}
+COMPILED = "torch.compile"
+
+#: Attention, optimizer, and COMPILED if it is.
+Choice = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all contenders."""
+
+    model_type: str
+    img_size: int
+    batch_size: int
+    accumulation: int
+    dropout: float
+    device: str
+
+    @property
+    def config(self) -> ViTConfig:
+        return CONFIGS[self.model_type]
+
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """The batches of one update: random pictures in [-1, 1] and labels, on the device."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch_size // self.accumulation, 3, self.img_size, self.img_size)
+        return [
+            (
+                (torch.rand(shape, generator=generator) * 2 - 1).to(self.device),
+                torch.randint(ours.NUM_CLASSES, shape[:1], generator=generator).to(self.device),
+            )
+            for _ in range(self.accumulation)
+        ]
+
+
+class Stepper:
+    """Takes turns of some updates, after two that warm up."""
+
+    def __init__(self, update: Callable[[], Tensor], device: str, note: Choice) -> None:
+        self.note = note
+        self._update, self._device = update, device
+        if not math.isfinite(update().item()):
+            raise ValueError(f"the loss is not finite ({', '.join(note)})")
+        secs = common.timed(update, 1, device)
+        self._repeats = max(1, round(0.2 / secs))  # a turn of a few milliseconds would be all noise
+
+    def run(self) -> float:
+        return common.timed(self._update, self._repeats, self._device)
+
+
+# ---- the contenders ----
+
+
+def our_stepper(setting: Setting, level: str) -> Stepper:
+    """This project, at a level of precision."""
+    model, precision = ours.build(setting.model_type, setting.img_size, setting.dropout, setting.device, level)
+    updates, parts, steps = ours.Updates(model, precision), setting.parts(), itertools.count(1)
+
+    def update() -> Tensor:
+        return updates.update(next(steps), LEARNING_RATE, parts, setting.accumulation)
+
+    return Stepper(update, setting.device, ("as train.py",))
+
+
+def stock_stepper(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], setting: Setting, half: torch.dtype | None,
+    pure: bool, options: dict[str, bool], note: Choice,
+) -> Stepper:  # fmt: skip
+    """A model in the loop that everybody writes.
+
+    Args:
+        model: with random weights.
+        loss_of: its mean loss, given pictures and labels.
+        setting: what is the same for all.
+        half: for autocast, or None: float32.
+        pure: hold the weights in ``half`` instead of autocast.
+        options: of torch.optim.SGD.
+        note: the settings it runs with.
+    """
+    model = model.to(setting.device, half if pure else None).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, **options)
+    scaler = torch.amp.GradScaler(setting.device, enabled=half == torch.float16)
+    parts = setting.parts()
+
+    def update() -> Tensor:
+        total = torch.zeros((), device=setting.device)
+        for images, labels in parts:
+            images = images.to(half) if pure else images
+            with torch.autocast(setting.device, dtype=half, enabled=half is not None and not pure):
+                loss = loss_of(images, labels) / len(parts)
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return total
+
+    return Stepper(update, setting.device, note)
+
+
+def plain_stepper(setting: Setting, half: torch.dtype | None) -> Stepper:
+    """The plain formulation of the reference script."""
+    model = plain_model(setting.config, setting.img_size, ours.NUM_CLASSES, setting.dropout)
+    return stock_stepper(model, model, setting, half, False, {}, ("SGD",))
+
+
+def plain_model(config: ViTConfig, img_size: int, num_classes: int, dropout: float) -> plain.PlainViT:
+    """The plain formulation of an architecture."""
+    return plain.PlainViT(
+        img_size, config.patch_size, config.hidden_size, config.mlp_dim, config.num_heads, config.num_layers,
+        num_classes, dropout,
+    )  # fmt: skip
+
+
+def timm_model(setting: Setting, fused: bool) -> nn.Module:
+    """timm's model: for ViT-B_32 at 224 px, vit_base_patch32_224."""
+    import timm.models
+    from timm.layers import set_fused_attn
+
+    config = setting.config
+    set_fused_attn(fused)
+    return timm.models.VisionTransformer(
+        img_size=setting.img_size,
+        patch_size=config.patch_size,
+        embed_dim=config.hidden_size,
+        depth=config.num_layers,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim / config.hidden_size,
+        num_classes=ours.NUM_CLASSES,
+        pos_drop_rate=setting.dropout,
+        proj_drop_rate=setting.dropout,
+    )
+
+
+def torchvision_model(setting: Setting) -> nn.Module:
+    """torchvision's model: for ViT-B_32 at 224 px, vit_b_32."""
+    from torchvision.models import VisionTransformer
+
+    config = setting.config
+    return VisionTransformer(
+        image_size=setting.img_size,
+        patch_size=config.patch_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        hidden_dim=config.hidden_size,
+        mlp_dim=config.mlp_dim,
+        dropout=setting.dropout,
+        num_classes=ours.NUM_CLASSES,
+    )
+
+
+def hugging_face_model(setting: Setting, attention: str) -> nn.Module:
+    """Hugging Face's ViTForImageClassification."""
+    import transformers
+
+    config = setting.config
+    make_config: Any = transformers.ViTConfig  # its signature lacks what its parent takes
+    theirs = make_config(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_dim,
+        hidden_dropout_prob=setting.dropout,
+        image_size=setting.img_size,
+        patch_size=config.patch_size,
+        num_labels=ours.NUM_CLASSES,
+    )
+    return transformers.AutoModelForImageClassification.from_config(theirs, attn_implementation=attention)
+
+
+def peer_stepper(peer: str, setting: Setting, half: torch.dtype | None, pure: bool, choice: Choice) -> Stepper:
+    """A peer at one of its settings."""
+    attention, optimizer, *rest = choice
+    model: Any
+    if peer == "timm":
+        model = timm_model(setting, attention == "fused_attn")
+    elif peer == "torchvision":
+        model = torchvision_model(setting)
+    else:
+        model = hugging_face_model(setting, attention)
+    call = torch.compile(model) if COMPILED in rest else model
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        if peer == "Hugging Face":
+            return call(pixel_values=images, labels=labels).loss
+        return nn.functional.cross_entropy(call(images), labels)
+
+    return stock_stepper(model, loss_of, setting, half, pure, OPTIMIZERS[optimizer], choice)
+
+
+def fastest_choice(
+    peer: str, setting: Setting, half: torch.dtype | None, pure: bool, trials: int, compile_too: bool
+) -> Choice:
+    """Tries a peer's settings: each optimizer with its default attention, then the fastest with the rest."""
+
+    @functools.cache
+    def secs(choice: Choice) -> float:
+        stepper = peer_stepper(peer, setting, half, pure, choice)
+        return min(stepper.run() for _ in range(trials))
+
+    first, *others = ATTENTIONS[peer]
+    best = min(((first, optimizer) for optimizer in OPTIMIZERS), key=secs)
+    best = min([best, *((attention, best[1]) for attention in others)], key=secs)
+    return min([best, (*best, COMPILED)], key=secs) if compile_too else best
+
+
+class Peer:
+    """A peer that has found its fastest setting."""
+
+    def __init__(
+        self, peer: str, setting: Setting, half: torch.dtype | None, pure: bool, trials: int, compile_too: bool
+    ) -> None:
+        choice = fastest_choice(peer, setting, half, pure, trials, compile_too)
+        self._stepper = peer_stepper(peer, setting, half, pure, choice)
+        self.note = self._stepper.note
+
+    def run(self) -> float:
+        return self._stepper.run()

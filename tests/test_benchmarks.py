@@ -1,0 +1,287 @@
+"""The measurements of speed: that they run and print what they should, and that the comparison is fair."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from benchmarks import common, data, ours, peers, start, step
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+from tests import fake_npz
+from utils import augment, data_utils
+from utils.scheduler import make_schedule
+
+TINY = ["--model_type", "testing", "--img_size", "32", "--quick", "--threads", "1"]
+CONFIG = replace(CONFIGS["testing"], dropout_rate=0.0)
+
+
+def tables_of(text):
+    """The rows of every table, as dictionaries by the header."""
+    lines, tables = [line for line in text.splitlines() if line.startswith("|")], []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for i, row in enumerate(rows):
+        if set("".join(row)) == {"-"}:
+            tables.append([])
+            header = rows[i - 1]
+        elif i + 1 == len(rows) or set("".join(rows[i + 1])) != {"-"}:
+            tables[-1].append(dict(zip(header, row, strict=True)))
+    return tables
+
+
+def check_ratios(table):
+    ratios = [float(row["ours / it"]) for row in table]
+    assert ratios[0] == 1
+    assert min(ratios) > 0
+
+
+# ---- fairness ----
+
+
+def test_the_plain_formulation_gives_our_logits_and_gradients():
+    torch.manual_seed(0)
+    model = VisionTransformer(CONFIG, 48, 10)
+    torch.nn.init.normal_(model.head.weight, std=CONFIG.hidden_size**-0.5)  # logits near 1
+    plain = peers.plain_model(CONFIG, 48, 10, 0.0)
+    plain.load_state_dict(model.state_dict())
+    images, labels = torch.rand(4, 3, 48, 48) * 2 - 1, torch.randint(10, (4,))
+    torch.testing.assert_close(plain(images), model(images)[0], rtol=0, atol=1e-5)
+    for m in (plain, model):
+        m.train()
+        m(images, labels).backward()
+    gradients = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 0 or ".key.bias" in name  # softmax does not see what all scores share
+        torch.testing.assert_close(gradients[name].grad, p.grad, rtol=0, atol=1e-5)
+
+
+def test_the_plain_formulation_drops_out():
+    torch.manual_seed(0)
+    model = peers.plain_model(CONFIG, 32, 10, 0.5).train()
+    images = torch.rand(2, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+
+
+def test_the_plain_formulation_loads_the_same_weights():
+    arrays = fake_npz.arrays(CONFIG, 32, 21, pre_logits=True)
+    model, plain = VisionTransformer(CONFIG, 32, 10, zero_head=True), peers.plain_model(CONFIG, 32, 10, 0.0)
+    model.load_from(arrays)
+    plain.load_from(arrays)
+    state = plain.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("model_type", "img_size"), [("ViT-B_32", 224), ("ViT-S_14", 70)])
+def test_the_formula_counts_the_operations_of_the_plain_formulation(model_type, img_size):
+    config = CONFIGS[model_type]
+    with torch.device("meta"):
+        model = peers.plain_model(config, img_size, 10, 0.0)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(2, 3, img_size, img_size))
+    assert step.flops_of_update(config, img_size, 10, 2) == 3 * counter.get_total_flops()
+
+
+def shapes_of(model):
+    return sorted(tuple(p.shape) for p in model.parameters())
+
+
+@pytest.mark.parametrize("peer", peers.PACKAGES)
+def test_peers_are_their_makers_models(peer):
+    pytest.importorskip(peers.PACKAGES[peer])
+    setting = peers.Setting("ViT-B_32", 224, 1, 1, 0.1, "cpu")
+    with torch.device("meta"):
+        if peer == "timm":
+            import timm
+
+            expected, model = timm.create_model("vit_base_patch32_224", num_classes=10), peers.timm_model(setting, True)
+        elif peer == "torchvision":
+            import torchvision
+
+            expected, model = torchvision.models.vit_b_32(num_classes=10), peers.torchvision_model(setting)
+        else:
+            expected = peers.plain_model(setting.config, 224, 10, 0.0)
+            model = peers.hugging_face_model(setting, "sdpa")
+    assert shapes_of(model) == shapes_of(expected)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} >= {0.1}
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_ours_is_what_train_py_does(level, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps, batch, parts = 3, 16, 2
+    args = ["--name", "a", "--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--pretrained_dir", "",
+            "--device", "cpu", "--num_steps", str(steps), "--warmup_steps", "2", "--train_batch_size", str(batch),
+            "--gradient_accumulation_steps", str(parts), "--log_every", "1", "--dropout", "0.3", "--fp16",
+            "--fp16_opt_level", level]  # fmt: skip
+    assert train.main(args) == 0
+    lines = [json.loads(line) for line in Path("logs/a/metrics.jsonl").read_text().splitlines()]
+
+    pictures = data_utils.load_datasets("digits", "", 0)
+    model, precision = ours.build("testing", 32, 0.3, "cpu", level)
+    transform = augment.TrainTransform(32)
+    sampler = data_utils.StepSampler(len(pictures.train), batch, transform.num_draws, ours.SEED)
+    batches = data_utils.train_batches(
+        pictures.train, sampler, range(1, steps + 1), batch // parts, transform, torch.device("cpu"), 0
+    )
+    updates, schedule = ours.Updates(model, precision), make_schedule("cosine", 2, steps)
+    losses = [updates.update(k, 0.03 * schedule(k), batches, parts).item() for k in range(1, steps + 1)]
+    assert losses == pytest.approx([line["train/loss"] for line in lines if "train/loss" in line], abs=1e-6)
+    accuracy, loss = ours.evaluate(model, pictures.test, precision, 32, 64, 0)
+    assert accuracy == pytest.approx(lines[-1]["test/accuracy"], abs=1e-6)
+    assert loss == pytest.approx(lines[-1]["test/loss"], abs=1e-6)
+
+
+# ---- the measurements ----
+
+
+def test_step_prints_every_contender(capsys):
+    step.main([*TINY, "--batch_size", "4", "--gradient_accumulation_steps", "2", "--one_process"])
+    text = capsys.readouterr().out
+    (table,) = tables_of(text)
+    expected = ["ours, O2"]
+    for peer, package in peers.PACKAGES.items():
+        if common.installed(package):
+            expected += [peer] if peer == "torchvision" else [peer, f"{peer}, all bfloat16"]
+        else:
+            assert f"{peer} is left out" in text
+    assert [row[""] for row in table] == [*expected, "plain reference", "plain reference, half"]
+    check_ratios(table)
+    for row in table:
+        slowest, fastest = (float(x.replace(",", "")) for x in row["slowest - fastest"].split(" - "))
+        assert 0 < slowest <= float(row["images/s"].replace(",", "")) * 1.01
+        assert float(row["images/s"].replace(",", "")) <= fastest * 1.01
+    assert "the fastest stock peer" in text
+    assert f"torch {common.version('torch')}, " in text
+
+
+def test_step_says_who_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(common, "installed", lambda package: package != "transformers")
+    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "Hugging", "--fp16_opt_level", "O0", "O1"])
+    text = capsys.readouterr().out
+    assert "Hugging Face is left out: transformers is not installed" in text
+    assert [row[""] for row in tables_of(text)[0]] == ["ours, O0", "ours, O1"]
+
+
+def test_step_in_processes_measures_memory(capsys):
+    step.main([*TINY, "--batch_size", "2", "--only", "plain", "--fp16_opt_level", "O0", "--memory"])
+    (table,) = tables_of(capsys.readouterr().out)
+    assert [row[""] for row in table] == ["ours, O0", "plain reference"]
+    check_ratios(table)
+    for row in table:
+        peak, net = (float(x.strip("()").replace(",", "")) for x in row["peak memory MiB (without imports)"].split())
+        assert peak > net > 0
+
+
+def test_data_prints_every_contender(capsys):
+    data.main([*TINY, "--batch_size", "4", "--one_process", "--num_workers", "1", "--dataset", "digits"])
+    pictures, evaluation = tables_of(capsys.readouterr().out)
+    names = [f"{name}, {n} workers" for name in ("torchvision", "torchvision v2") for n in (1, 0)]
+    assert [row[""] for row in pictures] == ["ours", *names]
+    assert [row[""] for row in evaluation] == ["ours, bfloat16 O2", "ours, float32", "plain reference, float32"]
+    check_ratios(pictures)
+    check_ratios(evaluation)
+
+
+def test_pipelines_make_pictures_of_one_kind():
+    setting = data.Setting(data.SYNTHETIC, "", 40, 4, 1, 4, 4, "testing", "cpu", 0)
+    pictures, _ = setting.load()
+    transform = augment.TrainTransform(40)
+    mine = transform.batch(pictures.images[:4], torch.rand(4, transform.num_draws, dtype=torch.float64))
+    for tensors in (False, True):
+        dataset = data.StockDataset(pictures, data.stock_transform(40, tensors, True), tensors)
+        theirs, label = dataset[3]
+        assert (theirs.shape, theirs.dtype) == (mine[3].shape, mine.dtype)
+        assert -1 <= theirs.min() < -0.5 < 0.5 < theirs.max() <= 1
+        assert label == pictures.labels[3]
+
+
+def test_start_prints_both_and_their_phases(capsys):
+    pytest.importorskip("scipy")
+    start.main([*TINY, "--batch_size", "2"])
+    (table,) = tables_of(capsys.readouterr().out)
+    assert [row[""] for row in table] == ["ours", "plain reference"]
+    check_ratios(table)
+    for row in table:
+        secs = [float(part.rsplit(" ", 1)[1]) for part in row["of these, s"].split(", ") if part[-1].isdigit()]
+        assert sum(secs) == pytest.approx(float(row["start to first update, s"]), abs=0.05)
+
+
+def test_start_reports_a_process_that_fails(tmp_path):
+    with pytest.raises(RuntimeError, match="said why"):
+        start.watch(["python3", "-c", "print('said why')"], str(tmp_path), 1, {"update": "never"})
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (step.main, ["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (step.main, ["--img_size", "225"], "--img_size 225 is not a multiple"),
+        (step.main, ["--batch_size", "3", "--gradient_accumulation_steps", "2"], "is not a multiple of"),
+        (data.main, ["--dataset", "nosuch"], "--dataset nosuch is neither"),
+        (start.main, ["--pretrained_dir", "nosuch.npz"], "there is no file nosuch.npz"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(main, flags, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(flags)
+    assert e.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- what they share ----
+
+
+def test_turns_rotate():
+    order = []
+    secs = common.take_turns({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, 3)
+    assert "".join(order) == "abcbcacab"
+    assert secs == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_speed_is_of_the_median_turn():
+    speed = common.Speed([2.0, 1.0, 4.0], 100)
+    assert speed.median == 50
+    assert speed.spread == "25 - 100"
+
+
+class Hoarder:
+    """Holds some memory."""
+
+    note = ("some",)
+
+    def __init__(self, megabytes):
+        if megabytes < 0:
+            raise ValueError(f"{megabytes} MB")
+        self._bytes = b"\1" * (megabytes << 20)
+
+    def run(self):
+        return 2.5
+
+
+def job_of(megabytes):
+    return common.Job(functools.partial(Hoarder, megabytes), (), "cpu", 1)
+
+
+def test_a_contender_in_its_own_process_reports_time_and_memory():
+    with common.crew({"a": job_of(300)}, one_process=False) as ready:
+        assert ready["a"].note == ("some",)
+        assert ready["a"].run() == 2.5
+    little, much = (common.memory_of(job_of(megabytes)) for megabytes in (1, 301))
+    assert 250 < (much.peak - much.imports - little.peak + little.imports) / 2**20 < 350
+
+
+def test_a_contender_that_cannot_be_built_says_why():
+    with pytest.raises(ValueError, match="-1 MB"):
+        common.memory_of(job_of(-1))
+
+
+def test_the_peak_is_that_of_the_best_product():
+    rate = common.matmul_peak("cpu", torch.float32, 8, 8, 8, quick=True)
+    a = torch.rand(8, 8)
+    tiny = 2 * 8**3 / common.timed(lambda: a @ a, 100, "cpu")
+    assert rate > tiny  # the larger squares are faster
