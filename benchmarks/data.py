@@ -184,6 +184,7 @@ class OurEvaluation:
         self._pictures = setting.load()[1]
         s = setting
         self._model, self._precision = ours.build(s.model_type, s.img_size, None, s.device, level)
+        self._precision.prepare(self._model)
         self.note = (f"batch {s.eval_batch_size}",)
         self.run()
 

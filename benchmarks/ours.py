@@ -25,15 +25,14 @@ SEED = 42
 def build(
     model_type: str, img_size: int, dropout: float | None, device: str, level: str
 ) -> tuple[VisionTransformer, Precision]:
-    """The model with random weights, and its number formats."""
+    """The model with random weights, and its number formats; it is not prepared yet."""
+    place = dist_util.setup(device, -1)
     config = CONFIGS[model_type]
     if dropout is not None:
         config = replace(config, dropout_rate=dropout)
     torch.manual_seed(SEED)
     model = VisionTransformer(config, img_size, NUM_CLASSES, zero_head=True)
-    precision = Precision(torch.device(device), level)
-    precision.prepare(model.to(device))
-    return model, precision
+    return model.to(place), Precision(place, level)
 
 
 class Updates:
@@ -41,14 +40,12 @@ class Updates:
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self.precision = precision
-        self.optimizer = torch.optim.SGD(precision.parameters(), lr=0.0, momentum=0.9, weight_decay=0.0)
+        self.optimizer = precision.make_optimizer(model, weight_decay=0.0)
         self.model = dist_util.wrap(model)
 
     def update(self, step: int, learning_rate: float, parts: Iterable[data_utils.Batch], accumulation: int) -> Tensor:
         """Update number ``step`` on ``accumulation`` batches of ``parts``; returns its mean loss."""
         batches = iter(parts)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         torch.manual_seed(data_utils.derive_seed(SEED, data_utils.DROPOUT, step, dist_util.rank()))
         self.model.train()
         step_loss = torch.zeros((), device=self.precision.device)
@@ -59,7 +56,10 @@ class Updates:
                     loss = self.model(images, labels) / accumulation
                 self.precision.backward(loss)
             step_loss += loss.detach()
-        self.precision.step(self.model, self.optimizer, 1.0)
+        self.precision.num_skipped()  # where the loop finds the learning rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.precision.step(self.optimizer, 1.0)
         return step_loss
 
 

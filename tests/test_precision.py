@@ -30,8 +30,9 @@ def make_batch(size=8):
 def start(opt_level="O0", learning_rate=1.0, momentum=0.9, **options):
     model = make_model()
     precision = Precision(CPU, opt_level, **options)
-    precision.prepare(model)
-    return model, precision, torch.optim.SGD(precision.parameters(), lr=learning_rate, momentum=momentum)
+    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer.param_groups[0].update(lr=learning_rate, momentum=momentum)
+    return model, precision, optimizer
 
 
 def update(model, precision, optimizer, max_grad_norm=1.0, factor=1.0):

@@ -76,10 +76,18 @@ class Precision:
         self._pairs = list(masters.items())
         self._parameters = [masters.get(p, p) for p in model.parameters()]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates, in the model's order."""
+        return self._parameters
+
     def make_optimizer(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-        """Prepares the model, and makes the reference's optimizer of what is to be updated."""
+        """Instead of ``prepare``, for training: prepares the model, and makes the reference's optimizer of it."""
         self.prepare(model)
-        return torch.optim.SGD(self._parameters, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.SGD(self._parameters, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay, fused=True)
+        for p in self._parameters:
+            # Left to itself, a fused optimizer whose first update is skipped goes on with whatever was in memory.
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state_dict in float32, from the masters where there are any."""
