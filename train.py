@@ -281,7 +281,9 @@ def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.Dat
         checkpoint.check_writable(log_dir(args))
     data = data_utils.load_datasets(args.dataset, args.data_dir, args.num_workers)
     torch.manual_seed(args.seed)
-    model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
+    has_weights = args.eval_only or pretrained is not None
+    with torch.device("meta" if has_weights else "cpu"):  # else it would draw weights that are then overwritten
+        model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
     if args.eval_only:
         try:
             model.load_finetuned(finetuned)

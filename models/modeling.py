@@ -211,7 +211,8 @@ class VisionTransformer(nn.Module):
         self.vis = vis
         self.transformer = Transformer(config, img_size, vis)
         self.head = nn.Linear(config.hidden_size, num_classes)
-        self.reset_parameters()
+        if not self.head.weight.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -248,6 +249,8 @@ class VisionTransformer(nn.Module):
     def load_from(self, weights: Mapping[str, np.ndarray]) -> None:
         """Loads a checkpoint in Google's layout: all of it, or nothing.
 
+        A model made under ``torch.device("meta")``, which takes no time for it has no weights, has them afterwards.
+
         Args:
             weights: arrays by Google's names, such as ``np.load(path)`` or ``npz.read(path)`` give.
 
@@ -256,17 +259,12 @@ class VisionTransformer(nn.Module):
                 names what was expected and what was found.
         """
         state = google.to_state_dict(weights, self.config, self.img_size, None if self.zero_head else self.num_classes)
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        left_alone = {"head.weight", "head.bias"} if self.zero_head else set()
-        assert set(missing) == left_alone, missing
-        assert not unexpected, unexpected
         if self.zero_head:
-            with torch.no_grad():
-                self.head.weight.zero_()
-                self.head.bias.zero_()
+            state |= {f"head.{name}": torch.zeros(p.shape) for name, p in self.head.named_parameters()}
+        self.load_state_dict(state, assign=self.head.weight.is_meta)
 
     def load_finetuned(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a fine-tuned state_dict of exactly this model: all of it, or nothing.
+        """Loads a fine-tuned state_dict of exactly this model: all of it, or nothing; "meta" as in ``load_from``.
 
         Args:
             state: as ``state_dict()`` gives it, of any float type.
@@ -301,4 +299,4 @@ class VisionTransformer(nn.Module):
             )
         if misfits:
             raise ValueError("; ".join(misfits.values()))
-        self.load_state_dict(state)
+        self.load_state_dict({name: x.float() for name, x in state.items()}, assign=self.head.weight.is_meta)

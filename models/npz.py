@@ -60,9 +60,13 @@ class Entry(NamedTuple):
 
     def to_tensor(self, array: np.ndarray) -> Tensor:
         """The .npz's array as our float32 tensor, which shares no memory with it."""
-        # One copy at most: the cast and the new order of the axes happen in the same pass.
-        x = np.array(array.reshape(self.shape).transpose(self.axes), dtype=np.float32, order="C")
-        return torch.from_numpy(x.reshape(self.ours_shape))
+        native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float32)
+        x = torch.from_numpy(np.require(array.reshape(self.shape), native, "CW")).float()
+        if len(self.ours_shape) == 2:  # a transposition, which torch does several times faster than numpy
+            x = x.reshape(self.ours_shape[::-1]).t()
+        else:
+            x = x.permute(self.axes).reshape(self.ours_shape)
+        return torch.empty(self.ours_shape).copy_(x)
 
     def to_array(self, tensor: Tensor, dtype: type[np.generic]) -> np.ndarray:
         """Our tensor as the .npz's array."""
