@@ -72,7 +72,14 @@ def timm_model(config: ViTConfig, img_size: int, num_classes: int) -> Any:
     with torch.device("meta"):
         if config.resnet_units is not None:
             name = TIMM_HYBRIDS[config.resnet_units]
-            model = timm.create_model(name, img_size=img_size, num_classes=num_classes)
+            model = timm.create_model(
+                name,
+                img_size=img_size,
+                embed_dim=config.hidden_size,
+                depth=config.num_layers,
+                num_heads=config.num_heads,
+                num_classes=num_classes,
+            )
             # timm's epsilon is 1e-5, Google's 1e-6.
             for module in model.modules():
                 if isinstance(module, nn.GroupNorm):

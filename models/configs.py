@@ -116,9 +116,24 @@ GOOGLE_NAMES: dict[str, str] = {
     "R26-ViT-B_32": "R26+ViT-B_32",
     "R50-ViT-L_32": "R50+ViT-L_32",
 }
+#: What AugReg's files begin with and Google's ``config.model_or_filename`` takes (its ``AUGREG_CONFIGS``).
+_AUGREG_NAMES: dict[str, str] = {
+    "ViT-Ti_16": "Ti_16",
+    "ViT-S_16": "S_16",
+    "ViT-S_32": "S_32",
+    "ViT-B_8": "B_8",
+    "ViT-B_16": "B_16",
+    "ViT-B_32": "B_32",
+    "ViT-L_16": "L_16",
+    "R-ViT-Ti_16": "R_Ti_16",
+    "R26-ViT-S_32": "R26_S_32",
+    "R26-ViT-B_32": "R26_B_32",
+    "R50-ViT-L_32": "R50_L_32",
+}
+_ALIASES = {alias: name for names in (GOOGLE_NAMES, _AUGREG_NAMES) for name, alias in names.items()}
 
-#: The architectures by ``--model_type``.
-CONFIGS: dict[str, ViTConfig] = _MODELS | {google: _MODELS[name] for name, google in GOOGLE_NAMES.items()}
+#: The architectures by ``--model_type``: this project's names and Google's.
+CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name in _ALIASES.items()}
 
 #: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
 #: Of the AugReg files, those that Google's README recommends; it has others, listed in augreg/index.csv.
@@ -129,6 +144,8 @@ PUBLISHED: dict[str, str] = {
     "ViT-L_32": "imagenet21k/ViT-L_32",
     "ViT-H_14": "imagenet21k/ViT-H_14",
     "R50-ViT-B_16": "imagenet21k/R50+ViT-B_16",
+    "ViT-B_8": "imagenet21k/ViT-B_8",
+    "R26-ViT-B_32": "imagenet21k/R26+ViT-B_32",
     "ViT-Ti_16": "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
     "ViT-S_16": "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
     "ViT-S_32": "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
@@ -139,5 +156,5 @@ PUBLISHED: dict[str, str] = {
 
 
 def canonical_name(model_type: str) -> str:
-    """This project's name of a model that may be called by Google's."""
-    return next((name for name, google_name in GOOGLE_NAMES.items() if google_name == model_type), model_type)
+    """This project's name of a model that may be called by one of Google's."""
+    return _ALIASES.get(model_type, model_type)

@@ -16,7 +16,7 @@ import re
 import shlex
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ _NEW_NUMBERING = {
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
     "MlpBlock_0": "MlpBlock_3",
 }
+_OLD_NUMBERING = {old: new for new, old in _NEW_NUMBERING.items()}
 #: Where files keep their weights, and what else is in a train state.
 _PREFIXES = ("", "opt/target/", "opt/target/params/", "params/", "target/")
 _OPTIMIZER_STATE = ("opt/state/", "opt_state/", "state/")
@@ -224,22 +225,43 @@ def read(path: str) -> dict[str, np.ndarray]:
         raise ValueError(f"it is a damaged .npz archive ({e}); fetch it again") from e
 
 
-def normalize_names(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The name in ``weights`` of every array, by its historical name without the prefix of a train state.
+class Spelling(NamedTuple):
+    """How a file names its arrays.
 
-    Optimiser state beside the weights is left out.
+    Attributes:
+        prefix: where in a train state the weights are.
+        new_numbering: a block's layers are numbered as newer Flax versions do.
     """
-    marker = POSITIONS.split("/")[0] + "/"
-    prefix = max(_PREFIXES, key=lambda p: sum(name.startswith(p + marker) for name in weights))
-    own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
-    new_numbering = any(name.startswith(prefix) and "/MlpBlock_0/" in name for name in own)
-    names = {}
-    for name in own:
-        parts = name.removeprefix(prefix).split("/")
-        if new_numbering and len(parts) > 2 and re.fullmatch(r"encoderblock_\d+", parts[1]):
-            parts[2] = _NEW_NUMBERING.get(parts[2], parts[2])
-        names["/".join(parts)] = name
-    return names
+
+    prefix: str
+    new_numbering: bool
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Spelling:
+        """The spelling of most of a file's names."""
+        names = list(names)
+        marker = POSITIONS.split("/")[0] + "/"
+        prefix = max(_PREFIXES, key=lambda p: sum(name.startswith(p + marker) for name in names))
+        layers = [name.removeprefix(prefix).split("/")[2:3] for name in names if name.startswith(prefix + marker)]
+        newer = sum(layer[0] in _NEW_NUMBERING for layer in layers if layer)
+        return cls(prefix, newer > sum(layer[0] in _NEW_NUMBERING.values() for layer in layers if layer))
+
+    def spell(self, historical: str) -> str:
+        """The file's name of an array."""
+        return self.prefix + (_renumber(historical, _OLD_NUMBERING) if self.new_numbering else historical)
+
+    def historical(self, name: str) -> str | None:
+        """The historical name of what the file calls ``name``, or None if it is not spelled as the others."""
+        short = name.removeprefix(self.prefix)
+        historical = _renumber(short, _NEW_NUMBERING) if self.new_numbering else short
+        return historical if self.spell(historical) == name else None
+
+
+def _renumber(name: str, numbering: Mapping[str, str]) -> str:
+    parts = name.split("/")
+    if len(parts) > 2 and re.fullmatch(r"encoderblock_\d+", parts[1]):
+        parts[2] = numbering.get(parts[2], parts[2])
+    return "/".join(parts)
 
 
 def match(
@@ -253,30 +275,33 @@ def match(
         num_classes: outputs of the head, or None to leave the head out.
 
     Raises:
-        ValueError: an array is missing, has the wrong shape or holds a NaN; the message names it.
+        ValueError: an array is missing, has the wrong shape or holds a NaN; the message names it as the
+            file does.
     """
-    names = normalize_names(weights)
+    spelling = Spelling.of(weights)
     arrays: dict[str, np.ndarray] = {}
     wrong = []
     # Position embeddings may have any grid, so any picture's size will do here.
     for entry in layout(config, config.stride, num_classes):
-        if entry.google not in names:
-            wrong.append(f"{entry.google}: expected {entry.shape}, not in the file")
+        name = spelling.spell(entry.google)
+        expected = f"(1, 1 + n * n, {config.hidden_size})" if entry.google == POSITIONS else str(entry.shape)
+        if name not in weights:
+            wrong.append(f"{name}: expected {expected}, not in the file")
             continue
-        arrays[entry.google] = array = weights[names[entry.google]]
+        arrays[entry.google] = array = weights[name]
         if not np.issubdtype(array.dtype, np.floating):
-            wrong.append(f"{entry.google}: expected floating-point numbers, found {array.dtype}")
+            wrong.append(f"{name}: expected floating-point numbers, found {array.dtype}")
         elif not _fits(entry, array.shape):
-            expected = f"(1, 1 + n * n, {config.hidden_size})" if entry.google == POSITIONS else entry.shape
-            wrong.append(f"{entry.google}: expected {expected}, found {array.shape}")
+            wrong.append(f"{name}: expected {expected}, found {array.shape}")
         elif not np.isfinite(array).all() or (array.dtype.itemsize > 4 and np.abs(array).max() > FLOAT32_MAX):
-            wrong.append(f"{entry.google}: it holds NaN, infinity or what float32 cannot hold")
+            wrong.append(f"{name}: it holds NaN, infinity or what float32 cannot hold")
     if wrong:
-        raise ValueError(first_faults(wrong) + _hint(names, weights))
-    if num_classes is not None and "pre_logits/kernel" in names:
+        raise ValueError(first_faults(wrong) + _hint(weights, spelling, config))
+    if num_classes is not None and spelling.spell("pre_logits/kernel") in weights:
         logger.warning("The head was trained behind a pre_logits layer, which this model has not")
-    known = {"head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
-    if extra := sorted(set(names) - set(arrays) - known):
+    known = {*arrays, "head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
+    own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
+    if extra := sorted(name for name in own if spelling.historical(name) not in known):
         logger.warning("The .npz holds arrays that the model has no place for: %s", ", ".join(extra))
     return arrays
 
@@ -286,13 +311,16 @@ def first_faults(faults: list[str]) -> str:
     return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
-def _hint(names: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
-    """Names the model that a checkpoint is of, if it is a known one."""
-    for model_type, config in CONFIGS.items():
-        entries = layout(config, config.stride)
-        if all(entry.google in names and _fits(entry, weights[names[entry.google]].shape) for entry in entries):
-            return f"; it fits --model_type {model_type}"
-    return ""
+def _hint(weights: Mapping[str, np.ndarray], spelling: Spelling, config: ViTConfig) -> str:
+    """Names the model that a checkpoint is of, if it is a known one and not this one."""
+
+    def fits(other: ViTConfig) -> bool:
+        entries = ((spelling.spell(entry.google), entry) for entry in layout(other, other.stride))
+        return all(name in weights and _fits(entry, weights[name].shape) for name, entry in entries)
+
+    if fits(config):
+        return ""
+    return next((f"; it fits --model_type {name}" for name, other in CONFIGS.items() if fits(other)), "")
 
 
 def to_state_dict(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.configs import CONFIGS, GOOGLE_NAMES, PUBLISHED
+import train
+from models.configs import CONFIGS, GOOGLE_NAMES, PUBLISHED, canonical_name
 from models.modeling import VisionTransformer
 
 
@@ -29,10 +30,57 @@ def count_parameters(model_type: str, img_size: int, num_classes: int) -> int:
         ("ViT-L_32", 306_535_400),
         ("ViT-H_14", 632_045_800),
         ("R50-ViT-B_16", 98_659_112),
+        ("ViT-Ti_16", 5_717_416),
+        ("ViT-S_16", 22_050_664),
+        ("ViT-S_32", 22_878_952),
+        ("ViT-B_8", 86_576_872),
+        ("R-ViT-Ti_16", 6_337_704),
+        ("R26-ViT-S_32", 36_431_912),
+        ("R26-ViT-B_32", 101_383_976),
+        ("R50-ViT-L_32", 328_994_856),
     ],
 )
 def test_published_models_have_the_known_parameter_counts(model_type, num_parameters):
     assert count_parameters(model_type, img_size=224, num_classes=1000) == num_parameters
+
+
+#: The papers' dimensions (arXiv 2010.11929, table 1; 2106.10270, table 2): patch, width, depth, MLP, residual units.
+PAPERS = {
+    "ViT-Ti_16": (16, 192, 12, 768, None),
+    "ViT-S_16": (16, 384, 12, 1536, None),
+    "ViT-S_32": (32, 384, 12, 1536, None),
+    "ViT-B_8": (8, 768, 12, 3072, None),
+    "ViT-B_16": (16, 768, 12, 3072, None),
+    "ViT-B_32": (32, 768, 12, 3072, None),
+    "ViT-L_16": (16, 1024, 24, 4096, None),
+    "ViT-L_32": (32, 1024, 24, 4096, None),
+    "ViT-H_14": (14, 1280, 32, 5120, None),
+    "R-ViT-Ti_16": (32, 192, 12, 768, ()),  # 8 x 8 cells of a map of stride 4, whatever its name says
+    "R26-ViT-S_32": (32, 384, 12, 1536, (2, 2, 2, 2)),
+    "R26-ViT-B_32": (32, 768, 12, 3072, (2, 2, 2, 2)),
+    "R50-ViT-B_16": (16, 768, 12, 3072, (3, 4, 9)),
+    "R50-ViT-L_32": (32, 1024, 24, 4096, (3, 4, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("model_type", PAPERS)
+def test_parameters_are_as_many_as_the_papers_dimensions_make(model_type):
+    patch, d, depth, mlp, units = PAPERS[model_type]
+    stem, channels, stride = 0, 3, 1
+    if units is not None:
+        stem, channels, stride = 7 * 7 * 3 * 64 + 2 * 64, 64, 4
+    for stage, num_units in enumerate(units or ()):
+        n = 64 * 2**stage
+        stride *= 2 if stage else 1
+        stem += channels * 4 * n + 2 * 4 * n  # the shortcut's projection and its norm
+        for _ in range(num_units):
+            stem += channels * n + 9 * n * n + n * 4 * n + 2 * (n + n + 4 * n)
+            channels = 4 * n
+    tokens = 1 + (224 // patch) ** 2
+    embeddings = (patch // stride) ** 2 * channels * d + d + tokens * d + d
+    block = 4 * (d * d + d) + (d * mlp + mlp) + (mlp * d + d) + 2 * 2 * d
+    total = stem + embeddings + depth * block + 2 * d + (d * 1000 + 1000)
+    assert count_parameters(model_type, img_size=224, num_classes=1000) == total
 
 
 def test_small_model_has_the_shape_of_its_real_weights():
@@ -46,8 +94,41 @@ def test_small_model_has_the_shape_of_its_real_weights():
 def test_every_published_model_has_a_config():
     assert set(PUBLISHED) <= set(CONFIGS)
     assert set(GOOGLE_NAMES) <= set(CONFIGS)
-    assert all(CONFIGS[google_name] is CONFIGS[name] for name, google_name in GOOGLE_NAMES.items())
-    assert GOOGLE_NAMES["R50-ViT-B_16"] == "R50+ViT-B_16"
+    assert set(PUBLISHED) == set(PAPERS)
+
+
+#: The models of Google's vit_jax/configs/models.py by its MODEL_CONFIGS' and, second, its AUGREG_CONFIGS' names;
+#: all but testing, Mixer, LiT and those whose classifier is a mean over tokens ("-gap-norep").
+GOOGLES = {
+    "ViT-Ti_16": ("ViT-Ti_16", "Ti_16"),
+    "ViT-S_16": ("ViT-S_16", "S_16"),
+    "ViT-S_32": ("ViT-S_32", "S_32"),
+    "ViT-B_8": ("ViT-B_8", "B_8"),
+    "ViT-B_16": ("ViT-B_16", "B_16"),
+    "ViT-B_32": ("ViT-B_32", "B_32"),
+    "ViT-L_16": ("ViT-L_16", "L_16"),
+    "ViT-L_32": ("ViT-L_32",),
+    "ViT-H_14": ("ViT-H_14",),
+    "R-ViT-Ti_16": ("R+ViT-Ti_16", "R_Ti_16"),
+    "R26-ViT-S_32": ("R26+ViT-S_32", "R26_S_32"),
+    "R26-ViT-B_32": ("R26+ViT-B_32", "R26_B_32"),
+    "R50-ViT-B_16": ("R50+ViT-B_16",),
+    "R50-ViT-L_32": ("R50+ViT-L_32", "R50_L_32"),
+}
+
+
+@pytest.mark.parametrize("model_type", GOOGLES)
+def test_googles_names_are_model_types_too(model_type):
+    for google_name in GOOGLES[model_type]:
+        assert CONFIGS[google_name] is CONFIGS[model_type]
+        assert canonical_name(google_name) == model_type
+        args = train.make_parser().parse_args(["--name", "x", "--model_type", google_name])
+        assert CONFIGS[args.model_type] is CONFIGS[model_type]
+
+
+def test_every_name_is_known_to_be_ours_or_googles():
+    own = {"ViT-S_14", "ViT-demo", "testing", "testing-hybrid"}
+    assert set(CONFIGS) == own | set(GOOGLES) | {name for names in GOOGLES.values() for name in names}
 
 
 def test_configs_cannot_be_changed_in_place():

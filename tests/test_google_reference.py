@@ -140,9 +140,13 @@ def test_the_tests_own_checkpoints_have_googles_names_and_shapes(google_npz, mod
     assert list(ours.items()) == list(theirs.items())
 
 
-def test_layout_of_every_published_model_is_googles(google_npz):
+@pytest.mark.parametrize("pre_logits", [False, True])
+def test_layout_of_every_published_model_is_googles(google_npz, pre_logits):
     assert set(PUBLISHED) <= {canonical_name(model_type) for model_type in google_npz.MODELS}
     for model_type in google_npz.MODELS:
-        expected = google_npz.param_shapes(model_type, num_classes=7, img_size=224)
-        layout = npz.layout(CONFIGS[model_type], 224, 7)
-        assert {entry.google: entry.shape for entry in layout} == expected, model_type
+        config = CONFIGS[model_type]
+        expected = google_npz.param_shapes(model_type, num_classes=7, pre_logits=pre_logits, img_size=224)
+        layout = {entry.google: entry.shape for entry in npz.layout(config, 224, 7)}
+        d = config.hidden_size  # the one layer that fine-tuning leaves out
+        extra = {"pre_logits/kernel": (d, d), "pre_logits/bias": (d,)} if pre_logits else {}
+        assert layout | extra == expected, model_type

@@ -80,6 +80,19 @@ def test_links_to_files_lead_somewhere(document):
             assert ((ROOT / document).parent / target).exists(), target
 
 
+def test_every_deviation_has_the_size_of_its_effect():
+    lines = [line for line in text_of("docs/deviations.md").splitlines() if line.startswith("|")]
+    header, ruler, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert (header[0], header[-1]) == ("deviation", "size of the effect")
+    assert set("".join(ruler)) == {"-"}
+    for row in rows:
+        assert len(row) == len(header), row
+        if row[0].startswith("**"):
+            assert not any(row[1:]), row
+        else:
+            assert re.search(r"\d", row[-1]), row  # a number, not a word
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_nothing_is_left_to_fill_in(document):
     assert not re.search(r"[A-Z]_HERE\b", text_of(document))

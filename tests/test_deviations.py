@@ -1,0 +1,163 @@
+"""benchmarks/recipes.py and deviations.py: the experiments are what they say, and the default one is train.py."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from benchmarks import deviations, recipes
+from models.configs import CONFIGS
+from models.modeling import Attention, VisionTransformer
+from tests.conftest import REPOSITORY
+from utils import augment
+from utils.scheduler import make_schedule
+
+
+def draws(n: int) -> torch.Tensor:
+    return torch.rand(n, augment.NUM_DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_recipe_they_are_compared_with_is_what_train_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--name", "a", "--dataset", "digits", "--model_type", "ViT-demo", "--img_size", "32", "--device", "cpu"]
+    args += ["--pretrained_dir", str(REPOSITORY / "checkpoint" / "ViT-demo.npz"), "--seed", "3", "--num_steps", "5"]
+    args += ["--warmup_steps", "2", "--learning_rate", "0.05", "--train_batch_size", "32"]
+    assert train.main(args) == 0
+    last = json.loads(Path("logs/a/metrics.jsonl").read_text().splitlines()[-1])
+    recipe = replace(recipes.OURS, schedule=make_schedule("cosine", 2, 5))
+    right, loss = recipes.train(recipe, seed=3, num_steps=5)
+    assert right.mean().item() == pytest.approx(last["test/accuracy"])
+    assert loss.mean().item() == pytest.approx(last["test/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", recipes.EXPERIMENTS)
+def test_every_experiment_changes_something(name):
+    ours, other = recipes.EXPERIMENTS[name]
+    num_steps = 2
+    if name == "linear decay to 1e-5":  # which shows after many updates
+        assert other.schedule(recipes.NUM_STEPS) * recipes.LEARNING_RATE == pytest.approx(1e-5)
+        assert ours.schedule(recipes.NUM_STEPS) == 0
+        return
+    assert not torch.equal(recipes.train(ours, 0, num_steps)[1], recipes.train(other, 0, num_steps)[1])
+
+
+def test_half_momentum_is_rounded_after_it_was_used():
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = recipes.HalfMomentumSGD([p], lr=0.5, momentum=0.9)
+    gradients = torch.tensor([[1 / 3, 1e-3, 7.0], [1 / 7, 1.0, 1e-4], [0.1, 0.2, 0.3]])
+    weights, trace = torch.zeros(3), torch.zeros(3)
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+        update = g + (0.9 * trace).bfloat16().float()
+        trace = update.bfloat16().float()
+        weights = weights - 0.5 * update
+    torch.testing.assert_close(p.detach(), weights, rtol=1e-6, atol=0)
+    assert optimizer.state[p]["trace"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 90), (90, 20)])
+def test_tensorflows_boxes_keep_its_limits(height, width):
+    top, left, h, w = recipes.tensorflow_boxes(draws(3000), height, width).T
+    assert (top.min(), left.min()) == (0, 0)
+    assert (top + h).max() == height
+    assert (left + w).max() == width
+    assert ((h * w).min() >= 0.05 * height * width) or min(height, width) == 20
+    assert ((w >= 0.75 * h - 0.5) & (w <= 1.33 * h + 0.5)).all()
+
+
+def test_tensorflows_heights_are_uniform_where_torchvisions_areas_are():
+    boxes = recipes.tensorflow_boxes(draws(20000), 1000, 1000)
+    ratio = boxes[:, 3] / boxes[:, 2]
+    square = boxes[(ratio - 1).abs() < 0.02][:, 2].double()
+    low = 1000 * 0.05**0.5
+    assert square.mean().item() == pytest.approx((1000 + low) / 2, rel=0.03)
+    assert square.std().item() == pytest.approx((1000 - low) / 12**0.5, rel=0.05)
+
+
+def test_tensorflows_resize_interpolates_between_two_pixels():
+    pictures = torch.arange(256, dtype=torch.uint8).repeat(1, 3, 4, 1)  # grey levels rise to the right
+    cut = recipes.tensorflow_crop(pictures, torch.tensor([[0, 10, 4, 4]]), 4)
+    torch.testing.assert_close((cut[0, 0, 0] + 1) * 127.5, torch.tensor([10.0, 11.0, 12.0, 13.0]))
+    reduced = recipes.tensorflow_crop(pictures, torch.tensor([[0, 0, 4, 256]]), 2)
+    torch.testing.assert_close((reduced[0, 0, 0] + 1) * 127.5, torch.tensor([63.5, 191.5]))
+    enlarged = recipes.tensorflow_crop(pictures, torch.tensor([[0, 0, 4, 4]]), 9)
+    ours = augment.resized_crop(pictures, torch.tensor([[0, 0, 4, 4]]), 9)
+    assert 0 < ((enlarged - ours) * 127.5).abs().max() < 1.01  # but for Pillow's roundings
+
+
+def test_the_references_epochs_end_in_a_smaller_batch():
+    batches = list(itertools.islice(recipes.reference_order(100, seed=0), 8))
+    assert [len(b) for b in batches] == [32, 32, 32, 4] * 2
+    epochs = [torch.cat(batches[:4]), torch.cat(batches[4:])]
+    assert all(epoch.sort().values.tolist() == list(range(100)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_googles_buffer_repeats_pictures_before_all_were_seen():
+    batches = list(itertools.islice(recipes.google_order(100, seed=0), 100))
+    assert {len(b) for b in batches} == {32}
+    seen = torch.cat(batches)
+    assert len(seen[:100].unique()) < 90
+    counts = seen.bincount(minlength=100)  # each comes with every epoch that is poured in
+    assert counts.min() >= 24
+    assert counts.max() <= 33
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "linear"])
+def test_googles_schedule_is_its_formula(decay_type):
+    base, total, warmup = recipes.LEARNING_RATE, recipes.NUM_STEPS, recipes.WARMUP_STEPS
+    factor = recipes.google_schedule(decay_type)
+    for count in range(total):  # optax counts from 0
+        progress = min(max((count - warmup) / (total - warmup), 0), 1)
+        rate = base * 0.5 * (1 + np.cos(np.pi * progress))
+        if decay_type == "linear":
+            rate = 1e-5 + (base - 1e-5) * (1 - progress)
+        assert base * factor(count + 1) == pytest.approx(rate * min(1, count / warmup), abs=1e-12)
+
+
+def test_dropout_after_attention_drops_its_output_while_it_lasts():
+    attention = Attention(CONFIGS["testing"], vis=False)
+    x = torch.randn(4, 50, 32)
+    torch.manual_seed(0)
+    with recipes.dropout_after_attention(0.25):
+        dropped = (attention(x)[0] == 0).float().mean().item()
+        attention.eval()
+        assert (attention(x)[0] != 0).all()
+    assert dropped == pytest.approx(0.25, abs=0.03)
+    assert (attention.train()(x)[0] != 0).all()
+
+
+def test_the_references_random_weights():
+    torch.manual_seed(0)
+    model = VisionTransformer(CONFIGS["ViT-demo"], 32, 10)
+    mlp = model.transformer.encoder.layer[0].ffn.fc1.weight.clone()
+    recipes.reference_values(model)
+    bound = 128**-0.5  # nn.Linear's
+    for linear in (model.head, model.transformer.encoder.layer[0].attn.query):
+        assert 0.98 * bound < linear.weight.abs().max() <= bound
+        assert linear.bias.any()
+    assert not model.transformer.embeddings.position_embeddings.any()
+    assert torch.equal(model.transformer.encoder.layer[0].ffn.fc1.weight, mlp)
+
+
+def test_the_command_prints_the_lines_asked_for(capsys):
+    deviations.main(["--only", "arithmetic: schedule"])
+    first, line = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in first
+    assert line.startswith("arithmetic: schedule from 0: cosine: at most 6.0e-05 in the warm-up")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([1.0, 3.0], "+200 +- 100"), ([-0.01, 0.0, -0.02], "-1.00 +- 0.58"), ([0.5, 0.5], "+50.00 +- 0.00")],
+)
+def test_a_spread_is_a_mean_and_its_standard_error(values, text):
+    assert deviations.spread(values, scale=100) == text
