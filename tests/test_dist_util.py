@@ -142,7 +142,7 @@ seen["stopped"] = None
 try:
     for step in range(1, 5):
         bad = step == 3 and rank == 1
-        log.update(step, torch.tensor(float("nan") if bad else step + 10.0 * rank), 0.1)
+        log.update(step, torch.tensor(float("nan") if bad else step + 10.0 * rank), 0.1, torch.tensor(True))
 except FloatingPointError as e:
     seen["stopped"] = str(e)
 writer.close()
