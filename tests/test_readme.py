@@ -1,5 +1,6 @@
 """The documents keep up with the code: their commands parse, their links lead somewhere, both languages agree."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_every_training_command_parses(document):
     for words in commands_of(document):
         if "train.py" in words:
             train.check_args(train.make_parser().parse_args(flags_of(words)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_tools_command_parses(document):
+    for words in commands_of(document):
+        module = next((word for word in words if word.startswith("tools.")), None)
+        if module is not None:
+            importlib.import_module(module).make_parser().parse_args(words[words.index(module) + 1 :])
 
 
 @pytest.mark.parametrize("readme", READMES)

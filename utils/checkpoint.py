@@ -132,7 +132,7 @@ def checksum(state: Mapping[str, Tensor]) -> int:
     """CRC-32 of all tensors' bytes, in the order of their names."""
     crc = 0
     for _, x in sorted(state.items()):
-        crc = zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 
