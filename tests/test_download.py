@@ -199,19 +199,32 @@ def test_a_server_that_ignores_ranges_sends_all_of_it_again(server, tmp_path):
     assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
 
 
-@pytest.mark.parametrize("fault", [{}, {"ignore_if_range": True}])
 @pytest.mark.parametrize("size", [25_000, 30_000, 5_000])
-def test_the_halves_of_two_versions_are_not_put_together(server, tmp_path, fault, size):
+def test_a_file_that_has_changed_comes_anew_in_the_same_answer(server, tmp_path, size):
     new = make_content(1, size)
-    server.faults = [{"drop": 50_000}, {"replace": new, **fault}]
+    server.faults = [{"drop": 50_000}, {"replace": new}]
     assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, "bytes=50000-"]  # If-Range asks for it
     assert (tmp_path / FILE).read_bytes() == new
 
 
-def test_a_server_that_goes_on_at_another_byte_is_not_believed(server, tmp_path):
+@pytest.mark.parametrize(("size", "words"), [(25_000, "another file"), (30_000, "another file"), (5_000, "416")])
+def test_the_halves_of_two_versions_are_not_put_together(server, tmp_path, capsys, size, words):
+    new = make_content(1, size)
+    server.faults = [{"drop": 50_000}, {"replace": new, "ignore_if_range": True}]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, "bytes=50000-", None]
+    error = capsys.readouterr().err
+    assert words in error
+    assert "md5" not in error  # it was known before the rest came
+    assert (tmp_path / FILE).read_bytes() == new
+
+
+def test_a_server_that_goes_on_at_another_byte_is_not_believed(server, tmp_path, capsys):
     size = len(server.files[REMOTE])
     server.faults = [{"drop": 50_000}, {"headers": {"Content-Range": f"bytes 40000-{size - 1}/{size}"}}]
     assert fetch(server, tmp_path) == 0
+    assert "at another byte" in capsys.readouterr().err
     assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
 
 
