@@ -21,12 +21,12 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import npz
-from models.configs import CONFIGS
+from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, dist_util
 from utils.metrics import MetricsWriter, TrainingLog
@@ -81,7 +81,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
                 report(step, accuracy, test_loss)
                 if accuracy > best_accuracy:
                     best_accuracy = accuracy
-                    save(args, dist_util.unwrap(model), precision)
+                    save(args, dist_util.unwrap(model), precision, data.classes, step, accuracy)
                 log.restart_clock()
 
     logger.info("Best Accuracy: \t%.5f", best_accuracy)
@@ -134,10 +134,20 @@ def log_dir(args: argparse.Namespace) -> str:
     return os.path.join("logs", args.name)
 
 
-def save(args: argparse.Namespace, model: nn.Module, precision: Precision) -> None:
-    """Writes the weights of the best evaluation so far."""
+def save(
+    args: argparse.Namespace,
+    model: nn.Module,
+    precision: Precision,
+    classes: list[str],
+    step: int,
+    accuracy: float,
+) -> None:
+    """Writes the weights of the best evaluation so far, and what they are of."""
     if dist_util.is_main():
-        checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model))
+        description = checkpoint.Description(
+            args.model_type, args.img_size, classes, args.gelu, args.dataset, step, accuracy
+        )
+        checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model), description)
         logger.info("Saved model checkpoint to %s", checkpoint_path(args))
 
 
@@ -285,6 +295,7 @@ def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.Dat
     with torch.device("meta" if has_weights else "cpu"):  # else it would draw weights that are then overwritten
         model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
     if args.eval_only:
+        warn_of_contradictions(args, path, finetuned, data.classes)
         try:
             model.load_finetuned(finetuned)
         except ValueError as e:
@@ -299,6 +310,27 @@ def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
     if args.fp16 and args.amp_backend == "apex":
         return ApexPrecision(import_apex_amp(device), device, args.fp16_opt_level, args.loss_scale)
     return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
+
+
+def warn_of_contradictions(args: argparse.Namespace, path: str, state: dict[str, Tensor], classes: list[str]) -> None:
+    """Warns where an evaluation differs from the training that the file beside the weights tells of."""
+    try:
+        told = checkpoint.read_description(path, state)
+    except ValueError as e:
+        logger.warning("%s", e)
+        return
+    if told is None:
+        return
+    if canonical_name(told.model_type) != canonical_name(args.model_type):
+        logger.warning("%s was trained with --model_type %s, not %s", path, told.model_type, args.model_type)
+    if told.gelu != args.gelu:
+        logger.warning("%s was trained with --gelu %s, not %s", path, told.gelu, args.gelu)
+    if len(told.classes) == len(classes) and told.classes != classes:
+        first = next(i for i, name in enumerate(classes) if told.classes[i] != name)
+        logger.warning(
+            "%s was trained on other classes than %s has: number %d was %s, here it is %s",
+            path, args.dataset, first, told.classes[first], classes[first],
+        )  # fmt: skip
 
 
 def log_start(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:

@@ -154,6 +154,29 @@ PUBLISHED: dict[str, str] = {
     "R50-ViT-L_32": "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
 }
 
+#: All files of Google's that this project names, by upstream: the model, and where its weights are, as in
+#: ``PUBLISHED``.  "-224" was fine-tuned at 224 px, the other files of imagenet2012 at 384.
+UPSTREAMS: dict[str, dict[str, str]] = {
+    upstream: {name: path for name, path in PUBLISHED.items() if path.startswith(f"{upstream}/")} | others
+    for upstream, others in {
+        "imagenet21k": {},
+        "imagenet21k+imagenet2012": {
+            name: f"imagenet21k+imagenet2012/{name}"
+            for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
+        },
+        "augreg": {
+            "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
+            "ViT-B_32": "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
+            "ViT-L_16": "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",
+        },
+    }.items()
+}
+
+
+def file_name(upstream: str, name: str) -> str:
+    """What a file of ``UPSTREAMS`` is called here, such as imagenet21k_ViT-B_32.npz."""
+    return f"{upstream.split('+')[-1]}_{name}.npz"
+
 
 def canonical_name(model_type: str) -> str:
     """This project's name of a model that may be called by one of Google's."""

@@ -167,7 +167,7 @@ class Embeddings(nn.Module):
         if self.hybrid_model is not None:
             x = self.hybrid_model(x)  # (B, C, H / stride, W / stride)
         x = self.patch_embeddings(x)  # (B, P, D)
-        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)  # (B, T, D)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)  # (B, T, D)
         x = x + self.position_embeddings
         return dropout(x, self.dropout_rate, self.training)
 

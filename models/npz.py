@@ -23,7 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import CONFIGS, DEMO, GOOGLE_NAMES, PUBLISHED, ViTConfig, canonical_name
+from models.configs import (
+    CONFIGS,
+    DEMO,
+    GOOGLE_NAMES,
+    PUBLISHED,
+    UPSTREAMS,
+    ViTConfig,
+    canonical_name,
+    file_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +209,29 @@ def find(path: str, model_type: str) -> str:
         raise ValueError(
             f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
         )
+    remedy = ""
     if not any(own in file for own in own_names):
-        path = os.path.join(folder, f"{PUBLISHED[name].split('/')[0]}_{name}.npz")
-        problem += f", and --model_type {name} needs its own"
-    command = f"curl --create-dirs -fo {shlex.quote(path)} {BUCKET}/{PUBLISHED[name]}.npz"
-    remedy = f" and give --pretrained_dir {path}" if path not in problem else ""
-    raise ValueError(f"{problem}; download it with: {command}{remedy}")
+        path = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
+        remedy = f" and give --pretrained_dir {shlex.quote(path)}"
+        problem += f", and --model_type {name} needs its own" if file else ""
+    raise ValueError(f"{problem}; download it with: {download_command(path, name)}{remedy}")
+
+
+def download_command(path: str, name: str) -> str:
+    """The command that fetches a model's published file to ``path``, whose name may tell from which upstream."""
+    folder, file = os.path.split(path)
+    upstreams = [upstream for upstream, files in UPSTREAMS.items() if name in files]
+    upstream = next((u for u in upstreams if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
+    if upstream is not None:
+        name = next((other for other in UPSTREAMS[upstream] if file == file_name(upstream, other)), name)  # "-224"
+    words = ["python", "-m", "tools.download", name]
+    if upstream is not None and upstream != upstreams[0]:
+        words += ["--upstream", upstream]
+    if upstream is None or file != file_name(upstream, name):
+        words += ["--to", path]
+    elif folder != "checkpoint":
+        words += ["--to", folder or "."]
+    return shlex.join(words)
 
 
 def read(path: str) -> dict[str, np.ndarray]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.configs import CONFIGS, ViTConfig
 from tests import fake_npz
@@ -45,5 +48,53 @@ def make_npz(tmp_path: Path) -> Callable[..., str]:
         if isinstance(config, str):
             config = CONFIGS[config]
         return fake_npz.save(tmp_path / name, fake_npz.arrays(config, **options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finetuned_digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a checkpoint that train.py wrote after a few updates of the testing model on the digits.
+
+    Shared by the tests of the tools, which must not change it.
+    """
+    import train
+
+    folder, before = tmp_path_factory.mktemp("finetuned"), os.getcwd()
+    args = ["--name", "digits", "--dataset", "digits", "--model_type", "testing", "--img_size", "48", "--device", "cpu",
+            "--pretrained_dir", "", "--train_batch_size", "32", "--num_steps", "60", "--warmup_steps", "5",
+            "--eval_every", "60", "--learning_rate", "0.1"]  # fmt: skip
+    os.chdir(folder)  # a run writes output/ and logs/ below the working directory
+    try:
+        assert train.main(args) == 0
+    finally:
+        os.chdir(before)
+    return str(folder / "output" / "digits_checkpoint.bin")
+
+
+@pytest.fixture(params=["testing", "testing-hybrid"])
+def finetuned_any(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The path of a checkpoint of a plain and of a hybrid model, with random weights and three classes."""
+    from models import npz
+    from utils import checkpoint
+
+    config, img_size = CONFIGS[request.param], 72 if request.param == "testing-hybrid" else 48
+    weights = fake_npz.arrays(config, img_size, num_classes=3)
+    description = checkpoint.Description(request.param, img_size, ["ant", "bee", "cat"], "tanh", "pets", 8, 0.5)
+    path = str(tmp_path / "any_checkpoint.bin")
+    checkpoint.save_weights(path, npz.to_state_dict(weights, config, img_size, num_classes=3), description)
+    return path
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Callable[..., str]:
+    """``draw("a.png", size=(40, 30), seed=0)`` writes a picture of random pixels and returns its path."""
+
+    def make(name: str = "picture.png", size: tuple[int, int] = (40, 30), seed: int = 0) -> str:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        return str(path)
 
     return make

@@ -1,8 +1,10 @@
 """Files of weights: whole or absent, and nothing in them is ever run."""
 
 import io
+import json
 import os
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -233,3 +235,107 @@ def test_code_in_a_file_never_runs(tmp_path, layout):
     assert not touched.exists()
     torch.load(path, weights_only=False) if layout != "pickle" else pickle.loads(path.read_bytes())
     assert touched.exists()  # the trap works: whoever reads the file carelessly does run it
+
+
+# ---- descriptions ----
+
+
+def describe(**changes):
+    told = dict(model_type="testing", img_size=32, classes=["ant", "bee", "caf\u00e9"], gelu="erf", dataset="pets",
+                step=4, accuracy=0.5)  # fmt: skip
+    return checkpoint.Description(**{**told, **changes})
+
+
+def test_a_description_comes_back_with_the_weights(tmp_path):
+    path, state = str(tmp_path / "a_checkpoint.bin"), make_state()
+    checkpoint.save_weights(path, state, describe())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a_checkpoint.bin", "a_checkpoint.json"]
+    loaded = checkpoint.load_weights(path)
+    assert_same_state(loaded, state)
+    assert checkpoint.read_description(path, loaded) == describe()
+    wrapped = {f"module.{name}": x for name, x in state.items()}
+    torch.save(wrapped, path)  # the same weights under other names
+    assert checkpoint.read_description(path, checkpoint.load_weights(path)) == describe()
+
+
+def test_weights_without_a_description_have_none(tmp_path):
+    path = str(tmp_path / "a.bin")
+    checkpoint.save_weights(path, make_state())
+    assert checkpoint.read_description(path, make_state()) is None
+    os.rename(path, tmp_path / "a.json")  # weights of that name are not a description of themselves
+    assert checkpoint.read_description(str(tmp_path / "a.json"), make_state()) is None
+
+
+@pytest.mark.parametrize("name", ["head.weight", "half", "count"])
+def test_the_description_of_other_weights_is_refused(tmp_path, name):
+    path, state = str(tmp_path / "a.bin"), make_state()
+    checkpoint.save_weights(path, state, describe())
+    state[name] = state[name] + 1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"a\.json describes other weights than .*a\.bin holds"):
+        checkpoint.read_description(path, state)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 6])  # the fourth syncs a folder, which may fail
+def test_a_write_that_fails_anywhere_leaves_the_old_pair_or_a_pair_that_is_known_for_none(tmp_path, monkeypatch, call):
+    """The disk fails at the n-th fsync or replace: of the weights, the description, then again the weights."""
+    path, old = str(tmp_path / "a.bin"), make_state()
+    checkpoint.save_weights(path, old, describe())
+    calls = 0
+
+    def fails(real):
+        def wrapper(*args):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise OSError(28, "No space left on device")
+            return real(*args)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", fails(os.fsync))
+    monkeypatch.setattr(os, "replace", fails(os.replace))
+    new = {name: x + 1 for name, x in old.items()}
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_weights(path, new, describe(step=8))
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.json"]
+    assert_same_state(checkpoint.load_weights(path), old)
+    if call <= 3:
+        assert checkpoint.read_description(path, old) == describe()
+    else:
+        with pytest.raises(ValueError, match="a run was stopped between"):
+            checkpoint.read_description(path, old)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        '{"model_type": "testing"',
+        '{"model_type": "testing"}',
+        "[" * 100_000,
+        "\xff",
+        *(
+            json.dumps({**asdict(describe()), "crc32": 0, **change})
+            for change in (
+                {"img_size": "32"},
+                {"img_size": True},
+                {"img_size": 0},
+                {"classes": "ant"},
+                {"classes": []},
+                {"classes": ["ant", 3]},
+                {"classes": ["ant", "ant"]},
+                {"gelu": None},
+            )
+        ),
+    ],
+)
+def test_a_damaged_description_is_one_clear_line(tmp_path, text):
+    path = str(tmp_path / "a.bin")
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"a\.json does not describe a checkpoint") as e:
+        checkpoint.read_description(path, make_state())
+    assert "\n" not in str(e.value)

@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image
 
 from utils import augment, data_utils
-from utils.data_utils import FilePictures, MemoryPictures, PictureError, StepSampler, load_datasets
+from utils.data_utils import FilePictures, MemoryPictures, PictureError, StepSampler, class_names, load_datasets
 
 CPU = torch.device("cpu")
 GREY_LEVEL = 1 / 127.5
@@ -276,6 +276,17 @@ def test_a_folder_gives_sorted_classes_and_all_its_pictures(folder):
     assert data.train.images.dtype == torch.uint8
     with Image.open(folder / "train" / "dog" / "2.png") as picture:
         assert torch.equal(data.train.images[7].permute(1, 2, 0), torch.from_numpy(np.array(picture)))
+
+
+def test_the_names_of_classes_need_no_pictures(folder, tmp_path):
+    assert class_names(str(folder), "") == load_datasets(str(folder), "", 1).classes
+    assert class_names("digits", "") == list("0123456789")
+    (tmp_path / "none" / "train" / ".hidden").mkdir(parents=True)
+    for path in (tmp_path / "none", tmp_path / "none" / "train"):
+        with pytest.raises(ValueError, match="has no class folders"):
+            class_names(str(path), "")
+    with pytest.raises(ValueError, match="neither a folder nor a known data set"):
+        class_names("mnist", "")
 
 
 def test_val_stands_in_for_test(folder):
@@ -623,6 +634,7 @@ def test_cifar_is_downloaded_once_and_comes_through(make_cifar, server, tmp_path
     for _ in ("downloaded", "found"):
         data = load_datasets(name, str(root), 1)
         assert data.classes == cifar.classes
+        assert class_names(name, str(root)) == cifar.classes
         for split, pictures in (("train", data.train), ("test", data.test)):
             rows = np.concatenate(cifar.rows[split])
             assert pictures.images.shape == (len(rows), 3, 32, 32)

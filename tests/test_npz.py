@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import shlex
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -573,37 +574,57 @@ def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "file"),
+    ("model_type", "upstream"),
     [
-        ("ViT-B_16", "imagenet21k/ViT-B_16.npz"),
-        ("ViT-H_14", "imagenet21k/ViT-H_14.npz"),
-        ("R50-ViT-B_16", "imagenet21k/R50+ViT-B_16.npz"),
-        ("ViT-S_16", "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz"),
-        ("ViT-B_8", "imagenet21k/ViT-B_8.npz"),
-        ("R26-ViT-B_32", "imagenet21k/R26+ViT-B_32.npz"),
-        ("R26-ViT-S_32", "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz"),
+        ("ViT-B_16", "imagenet21k"),
+        ("ViT-H_14", "imagenet21k"),
+        ("R50-ViT-B_16", "imagenet21k"),
+        ("ViT-S_16", "augreg"),
+        ("ViT-B_8", "imagenet21k"),
+        ("R26-ViT-B_32", "imagenet21k"),
+        ("R26-ViT-S_32", "augreg"),
     ],
 )
 @pytest.mark.parametrize("given", ["missing/{}.npz", "missing/imagenet21k_{}.npz", "ViT-L_32.npz", ".", "{}"])
-def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model_type, file, given):
+def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model_type, upstream, given):
     path = tmp_path / given.format(model_type)
     if path.suffix != ".npz":
         path.mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match="curl") as e:
+    with pytest.raises(ValueError, match=r"python -m tools\.download") as e:
         npz.find(str(path), model_type)
     message = str(e.value)
     assert str(path) in message
-    assert f"https://storage.googleapis.com/vit_models/{file}" in message
-    target = Path(message.split(" -fo ")[1].split()[0])
+    words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
+    assert words[0] == model_type
+    target = Path(words[words.index("--to") + 1])
+    if target.suffix != ".npz":
+        target = target / f"{upstream}_{model_type}.npz"
     if "{}.npz" in given:
         assert target == path
     else:  # not into a folder's own name, nor under another model's
         assert target.parent == (path if path.is_dir() else tmp_path)
-        assert model_type in target.name
         assert f"give --pretrained_dir {target}" in message
     target.parent.mkdir(exist_ok=True)
     target.touch()  # what the command would leave is found the next time
     assert npz.find(str(path if path.is_dir() else target), model_type) == str(target)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "command"),
+    [
+        ("checkpoint/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32"),
+        ("checkpoint/ViT-B_16.npz", "ViT-B_16", "ViT-B_16 --to checkpoint/ViT-B_16.npz"),
+        ("checkpoint/R50+ViT-B_16.npz", "R50-ViT-B_16", "R50-ViT-B_16 --to checkpoint/R50+ViT-B_16.npz"),
+        ("checkpoint/augreg_ViT-B_16.npz", "ViT-B_16", "ViT-B_16 --upstream augreg"),
+        ("checkpoint/augreg_ViT-S_16.npz", "ViT-S_16", "ViT-S_16"),
+        ("checkpoint/imagenet2012_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --upstream imagenet21k+imagenet2012"),
+        ("checkpoint/imagenet2012_ViT-B_16-224.npz", "ViT-B_16", "ViT-B_16-224 --upstream imagenet21k+imagenet2012"),
+        ("my files/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to 'my files'"),
+        ("imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to ."),
+    ],
+)
+def test_the_command_fetches_what_the_files_name_tells(path, name, command):
+    assert npz.download_command(path, name) == f"python -m tools.download {command}"
 
 
 @pytest.mark.parametrize("name", ["R26-ViT-S_32.npz", "R26+ViT-S_32.npz", "augreg_R26-ViT-S_32.npz"])
@@ -627,7 +648,7 @@ def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
 def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model_type, advice):
     with pytest.raises(ValueError, match=f"there is no file .*{re.escape(advice)}") as e:
         npz.find(str(tmp_path / "weights.npz"), model_type)
-    assert "curl" not in str(e.value)
+    assert "tools.download" not in str(e.value)
 
 
 def test_real_float16_weights_load(shared_data, caplog):

@@ -1,7 +1,10 @@
 """The documents keep up with the code: their commands parse, their links lead somewhere, both languages agree."""
 
+import importlib
+import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,37 @@ def test_every_training_command_parses(document):
     for words in commands_of(document):
         if "train.py" in words:
             train.check_args(train.make_parser().parse_args(flags_of(words)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_tools_command_parses(document):
+    for words in commands_of(document):
+        module = next((word for word in words if word.startswith("tools.")), None)
+        if module is not None:
+            importlib.import_module(module).make_parser().parse_args(words[words.index(module) + 1 :])
+
+
+def test_the_tools_commands_run_as_written(finetuned_digits, draw, tmp_path, monkeypatch):
+    """Each on a checkpoint of a few updates, in a folder with the pictures that the commands name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    for ending in (".bin", ".json"):
+        shutil.copy(Path(finetuned_digits).with_suffix(ending), tmp_path / "output" / f"cifar10_checkpoint{ending}")
+    draw("cat.jpg")
+    draw("pictures/deeper/dog.png")
+    ran = set()
+    for words in commands_of("README.md"):
+        module = next((word for word in words if word.startswith("tools.")), "")
+        flags = words[words.index(module) + 1 :] if module else []
+        if not module or (module == "tools.download" and "--list" not in flags):  # these need the network
+            continue
+        if "onnx" in flags and not importlib.util.find_spec("onnxscript"):
+            continue
+        assert importlib.import_module(module).main(flags) == 0, words
+        if "--output" in flags:
+            assert Path(flags[flags.index("--output") + 1]).stat().st_size
+        ran.add(module)
+    assert ran == {"tools.download", "tools.predict", "tools.attention_map", "tools.export"}
 
 
 @pytest.mark.parametrize("readme", READMES)

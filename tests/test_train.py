@@ -18,6 +18,7 @@ import train
 from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from utils.checkpoint import Description, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu"]
@@ -66,8 +67,16 @@ def test_training_then_evaluating_its_checkpoint_gives_the_same_accuracy():
 
     state = torch.load("output/a_checkpoint.bin", weights_only=True)
     assert list(state) == list(VisionTransformer(CONFIGS["testing"], 32, 10).state_dict())
+    told = json.loads(Path("output/a_checkpoint.json").read_text())
+    assert told.pop("crc32")
+    assert told == {
+        "model_type": "testing", "img_size": 32, "classes": [str(i) for i in range(10)], "gelu": "erf",
+        "dataset": "digits", "step": next(line["step"] for line in lines if line.get("test/accuracy") == best),
+        "accuracy": best,
+    }  # fmt: skip
     again = run_script("--name", "a", *TINY, "-v", "true")
     assert again.returncode == 0, again.stderr
+    assert "WARNING" not in again.stderr
     assert f"Valid Accuracy: {best:.5f}" in again.stderr
 
 
@@ -255,7 +264,7 @@ def _file_in_the_way():
 BAD_INPUT = {
     "missing npz": (
         lambda: ["--model_type", "ViT-B_32", "--pretrained_dir", "checkpoint/imagenet21k_ViT-B_32.npz"],
-        ["curl", "checkpoint/imagenet21k_ViT-B_32.npz", "vit_models/imagenet21k/ViT-B_32.npz"],
+        ["checkpoint/imagenet21k_ViT-B_32.npz", "python -m tools.download ViT-B_32"],
     ),
     "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
     "no npz": (_not_npz, ["text.npz", "not an .npz archive"]),
@@ -315,6 +324,41 @@ def test_a_checkpoint_of_other_classes_names_both_numbers(checkpoint, capsys):
     write_pictures("pets")
     assert train.main(["--name", "a", *TINY, "--dataset", "pets", "-v"]) == 2
     assert "10 classes" in capsys.readouterr().err
+
+
+def describe(state, **changes):
+    """Writes output/a_checkpoint.bin with a description."""
+    told = dict(model_type="testing", img_size=32, classes=[str(i) for i in range(10)], gelu="erf", dataset="digits",
+                step=4, accuracy=0.5)  # fmt: skip
+    save_weights("output/a_checkpoint.bin", state, Description(**{**told, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "warning"),
+    [
+        ({}, ["--gelu", "tanh"], "was trained with --gelu erf, not tanh"),
+        ({"gelu": "tanh"}, [], "was trained with --gelu tanh, not erf"),
+        ({"model_type": "ViT-demo"}, [], "was trained with --model_type ViT-demo, not testing"),
+        ({"classes": [*"01234567", "nine", "8"]}, [], "number 8 was nine, here it is 8"),
+    ],
+)
+def test_an_evaluation_that_contradicts_the_training_is_a_warning(checkpoint, caplog, changes, flags, warning):
+    describe(checkpoint.state_dict(), **changes)
+    assert train.main(["--name", "a", *TINY, "-v", *flags]) == 0
+    assert [warning in r.message for r in caplog.records if r.levelname == "WARNING"] == [True]
+
+
+def test_an_evaluation_like_the_training_gives_no_warning(checkpoint, caplog):
+    describe(checkpoint.state_dict())
+    assert train.main(["--name", "a", *TINY, "-v"]) == 0
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_a_damaged_description_does_not_stop_an_evaluation(checkpoint, caplog):
+    describe(checkpoint.state_dict())
+    Path("output/a_checkpoint.json").write_text('{"model_type": ')
+    assert train.main(["--name", "a", *TINY, "-v"]) == 0
+    assert "output/a_checkpoint.json does not describe a checkpoint" in caplog.text
 
 
 def test_a_flag_without_effect_is_a_warning(caplog):

@@ -1,17 +1,21 @@
 """Files of weights: written whole or not at all, read without running anything in them.
 
-Source of the habits: timm (safe loading with an explanation).  This module does not know which model
-the weights belong to.
+Beside fine-tuned weights, ``<name>_checkpoint.bin``, stands a description, ``<name>_checkpoint.json``:
+what a program needs to use them.  Source of the habits: timm (safe loading with an explanation).  This
+module does not know models: it keeps what it is told.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
-from typing import IO
+from dataclasses import asdict, dataclass, fields
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -63,10 +67,103 @@ def check_writable(folder: str) -> None:
         raise ValueError(f"the folder {folder} cannot be written ({e.strerror}); name another, or free it") from e
 
 
-def save_weights(path: str, state: Mapping[str, Tensor]) -> None:
-    """Writes a plain state_dict, its tensors on the CPU."""
+@dataclass(frozen=True)
+class Description:
+    """What fine-tuned weights are of.
+
+    Attributes:
+        model_type, img_size, gelu: as the flags of the training.
+        classes: their names, in the order of the head's outputs.
+        dataset: what they were trained on.
+        step: updates they had.
+        accuracy: on the test pictures, 0 to 1.
+    """
+
+    model_type: str
+    img_size: int
+    classes: list[str]
+    gelu: str
+    dataset: str
+    step: int
+    accuracy: float
+
+    def __post_init__(self) -> None:
+        wrong = [
+            name
+            for name, kinds in _KINDS.items()
+            if not isinstance(value := getattr(self, name), kinds) or isinstance(value, bool)
+        ]
+        if wrong or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
+        if self.img_size < 1 or not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError("img_size or classes: impossible values")
+
+
+_KINDS: dict[str, Any] = {
+    "model_type": str,
+    "img_size": int,
+    "classes": list,
+    "gelu": str,
+    "dataset": str,
+    "step": int,
+    "accuracy": (int, float),
+}
+
+
+def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> None:
+    """Writes a plain state_dict, its tensors on the CPU, and its description beside it.
+
+    The weights are on the disk under a temporary name when the description takes its place, and take
+    their own at once after it: a full disk leaves the old pair as it was.  For a kill between the two,
+    the description holds a checksum of its weights, by which ``read_description`` knows them.
+    """
+    tensors = {name: x.detach().cpu() for name, x in state.items()}
     with atomic_write(path) as f:
-        torch.save({name: x.detach().cpu() for name, x in state.items()}, f)
+        torch.save(tensors, f)
+        if description is not None:
+            f.flush()
+            os.fsync(f.fileno())
+            text = json.dumps({**asdict(description), "crc32": checksum(tensors)}, indent=1, allow_nan=False)
+            with atomic_write(description_path(path)) as beside:
+                beside.write(text.encode() + b"\n")
+
+
+def checksum(state: Mapping[str, Tensor]) -> int:
+    """CRC-32 of all tensors' bytes, in the order of their names."""
+    crc = 0
+    for _, x in sorted(state.items()):
+        crc = zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def description_path(path: str) -> str:
+    """Where the description of the weights ``path`` is: a .json of the same name."""
+    return os.path.splitext(path)[0] + ".json"
+
+
+def read_description(path: str, state: Mapping[str, Tensor]) -> Description | None:
+    """The description beside the weights ``path``, which hold ``state``; None if there is none.
+
+    Raises:
+        ValueError: it cannot be read, or it is of other weights.
+    """
+    beside = description_path(path)
+    if beside == path or not os.path.isfile(beside):
+        return None
+    try:
+        with open(beside, encoding="utf-8") as f:
+            found = json.load(f)
+        description = Description(**{field.name: found[field.name] for field in fields(Description)})
+    except KeyError as e:
+        raise ValueError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{beside} does not describe a checkpoint ({e}); remove it") from e
+    if found.get("crc32") != checksum(state):
+        raise ValueError(
+            f"{beside} describes other weights than {path} holds: one was copied without the other, "
+            "or a run was stopped between writing the two; remove it"
+        )
+    return description
 
 
 def load_weights(path: str) -> dict[str, Tensor]:

@@ -195,24 +195,41 @@ def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found: list[str] = []
-        seen: set[str] = set()  # a link may lead back up
-        for parent, subfolders, files in os.walk(os.path.join(folder, name), followlinks=True):
-            seen.add(os.path.realpath(parent))
-            subfolders[:] = [
-                f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen
-            ]
-            found += [
-                os.path.join(parent, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
-            ]
+        found = pictures_below(os.path.join(folder, name))
         if not found:
             raise ValueError(
                 f"{os.path.join(folder, name)} holds no picture ({', '.join(e[1:] for e in EXTENSIONS)}); "
                 "fill the folder or remove the class"
             )
-        paths += sorted(found)
+        paths += found
         labels += [label] * len(found)
     return paths, labels
+
+
+def pictures_below(folder: str) -> list[str]:
+    """The pictures of a folder and of those in it, sorted; hidden ones are left out."""
+    found: list[str] = []
+    seen: set[str] = set()  # a link may lead back up
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        subfolders[:] = [f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
+        found += [os.path.join(parent, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    return sorted(found)
+
+
+def class_names(name: str, data_dir: str) -> list[str]:
+    """The names of a data set's classes, as ``load_datasets`` has them; a folder's pictures are not read.
+
+    Raises:
+        ValueError, ConnectionError: as for ``load_datasets``.
+    """
+    if name in NAMED_DATASETS:
+        return load_datasets(name, data_dir, num_workers=0).classes
+    check_name(name)
+    train_dir = os.path.join(name, "train")
+    if not os.path.isdir(train_dir) or not (classes := _subfolders(train_dir)):
+        raise ValueError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<picture>")
+    return classes
 
 
 def read_picture(path: str) -> Image.Image:

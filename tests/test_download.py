@@ -1,0 +1,411 @@
+"""Downloads from a loopback server that behaves as badly as the network does."""
+
+import base64
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.configs import CONFIGS, PUBLISHED, UPSTREAMS
+from models.npz import find
+from tools import download
+
+ROOT = Path(__file__).resolve().parent.parent
+REMOTE = "/imagenet21k/ViT-B_32.npz"
+FILE = "imagenet21k_ViT-B_32.npz"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves ``files`` as Google's store does, but for what ``faults`` says, one entry a request.
+
+    A fault is a dict: ``drop`` (bytes after which the connection breaks), ``status``, ``ignore_range``,
+    ``corrupt`` (position of a byte that is changed), ``headers`` (to replace or, if None, leave out),
+    ``slow`` (seconds between the pieces), ``replace`` (new content of the file from this request on).
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.every, self.requests = {}, [], {}, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        fault = {**server.every, **(server.faults.pop(0) if server.faults else {})}
+        server.requests.append(self.headers.get("Range"))
+        if "replace" in fault:
+            server.files[self.path] = fault["replace"]
+        content = server.files.get(self.path)
+        if content is None or "status" in fault:
+            self.send_error(fault.get("status", 404))
+            return
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        start = 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        unchanged = self.headers.get("If-Range") in (None, etag) or fault.get("ignore_if_range")
+        if wanted and unchanged and not fault.get("ignore_range"):
+            start = int(wanted[1])
+            if start >= len(content):
+                self.send_error(416)
+                return
+        body = bytearray(content[start:])
+        if "corrupt" in fault:
+            body[fault["corrupt"]] ^= 1
+        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+        headers = {
+            "Content-Length": str(len(body)),
+            "ETag": etag,
+            "x-goog-generation": str(len(content)),
+            "x-goog-hash": f"crc32c=AAAAAA==,md5={md5}",
+            "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}" if start else None,
+            **fault.get("headers", {}),
+        }
+        self.send_response(206 if start else 200)
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+        self.send(body[: fault.get("drop", len(body))], fault.get("slow", 0))
+
+    def send(self, body, pause):
+        try:
+            for at in range(0, len(body), 10_000):
+                self.wfile.write(body[at : at + 10_000])
+                time.sleep(pause)
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server with one file; failures are followed by no pause."""
+    monkeypatch.setattr(download, "PAUSES_SECS", (0.0, 0.0, 0.0))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    server.files[REMOTE] = make_content(0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def make_content(seed, size=25_000):
+    """An .npz of about 100 kB."""
+    import io
+
+    f = io.BytesIO()
+    np.savez(f, cls=np.random.default_rng(seed).standard_normal(size, dtype=np.float32))
+    return f.getvalue()
+
+
+def fetch(server, folder, *args):
+    return download.main(["ViT-B_32", "--base_url", server.url, "--to", str(folder), *args])
+
+
+def names_in(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+def test_a_file_arrives_under_the_name_that_training_looks_for(server, tmp_path, capsys):
+    assert fetch(server, tmp_path / "new") == 0
+    assert names_in(tmp_path / "new") == [FILE]
+    assert (tmp_path / "new" / FILE).read_bytes() == server.files[REMOTE]
+    assert find(str(tmp_path / "new"), "ViT-B_32") == str(tmp_path / "new" / FILE)
+    assert f"{len(server.files[REMOTE]):,} bytes" in capsys.readouterr().out
+
+
+def test_a_file_that_is_there_is_not_fetched_again(server, tmp_path, capsys):
+    (tmp_path / FILE).write_bytes(b"mine")
+    assert fetch(server, tmp_path) == 0
+    assert "there already" in capsys.readouterr().out
+    assert server.requests == []
+    assert (tmp_path / FILE).read_bytes() == b"mine"
+
+
+def test_a_file_gets_the_name_that_is_asked_for(server, tmp_path):
+    assert fetch(server, tmp_path / "ViT-B_32.npz") == 0
+    assert names_in(tmp_path) == ["ViT-B_32.npz"]
+
+
+@pytest.mark.parametrize(
+    ("model", "upstream", "remote", "file"),
+    [
+        ("R50+ViT-B_16", None, "/imagenet21k/R50+ViT-B_16.npz", "imagenet21k_R50-ViT-B_16.npz"),
+        ("ViT-B_16-224", None, "/imagenet21k+imagenet2012/ViT-B_16-224.npz", "imagenet2012_ViT-B_16-224.npz"),
+        ("ViT-B_32", "imagenet21k+imagenet2012", "/imagenet21k+imagenet2012/ViT-B_32.npz", "imagenet2012_ViT-B_32.npz"),
+        ("ViT-B_32", "augreg", "/augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz",
+         "augreg_ViT-B_32.npz"),
+    ],
+)  # fmt: skip
+def test_each_upstream_has_its_place_and_its_name(server, tmp_path, model, upstream, remote, file):
+    server.files = {remote: make_content(1)}
+    flags = [] if upstream is None else ["--upstream", upstream]
+    assert download.main([model, "--base_url", server.url + "/", "--to", str(tmp_path), *flags]) == 0
+    assert names_in(tmp_path) == [file]
+
+
+def test_dropped_connections_go_on_where_they_broke_off(server, tmp_path):
+    content = server.files[REMOTE]
+    server.every = {"drop": 12_000}  # more drops than tries in a row: each brings something
+    assert fetch(server, tmp_path) == 0
+    assert (tmp_path / FILE).read_bytes() == content
+    assert server.requests == [None, *(f"bytes={at}-" for at in range(12_000, len(content), 12_000))]
+
+
+def test_another_run_goes_on_with_the_part_that_the_first_left(server, tmp_path, capsys):
+    server.faults = [{"drop": 50_000}, *[{"status": 503}] * 3]
+    assert fetch(server, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "503" in error
+    assert FILE in error
+    assert names_in(tmp_path) == [f"{FILE}.part", f"{FILE}.part.json"]
+    del server.requests[:]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == ["bytes=50000-"]
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+    assert names_in(tmp_path) == [FILE]
+
+
+def test_a_part_that_is_whole_is_only_verified(server, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(download.Download, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert fetch(server, tmp_path) == 130
+    del server.requests[:]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == []
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+def test_a_server_that_ignores_ranges_sends_all_of_it_again(server, tmp_path):
+    server.faults = [{"drop": 50_000}, {"ignore_range": True}]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, "bytes=50000-"]
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+@pytest.mark.parametrize("size", [25_000, 30_000, 5_000])
+def test_a_file_that_has_changed_comes_anew_in_the_same_answer(server, tmp_path, size):
+    new = make_content(1, size)
+    server.faults = [{"drop": 50_000}, {"replace": new}]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, "bytes=50000-"]  # If-Range asks for it
+    assert (tmp_path / FILE).read_bytes() == new
+
+
+@pytest.mark.parametrize(("size", "words"), [(25_000, "another file"), (30_000, "another file"), (5_000, "416")])
+def test_the_halves_of_two_versions_are_not_put_together(server, tmp_path, capsys, size, words):
+    new = make_content(1, size)
+    server.faults = [{"drop": 50_000}, {"replace": new, "ignore_if_range": True}]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, "bytes=50000-", None]
+    error = capsys.readouterr().err
+    assert words in error
+    assert "md5" not in error  # it was known before the rest came
+    assert (tmp_path / FILE).read_bytes() == new
+
+
+def test_a_server_that_goes_on_at_another_byte_is_not_believed(server, tmp_path, capsys):
+    size = len(server.files[REMOTE])
+    server.faults = [{"drop": 50_000}, {"headers": {"Content-Range": f"bytes 40000-{size - 1}/{size}"}}]
+    assert fetch(server, tmp_path) == 0
+    assert "at another byte" in capsys.readouterr().err
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+def test_without_a_version_there_is_nothing_to_go_on_with(server, tmp_path):
+    server.every = {"headers": {"ETag": 'W/"weak"'}}
+    server.faults = [{"drop": 50_000}]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, None]
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+def test_a_size_that_is_too_large_ends_after_the_tries(server, tmp_path, capsys):
+    size = len(server.files[REMOTE])
+    server.every = {"headers": {"Content-Length": str(size + 1000)}}
+    assert fetch(server, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"tools\.download: error: .*{FILE} could not be downloaded", error)
+    assert FILE not in names_in(tmp_path)
+
+
+def test_a_size_that_is_too_small_is_found_out(server, tmp_path, capsys):
+    server.every = {"headers": {"Content-Length": "60000"}}
+    assert fetch(server, tmp_path) == 1
+    assert "md5" in capsys.readouterr().err.splitlines()[-1]
+    assert names_in(tmp_path) == []
+
+
+def test_corrupt_bytes_are_fetched_anew_once(server, tmp_path):
+    server.faults = [{"corrupt": 70_000}]
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, None]
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+@pytest.mark.parametrize("hash_header", ["as sent", None, "crc32c=AAAAAA==", "md5=!", "md5=AAAA"])
+def test_bytes_that_stay_corrupt_are_refused_also_without_an_md5(server, tmp_path, capsys, hash_header):
+    headers = {} if hash_header == "as sent" else {"x-goog-hash": hash_header}
+    server.every = {"corrupt": 70_000, "headers": headers}
+    assert fetch(server, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ("has the md5" if hash_header == "as sent" else "Bad CRC-32") in error
+    assert len(server.requests) == 2
+    assert names_in(tmp_path) == []
+
+
+def test_a_page_instead_of_the_file_is_refused(server, tmp_path, capsys):
+    server.files[REMOTE] = b"<html>Please log in</html>"
+    server.every = {"headers": {"x-goog-hash": None}}
+    assert fetch(server, tmp_path) == 1
+    assert "not an .npz archive" in capsys.readouterr().err.splitlines()[-1]
+    assert names_in(tmp_path) == []
+
+
+def test_a_body_without_a_length_is_verified_by_the_md5(server, tmp_path):
+    server.every = {"headers": {"Content-Length": None}}
+    server.faults = [{"drop": 50_000}]  # looks whole: only the md5 tells
+    assert fetch(server, tmp_path) == 0
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (503, 4), (429, 4)])
+def test_an_answer_of_the_server_is_told_in_one_line(server, tmp_path, capsys, status, tries):
+    server.every = {"status": status}
+    assert fetch(server, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(status) in error
+    assert server.url + REMOTE in error
+    assert len(server.requests) == tries
+    assert names_in(tmp_path) == []
+
+
+def test_a_server_that_falls_silent_is_given_up(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "TIMEOUT_SECS", 0.2)
+    monkeypatch.setattr(download, "PAUSES_SECS", ())
+    server.every = {"slow": 1}
+    assert fetch(server, tmp_path) == 1
+    assert "broke off" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_nobody_listening_is_one_line(server, tmp_path, capsys):
+    server.shutdown()
+    server.server_close()
+    assert fetch(server, tmp_path) == 1
+    assert "cannot be reached" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_disk_without_room_is_told_before_the_download(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
+    assert fetch(server, tmp_path) == 1
+    assert "10,000 free" in capsys.readouterr().err.splitlines()[-1]
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which this system lacks")
+def test_a_disk_that_fills_up_is_one_line(server, tmp_path, capsys):
+
+    class Full(download.Download):
+        def append(self, response):
+            os.symlink("/dev/full", self.part)
+            super().append(response)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(download, "Download", Full)
+        assert fetch(server, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error
+    assert not (tmp_path / FILE).exists()
+
+
+def test_ctrl_c_leaves_the_part_for_the_next_time(server, tmp_path):
+    server.every = {"slow": 0.05}
+    command = [sys.executable, "-m", "tools.download", "ViT-B_32", "--base_url", server.url, "--to", str(tmp_path)]
+    server.files[REMOTE] = make_content(0, 2_500_000)  # 1000 pieces
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    part = tmp_path / f"{FILE}.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "tools.download: error: interrupted"
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
+    got = part.stat().st_size
+    assert got > 0
+    server.every = {}
+    assert fetch(server, tmp_path) == 0
+    assert server.requests == [None, f"bytes={got}-"]
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["--list"]),
+        (["ViT-B_33"], ["ViT-B_33", "ViT-B_32"]),
+        (["ViT-H_14", "--upstream", "augreg"], ["--upstream augreg", "imagenet21k"]),
+        (["ViT-B_32", "--upstream", "sam"], ["sam", "augreg"]),
+        (["ViT-B_32", "--base_url", "ftp://host"], ["ftp://host", "https://"]),
+        (["ViT-B_32", "ViT-B_16", "--to", "one.npz"], ["one.npz", "folder"]),
+        (["ViT-B_32", "--to", "taken/deeper"], ["taken/deeper", "cannot be written"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    try:
+        status = download.main(args)
+    except SystemExit as e:
+        status = e.code
+    assert status == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("tools.download: error: ")
+    for word in words:
+        assert word in error
+
+
+def test_the_list_names_every_file_and_those_that_are_there(tmp_path, capsys):
+    (tmp_path / FILE).touch()
+    assert download.main(["--list", "--to", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + sum(map(len, UPSTREAMS.values()))
+    assert [line.split()[:2] for line in lines if line.endswith("there")] == [["ViT-B_32", "imagenet21k"]]
+
+
+def test_every_listed_file_is_of_a_known_model_and_the_published_ones_come_first():
+    for files in UPSTREAMS.values():
+        assert {name.removesuffix("-224") for name in files} <= set(CONFIGS)
+    for name, path in PUBLISHED.items():
+        upstream, chosen = download.choose(name, None)
+        assert UPSTREAMS[upstream][chosen] == path
+
+
+def test_notes_that_are_damaged_or_of_another_file_are_not_used(server, tmp_path):
+    for notes in ("{", "[]", '{"url": "http://elsewhere/x", "version": "1"}', '{"colour": "red"}'):
+        (tmp_path / f"{FILE}.part").write_bytes(b"x" * 1000)
+        (tmp_path / f"{FILE}.part.json").write_text(notes)
+        del server.requests[:]
+        assert fetch(server, tmp_path) == 0
+        assert server.requests == [None]
+        assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+        os.remove(tmp_path / FILE)

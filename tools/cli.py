@@ -1,0 +1,77 @@
+"""What the tools' command lines share: flags, errors of one line, exit statuses.
+
+The habits are train.py's: 0 done, 2 the user's input is wrong, 1 anything else, 130 after Ctrl-C; one
+line says what was got, what was expected and the remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something, and the description as it is written: it holds an example."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of ``python -m tools.NAME``, described by the module's docstring.
+
+    Args:
+        name: the tool's.
+        doc: the docstring; ``--help`` begins with it.
+    """
+
+    def __init__(self, name: str, doc: str | None) -> None:
+        super().__init__(prog=f"tools.{name}", description=doc, formatter_class=_Formatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+parse_positive.__name__ = "int"  # argparse's message on a word in its place names the type
+
+
+def fail(name: str, message: object, status: int) -> int:
+    """Says what went wrong in one line, whatever the message; returns the exit status."""
+    print(f"tools.{name}: error:", " ".join(str(message).split()), file=sys.stderr)
+    return status
+
+
+def run(name: str, body: Callable[[], int]) -> int:
+    """Runs a tool; returns the exit status that its errors mean."""
+    logging.basicConfig(level=logging.WARNING, format=f"tools.{name}: %(levelname)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes need not be printable everywhere
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = body()
+        sys.stdout.flush()
+        return status
+    except ValueError as e:
+        return fail(name, e, 2)
+    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as e:
+        return fail(name, e, 1)
+    except KeyboardInterrupt:
+        return fail(name, "interrupted", 128 + signal.SIGINT)

@@ -1,0 +1,152 @@
+"""The model that a fine-tuned checkpoint holds, for the tools that use one.
+
+The description beside the checkpoint (utils/checkpoint.py) says what it is of; flags say it where there
+is none, as for checkpoints of the reference script, and overrule it.  What the weights themselves show,
+their shapes, is checked against both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+from tools import cli
+from utils import checkpoint, data_utils
+
+logger = logging.getLogger(__name__)
+
+GELUS = ("erf", "tanh")
+IMG_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned model in evaluation mode, on the CPU.
+
+    Attributes:
+        classes: their names, in the order of the logits; None where nothing tells them.
+    """
+
+    model: VisionTransformer
+    model_type: str
+    classes: list[str] | None
+
+    def class_names(self) -> list[str]:
+        """The names of the classes.
+
+        Raises:
+            ValueError: nothing tells them.
+        """
+        if self.classes is None:
+            raise ValueError(
+                f"nothing tells the names of the {self.model.num_classes} classes; "
+                "give --classes NAME,NAME,... or the --dataset of the training"
+            )
+        return self.classes
+
+
+def add_flags(p: cli.Parser) -> None:
+    """The flags that name a checkpoint and say what it is of."""
+    p.add_argument("--load_model_dir", required=True, metavar="FILE", help="the checkpoint, NAME_checkpoint.bin")
+    told = p.add_argument_group(
+        "for checkpoints without a description",
+        "What train.py wrote has NAME_checkpoint.json beside it, which these overrule.",
+    )
+    told.add_argument("--model_type", choices=CONFIGS, metavar="MODEL", help="such as ViT-B_16")
+    told.add_argument("--img_size", type=cli.parse_positive, help=f"of the training, in pixels; {IMG_SIZE} if nothing "
+                      "tells it")  # fmt: skip
+    told.add_argument("--gelu", choices=GELUS, help="of the training; erf if nothing tells it")
+    told.add_argument("--classes", metavar="NAMES", help="names of the classes with commas between them, or a text "
+                      "file with one a line")  # fmt: skip
+    told.add_argument("--dataset", help="the data set whose classes they are: cifar10, cifar100, digits or a folder")
+    told.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are, or are downloaded to")
+
+
+def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
+    """The model that the flags of ``add_flags`` name.
+
+    Args:
+        args: the flags.
+        vis: whether the model returns its attention.
+
+    Raises:
+        ValueError: the user got something wrong.
+        OSError: the classes of a data set could not be downloaded.
+    """
+    path = args.load_model_dir
+    state = checkpoint.load_weights(path)
+    told = checkpoint.read_description(path, state)
+    if told is None and args.model_type is None:
+        raise ValueError(
+            f"there is no {checkpoint.description_path(path)} that tells what {path} is of; "
+            "give --model_type, and --img_size and --gelu if they were not the defaults"
+        )
+    model_type, img_size, gelu = (
+        setting(args, told, flag, default)
+        for flag, default in (("model_type", ""), ("img_size", IMG_SIZE), ("gelu", GELUS[0]))
+    )
+    if model_type not in CONFIGS or gelu not in GELUS:
+        raise ValueError(f"{checkpoint.description_path(path)} names {model_type}, {gelu}, which are not known here")
+    config = replace(CONFIGS[model_type], gelu=gelu)
+    config.check_img_size(img_size)
+    model = VisionTransformer(config, img_size, num_classes(state), vis=vis)
+    try:
+        model.load_finetuned(state)
+    except ValueError as e:
+        raise ValueError(f"{path} cannot be loaded as {model_type}: {e}") from e
+    classes = chosen_classes(args)
+    where = "the flags name"
+    if classes is None and told is not None:
+        classes, where = told.classes, f"{checkpoint.description_path(path)} names"
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"{path} has {model.num_classes} classes, {where} {len(classes)}")
+    return Finetuned(model.eval(), model_type, classes)
+
+
+def setting(args: argparse.Namespace, told: checkpoint.Description | None, flag: str, default: Any) -> Any:
+    """What a flag gives, else what the description tells, else a default; a contradiction is a warning."""
+    given = getattr(args, flag)
+    noted = None if told is None else getattr(told, flag)
+    if given is not None and noted not in (None, given):
+        beside = checkpoint.description_path(args.load_model_dir)
+        logger.warning("--%s %s is taken, but %s says %s", flag, given, beside, noted)
+    return next((value for value in (given, noted) if value is not None), default)
+
+
+def num_classes(state: dict[str, Tensor]) -> int:
+    """How many classes weights are for; 1 where they lack a head, which is then missed on loading."""
+    bias = state.get("head.bias", torch.empty(1))
+    return max(bias.numel(), 1)
+
+
+def chosen_classes(args: argparse.Namespace) -> list[str] | None:
+    """The names that ``--classes`` or ``--dataset`` gives, None without them.
+
+    Raises:
+        ValueError: a name is missing or there twice, or there is no such data set.
+    """
+    if args.classes is None:
+        return None if args.dataset is None else data_utils.class_names(args.dataset, args.data_dir)
+    if args.dataset is not None:
+        raise ValueError("--classes and --dataset both name the classes; give one")
+    if os.path.isfile(args.classes):
+        try:
+            with open(args.classes, encoding="utf-8") as f:
+                names = f.read().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"--classes {args.classes} cannot be read as text ({e})") from e
+    else:
+        names = args.classes.split(",")
+    names = [name.strip() for name in names]
+    if "" in names or len(set(names)) < len(names):
+        wrong = next(name for name in names if not name or names.count(name) > 1)
+        raise ValueError(f"--classes has {'an empty name' if not wrong else f'{wrong} twice'}")
+    return names

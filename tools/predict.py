@@ -1,0 +1,144 @@
+"""Classifies pictures with a fine-tuned checkpoint.
+
+    python -m tools.predict --load_model_dir output/cifar10_checkpoint.bin cat.jpg folder/
+    python -m tools.predict --load_model_dir output/cifar10_checkpoint.bin --json cat.jpg
+
+Prints the likeliest classes of each picture.  Folders are searched for pictures, those in them too.  A
+picture is prepared as evaluations of train.py do: the whole of it, resized to a square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.modeling import VisionTransformer
+from tools import cli, finetuned
+from utils import augment, data_utils, dist_util
+
+#: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
+Prediction = tuple[str, Tensor | data_utils.PictureError]
+
+
+def find_pictures(paths: list[str]) -> list[str]:
+    """The pictures that paths of pictures and folders mean, in their order.
+
+    Raises:
+        ValueError: there is no such file, or no picture in a folder.
+    """
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            below = data_utils.pictures_below(path)
+            if not below:
+                kinds = ", ".join(ending[1:] for ending in data_utils.EXTENSIONS)
+                raise ValueError(f"the folder {path} holds no picture ({kinds})")
+            found += below
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise ValueError(f"there is no picture {path}")
+    return found
+
+
+def predict(model: VisionTransformer, paths: list[str], batch_size: int, device: torch.device) -> Iterator[Prediction]:
+    """Probabilities of all classes, for one picture after the other.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        paths: of pictures.
+        batch_size: pictures computed at once.
+        device: what computes.
+    """
+    transform = augment.EvalTransform(model.img_size)
+
+    def prepare(path: str) -> Tensor | data_utils.PictureError:
+        try:
+            return transform.picture(data_utils.read_picture(path), torch.empty(0))  # (3, S, S) uint8
+        except data_utils.PictureError as e:
+            return e
+
+    with ThreadPoolExecutor(dist_util.num_cpus()) as pool, torch.inference_mode():
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            pictures = list(pool.map(prepare, batch))
+            readable = [x for x in pictures if isinstance(x, Tensor)]
+            probabilities = iter(())
+            if readable:
+                x = transform.complete(torch.stack(readable).to(device))  # (B, 3, S, S)
+                probabilities = iter(model(x)[0].float().softmax(dim=1).cpu())  # (B, num_classes)
+            for path, picture in zip(batch, pictures):
+                yield path, next(probabilities) if isinstance(picture, Tensor) else picture
+
+
+def top(probabilities: Tensor, classes: list[str], k: int) -> dict[str, float]:
+    """The k likeliest classes and their probabilities, the likeliest first."""
+    values, indices = probabilities.sort(descending=True, stable=True)
+    return {classes[i]: p for i, p in zip(indices[:k].tolist(), values[:k].tolist())}
+
+
+def as_text(path: str, best: dict[str, float]) -> str:
+    """A picture's path, and a line for each class."""
+    return "\n".join([path, *(f"  {100 * p:6.2f} %  {name}" for name, p in best.items())])
+
+
+def make_parser() -> cli.Parser:
+    """Every flag of the command line."""
+    p = cli.Parser("predict", __doc__)
+    p.add_argument("pictures", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
+    p.add_argument("--json", action="store_true", help="print a list with an object for each picture: path, label, "
+                   "probabilities")  # fmt: skip
+    p.add_argument("--top_k", type=cli.parse_positive, default=5, help="classes to print")
+    p.add_argument("--batch_size", type=cli.parse_positive, default=64, help="pictures computed at once")
+    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="what computes")
+    finetuned.add_flags(p)
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Classifies what the flags name; returns the exit status: 2 if a picture could not be read.
+
+    Raises:
+        ValueError: the user got something wrong.
+        OSError: the classes of a data set could not be downloaded.
+    """
+    paths = find_pictures(args.pictures)
+    device = dist_util.setup(args.device, -1)
+    loaded = finetuned.load(args)
+    classes, model = loaded.class_names(), loaded.model.to(device)
+    status, objects = 0, []
+    options = dist_util.bar_options()
+    options["disable"] |= len(paths) <= args.batch_size  # it would only flicker
+    with tqdm(total=len(paths), desc="Predicting", unit="picture", leave=False, **options) as bar:
+        for path, result in predict(model, paths, args.batch_size, device):
+            bar.update()
+            if isinstance(result, data_utils.PictureError):
+                with bar.external_write_mode(file=sys.stderr):
+                    status = cli.fail("predict", result, 2)
+                continue
+            best = top(result, classes, args.top_k)
+            if args.json:
+                objects.append({"path": path, "label": next(iter(best)), "probabilities": best})
+            else:
+                tqdm.write(as_text(path, best), file=sys.stdout)
+    if args.json:
+        print(json.dumps(objects, indent=1))
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    return cli.run("predict", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
