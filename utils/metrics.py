@@ -12,8 +12,11 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,6 +62,30 @@ class MetricsWriter:
             self._events.add_scalar(tag, value, step)
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
+
+    def picture(self, step: int, tag: str, picture: Image.Image) -> None:
+        """Adds a picture to the events; ``metrics.jsonl`` holds numbers only."""
+        if self.enabled:
+            self._events.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def hyperparameters(self, step: int, values: Mapping[str, object], metrics: Sequence[str]) -> None:
+        """Adds the run to the hparams tab, under its own name: what it was given, and what came of it.
+
+        ``SummaryWriter.add_hparams`` would make a run of its own for it.
+
+        Args:
+            step: the last update.  The entry counts as one later, so that a run that goes on from there
+                cuts it off and writes its own.
+            values: the run's flags.
+            metrics: the tags of scalars whose last values the tab shows beside them.
+        """
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in values.items()}
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):  # the tab takes the values from the scalars
+            self._events.file_writer.add_summary(summary, step + 1)
 
     def __enter__(self) -> MetricsWriter:
         return self
