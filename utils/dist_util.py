@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,21 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+@functools.cache
+def _host_group() -> Any:
+    """A group whose reductions do not wait for a GPU; None is the default group."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def max_over_ranks(x: int) -> int:
+    """The largest of all processes' numbers, which stay on the host: costs no wait for the device."""
+    if not dist.is_initialized():
+        return x
+    largest = torch.tensor(x)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+    return int(largest)
 
 
 def wrap(model: nn.Module) -> nn.Module:
