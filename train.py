@@ -11,16 +11,19 @@ module and the tools see ``args``; everything else takes the values it needs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,73 +31,117 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models import npz
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, dist_util
-from utils.metrics import MetricsWriter, TrainingLog
+from utils import augment, checkpoint, data_utils, dist_util, drawing
+from utils import report as page
+from utils.evaluation import Evaluation, Predictions
+from utils.metrics import MetricsWriter, TrainingLog, read_lines
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
+from utils.runs import Stopped, StopSignal, only_run
 from utils.scheduler import DECAY_TYPES, make_schedule
 
 logger = logging.getLogger("train")
 
 
-def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:
+def train(
+    args: argparse.Namespace,
+    model: VisionTransformer,
+    data: data_utils.DataSets,
+    precision: Precision,
+    state: checkpoint.TrainingState,
+    stop: StopSignal,
+) -> None:
     """The training loop: pictures -> batch -> loss -> gradients -> step -> log -> save."""
     optimizer = precision.make_optimizer(model, args.weight_decay)
     schedule = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
-    rank, world_size, accumulation = dist_util.rank(), dist_util.world_size(), args.gradient_accumulation_steps
-    transform = augment.TrainTransform(args.img_size, args.hflip)
-    sampler = data_utils.StepSampler(
-        len(data.train), args.train_batch_size, transform.num_draws, args.seed, rank, world_size
-    )
-    steps, micro_batch_size = range(1, args.num_steps + 1), args.train_batch_size // accumulation
-    batches = data_utils.train_batches(
-        data.train, sampler, steps, micro_batch_size, transform, precision.device, args.num_workers
-    )
-    images_per_step = args.train_batch_size * world_size
+    rank, accumulation, device = dist_util.rank(), args.gradient_accumulation_steps, precision.device
+    batches = make_batches(args, data.train, range(state.step + 1, args.num_steps + 1), device)
+    images_per_step = args.train_batch_size * dist_util.world_size()
+    evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
     if args.compile:
         model.compile()
-    model, best_accuracy, start = dist_util.wrap(model), -1.0, time.perf_counter()
+    wrapped, start = dist_util.wrap(model), time.perf_counter()
 
     with (
-        MetricsWriter(log_dir(args), dist_util.is_main()) as writer,
-        TrainingLog(writer, args.num_steps, images_per_step, args.log_every) as log,
+        MetricsWriter(log_dir(args), dist_util.is_main(), logged_until(args, state)) as writer,
+        TrainingLog(writer, args.num_steps, images_per_step, args.log_every, state.step) as log,
     ):
-        for step in steps:
-            torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
-            model.train()
-            step_loss = torch.zeros((), device=precision.device)
-            for part in range(accumulation):
-                images, labels = next(batches)
-                with dist_util.sync_gradients(model, now=part == accumulation - 1):
-                    with precision.autocast():
-                        loss = model(images, labels) / accumulation
-                    precision.backward(loss)
-                step_loss += loss.detach()
-            learning_rate = args.learning_rate * schedule(step - precision.num_skipped())
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            applied = precision.step(optimizer, args.max_grad_norm)
-            log.update(step, step_loss, learning_rate, applied)
+        restore(state, optimizer, precision, log)
+        for step in range(state.step + evaluated, args.num_steps + 1):
+            if step > state.step:  # else it was stopped between this update and its evaluation
+                torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
+                wrapped.train()
+                step_loss = torch.zeros((), device=device)
+                for part in range(accumulation):
+                    images, labels = next(batches)
+                    if step == 1 and part == 0:
+                        show_batch(writer, images, labels, data.classes)
+                    with dist_util.sync_gradients(wrapped, now=part == accumulation - 1):
+                        with precision.autocast():
+                            loss = wrapped(images, labels) / accumulation
+                        precision.backward(loss)
+                    step_loss += loss.detach()
+                learning_rate = args.learning_rate * schedule(step - precision.num_skipped())
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                applied = precision.step(optimizer, args.max_grad_norm)
+                log.update(step, step_loss, learning_rate, applied)
+                state.step = step
 
-            if step % args.eval_every == 0 or step == args.num_steps:
-                accuracy, test_loss = evaluate(args, dist_util.unwrap(model), data.test, precision)
-                writer.write(step, {"test/accuracy": accuracy, "test/loss": test_loss})
-                report(step, accuracy, test_loss)
-                if accuracy > best_accuracy:
-                    best_accuracy = accuracy
-                    save(args, dist_util.unwrap(model), precision, data.classes, step, accuracy)
+            if is_due(step, args.eval_every, args.num_steps):
+                found = evaluate(args, model, data.test, precision, stop)
+                if found is not None:
+                    state.evaluated = step
+                    writer.write(step, {"test/accuracy": found.accuracy, "test/loss": found.loss})
+                    report(step, found)
+                    if found.accuracy > state.best_accuracy:
+                        state.best_accuracy, state.best_step, state.best = found.accuracy, step, vars(found)
+                        save_best(args, model, precision, data.classes, state)
+                        show_best(writer, found, data, step)
+                        write_report(args, state, data, precision, log.speed(), start)
                 log.restart_clock()
+            signal_number = stop.agreed()
+            if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
+                save_last(args, state, model, optimizer, precision, writer, log)
+            if signal_number:
+                raise Stopped(signal_number, f"stopped after update {step}; the same command goes on from there")
+        flags = {name.lstrip("-"): value for name, value in state.settings.items()}
+        writer.hyperparameters(state.step, flags, ("test/accuracy", "test/loss"))
+    write_report(args, state, data, precision, log.speed(), start)
 
-    logger.info("Best Accuracy: \t%.5f", best_accuracy)
+    logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
     logger.info(
         "End Training! Wall time: %.2f s, %.1f images/s while training", time.perf_counter() - start, log.speed()
     )
 
 
+def is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether what happens every so many updates, and after the last, happens after this one."""
+    return step > 0 and (step % every == 0 or step == num_steps)
+
+
+def make_batches(
+    args: argparse.Namespace, pictures: data_utils.Pictures, steps: range, device: torch.device
+) -> Iterator[data_utils.Batch]:
+    """The pictures of ``steps``, each update's in as many parts as are accumulated."""
+    transform = augment.TrainTransform(args.img_size, args.hflip)
+    world = (dist_util.rank(), dist_util.world_size())
+    sampler = data_utils.StepSampler(len(pictures), args.train_batch_size, transform.num_draws, args.seed, *world)
+    part_size = args.train_batch_size // args.gradient_accumulation_steps
+    return data_utils.train_batches(pictures, sampler, steps, part_size, transform, device, args.num_workers)
+
+
 @torch.inference_mode()
 def evaluate(
-    args: argparse.Namespace, model: nn.Module, pictures: data_utils.Pictures, precision: Precision
-) -> tuple[float, float]:
-    """Accuracy and mean loss over all pictures, each seen once, whatever the number of processes."""
+    args: argparse.Namespace,
+    model: nn.Module,
+    pictures: data_utils.Pictures,
+    precision: Precision,
+    stop: StopSignal | None = None,
+) -> Evaluation | None:
+    """What the model makes of all pictures, each seen once, whatever the number of processes.
+
+    None if a signal to stop came meanwhile: a training saves its state sooner so.
+    """
     model.eval()
     share = (dist_util.rank(), dist_util.world_size())
     transform = augment.EvalTransform(args.img_size)
@@ -103,25 +150,25 @@ def evaluate(
     )
     num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
-    totals = torch.zeros(2, dtype=exact, device=precision.device)  # correct, loss
+    loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
     for images, labels in bar:
+        if stop is not None and stop.now():
+            return None
         with precision.autocast():
             logits = model(images)[0].float()
-        totals += torch.stack(
-            ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
-        ).to(exact)
-    correct, loss = dist_util.sum_over_ranks(totals).tolist()
-    return correct / len(pictures), loss / len(pictures)
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
+        predictions.add(logits)
+    return predictions.evaluation(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
-def report(step: int | None, accuracy: float, loss: float) -> None:
+def report(step: int | None, found: Evaluation) -> None:
     """Logs an evaluation as the reference does."""
     logger.info("Validation Results")
     if step is not None:
         logger.info("Global Steps: %d", step)
-    logger.info("Valid Loss: %.5f", loss)
-    logger.info("Valid Accuracy: %.5f", accuracy)
+    logger.info("Valid Loss: %.5f", found.loss)
+    logger.info("Valid Accuracy: %.5f", found.accuracy)
 
 
 def checkpoint_path(args: argparse.Namespace) -> str:
@@ -134,21 +181,227 @@ def log_dir(args: argparse.Namespace) -> str:
     return os.path.join("logs", args.name)
 
 
-def save(
+def save_best(
     args: argparse.Namespace,
-    model: nn.Module,
+    model: VisionTransformer,
     precision: Precision,
     classes: list[str],
-    step: int,
-    accuracy: float,
+    state: checkpoint.TrainingState,
 ) -> None:
     """Writes the weights of the best evaluation so far, and what they are of."""
     if dist_util.is_main():
         description = checkpoint.Description(
-            args.model_type, args.img_size, classes, args.gelu, args.dataset, step, accuracy
-        )
+            canonical_name(args.model_type), args.img_size, classes, args.gelu, args.dataset,
+            state.step, state.best_accuracy,
+        )  # fmt: skip
         checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model), description)
         logger.info("Saved model checkpoint to %s", checkpoint_path(args))
+
+
+def last_path(args: argparse.Namespace) -> str:
+    """Where the state is from which the run can go on."""
+    return os.path.join(args.output_dir, f"{args.name}_last.pt")
+
+
+def save_last(
+    args: argparse.Namespace,
+    state: checkpoint.TrainingState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    writer: MetricsWriter,
+    log: TrainingLog,
+) -> None:
+    """Writes the run's state, after what it has logged; every process must take part."""
+    state.log, state.precision = log.training_state(), precision.training_state()
+    if dist_util.is_main():
+        writer.flush()
+        now = replace(state, model=precision.state_dict(model), optimizer=optimizer.state_dict())
+        checkpoint.save_state(last_path(args), now)
+    log.restart_clock()
+
+
+# ---- what a run shows ----
+
+#: Of the first update's pictures and of the worst mistakes, so many are shown, with so long sides.
+SHOWN_PICTURES, SHOWN_MISTAKES, SHOWN_PX = 64, 24, 128
+
+
+def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
+    """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
+    if writer.enabled:
+        pictures = drawing.from_tensor(images[:SHOWN_PICTURES])
+        panels = [(classes[label], drawing.scaled(x, SHOWN_PX)) for label, x in zip(labels.tolist(), pictures)]
+        writer.picture(1, "train/pictures", drawing.arrange(panels, columns=8))
+
+
+def show_best(writer: MetricsWriter, found: Evaluation, data: data_utils.DataSets, step: int) -> None:
+    """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
+    if writer.enabled:
+        writer.picture(step, "test/confusion", drawing.confusion(found.confusion(len(data.classes)), data.classes))
+        panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
+        if panels:
+            writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=6))
+
+
+def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[page.Mistake, Image]]:
+    """The mistakes that were made with the most confidence, with their pictures."""
+    mistakes = []
+    for i in found.worst_mistakes(SHOWN_MISTAKES):
+        name, picture = data_utils.picture_at(data.test, i)
+        picture = drawing.scaled(picture, SHOWN_PX)
+        truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
+        mistakes.append(
+            (page.Mistake(drawing.png(picture), name, truth, predicted, float(found.confidence[i])), picture)
+        )
+    return mistakes
+
+
+def report_path(args: argparse.Namespace) -> str:
+    """Where the run's report is."""
+    return os.path.join(args.output_dir, f"{args.name}_report.html")
+
+
+def write_report(
+    args: argparse.Namespace,
+    state: checkpoint.TrainingState,
+    data: data_utils.DataSets,
+    precision: Precision,
+    speed: float,
+    start: float,
+) -> None:
+    """Writes the run's report as far as it has come; a training does not end for the lack of one."""
+    if not dist_util.is_main():
+        return
+    best, parser = Evaluation(**state.best), make_parser()
+    contents = page.Contents(
+        name=args.name,
+        subject=f"{args.model_type} on {args.dataset}",
+        num_steps=args.num_steps,
+        step=state.step,
+        lines=read_lines(log_dir(args)),
+        classes=data.classes,
+        best_step=state.best_step,
+        confusion=best.confusion(len(data.classes)),
+        mistakes=[mistake for mistake, _ in worst_mistakes(best, data)],
+        settings={f"--{name}": (value, parser.get_default(name)) for name, value in vars(args).items()},
+        facts={
+            **page.versions(),
+            "device": f"{precision.device}, {dist_util.device_name(precision.device)}",
+            "numbers": str(precision),
+            "processes": str(dist_util.world_size()),
+            "threads of each": str(torch.get_num_threads()),
+        },
+        timing={
+            "wall time": f"{time.perf_counter() - start:.1f} s, with evaluations",
+            "images per second while training": f"{speed:.1f}",
+            "pictures": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
+            "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        },
+    )
+    try:
+        checkpoint.write_text(report_path(args), page.render(contents))
+    except OSError as e:
+        logger.warning("The report %s could not be written (%s)", report_path(args), e)
+
+
+# ---- going on from where a run was stopped ----
+
+#: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
+RESULT_FLAGS = (
+    "pretrained_dir", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
+    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
+)  # fmt: skip
+
+
+def settings(
+    args: argparse.Namespace, model: VisionTransformer, data: data_utils.DataSets, precision: Precision
+) -> dict[str, Any]:
+    """What decides on a run's result: a run goes on only under the same."""
+    return {
+        "--model_type": canonical_name(args.model_type),
+        "--dataset": f"{args.dataset if args.dataset in data_utils.NAMED_DATASETS else 'folder'} {data.checksum()}",
+        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
+        "--dropout": model.config.dropout_rate,
+        "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
+        "precision": str(precision),
+    }
+
+
+def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What decides on the last digits of a run's result."""
+    return {
+        "--device": device.type,
+        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "--compile": args.compile,
+        "processes": dist_util.world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
+    """The state that ``--resume`` asks for, or None: a new run.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if args.resume == "none":
+        if os.path.exists(last_path(args)):
+            logger.warning("--resume none: this run replaces the one that %s is of", last_path(args))
+        return None
+    if args.resume != "auto":
+        return checkpoint.load_state(args.resume)
+    return checkpoint.load_state(last_path(args)) if os.path.exists(last_path(args)) else None
+
+
+def begin(
+    args: argparse.Namespace, state: checkpoint.TrainingState | None, now: dict[str, Any], here: dict[str, Any]
+) -> checkpoint.TrainingState:
+    """The state that the run begins with: the one found, if it is of a run with the same settings.
+
+    Raises:
+        ValueError: it is of another run; the message lists every difference.
+    """
+    if state is None:
+        return checkpoint.TrainingState(now, here)
+    was = dict(state.settings)
+    if was.get("--num_steps", 0) < args.num_steps:
+        logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
+                       was.get("--num_steps"), args.num_steps)  # fmt: skip
+        was["--num_steps"] = args.num_steps
+    differences = [
+        f"{name} was {was.get(name)}, is {now.get(name)}" for name in now | was if was.get(name) != now.get(name)
+    ]
+    if differences:
+        path = last_path(args) if args.resume == "auto" else args.resume
+        raise ValueError(
+            f"{path} is of a run with other settings: {'; '.join(differences)}; give it the same, "
+            "or another --name, or start over with --resume none"
+        )
+    if changed := [
+        f"{name} was {x}, is {here.get(name)}" for name, x in state.circumstances.items() if here.get(name) != x
+    ]:
+        logger.warning("%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed))
+    return replace(state, settings=now, circumstances=here, model={})
+
+
+def restore(
+    state: checkpoint.TrainingState, optimizer: torch.optim.Optimizer, precision: Precision, log: TrainingLog
+) -> None:
+    """Gives everything but the model, which has its weights, what the state holds for it."""
+    if state.step:
+        optimizer.load_state_dict(state.optimizer)
+        precision.load_training_state(state.precision)
+        log.load_training_state(state.log, precision.device)
+        state.optimizer = {}
+        logger.info("Going on after update %d", state.step)
+
+
+def logged_until(args: argparse.Namespace, state: checkpoint.TrainingState) -> int | None:
+    """The last update that this name's logs may keep; None if they are of another run."""
+    own = args.resume == "auto" or os.path.abspath(args.resume) == os.path.abspath(last_path(args))
+    return state.step if own and state.step else None
 
 
 # ---- flags ----
@@ -199,6 +452,14 @@ def make_parser() -> Parser:
     p.add_argument("--hflip", action="store_true", help="mirror half of the training pictures")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what computes")
     p.add_argument("--num_workers", type=int, default=None, help="decoding processes, for folders of large pictures")
+    p.add_argument(
+        "--resume", default="auto", metavar="auto|none|PATH",
+        help="auto: go on where a run of this name was stopped; none: start over; or a <name>_last.pt",
+    )  # fmt: skip
+    p.add_argument(
+        "--save_every", type=int, default=None, help="updates between two saved states; default: at each evaluation"
+    )
+    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; slower")
     p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
     p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
     p.add_argument(
@@ -222,10 +483,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError for what the types of the flags let through; fills in the defaults that depend on others."""
     at_least_one = (
         "img_size", "train_batch_size", "eval_batch_size", "eval_every", "log_every", "num_steps",
-        "gradient_accumulation_steps",
+        "gradient_accumulation_steps", "save_every",
     )  # fmt: skip
     for name in at_least_one:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
     for name in ("learning_rate", "weight_decay", "warmup_steps", "seed", "loss_scale"):
         if not 0 <= getattr(args, name) < float("inf"):
@@ -267,8 +528,10 @@ def check_args(args: argparse.Namespace) -> None:
 # ---- what a run needs before it starts ----
 
 
-def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.DataSets]:
-    """The model with its weights, and the data it is for; downloads come last.
+def prepare(
+    args: argparse.Namespace, state: checkpoint.TrainingState | None
+) -> tuple[VisionTransformer, data_utils.DataSets]:
+    """The model with its weights, those of ``state`` if a run goes on, and the data it is for; downloads come last.
 
     Raises:
         ValueError: the user got something wrong.
@@ -282,20 +545,22 @@ def prepare(args: argparse.Namespace) -> tuple[VisionTransformer, data_utils.Dat
     if args.eval_only:
         path = args.load_model_dir or checkpoint_path(args)
         finetuned = checkpoint.load_weights(path)
+    elif state is not None:
+        path, finetuned = "the state to go on from", state.model
+    elif args.pretrained_dir:
+        pretrained = npz.load(args.pretrained_dir, args.model_type)
     else:
-        if args.pretrained_dir:
-            pretrained = npz.load(args.pretrained_dir, args.model_type)
-        else:
-            logger.warning("--pretrained_dir is empty: training starts from random weights")
-        checkpoint.check_writable(args.output_dir)
+        logger.warning("--pretrained_dir is empty: training starts from random weights")
+    if not args.eval_only:
         checkpoint.check_writable(log_dir(args))
     data = data_utils.load_datasets(args.dataset, args.data_dir, args.num_workers)
     torch.manual_seed(args.seed)
-    has_weights = args.eval_only or pretrained is not None
+    has_weights = args.eval_only or state is not None or pretrained is not None
     with torch.device("meta" if has_weights else "cpu"):  # else it would draw weights that are then overwritten
         model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
     if args.eval_only:
         warn_of_contradictions(args, path, finetuned, data.classes)
+    if args.eval_only or state is not None:
         try:
             model.load_finetuned(finetuned)
         except ValueError as e:
@@ -356,28 +621,70 @@ def log_start(args: argparse.Namespace, model: nn.Module, data: data_utils.DataS
 
 def run(args: argparse.Namespace) -> int:
     """Trains or evaluates, and returns the exit status."""
-    try:
-        check_args(args)
-        device = dist_util.setup(args.device, args.local_rank)
-        precision = make_precision(args, device)
-        model, data = prepare(args)
-    except ValueError as e:
-        return fail(e, 2)
-    except OSError as e:
-        return fail(e, 1)
-    model, data = model.to(device), data.to(device)
-    log_start(args, model, data, precision)
-    try:
-        if args.eval_only:
-            precision.prepare(model)
-            report(None, *evaluate(args, model, data.test, precision))
-        else:
-            train(args, model, data, precision)
-    except data_utils.PictureError as e:
-        return fail(e, 2)
-    except (FloatingPointError, OSError) as e:
-        return fail(e, 1)
+    with contextlib.ExitStack() as held:
+        try:
+            check_args(args)
+            device = dist_util.setup(args.device, args.local_rank)
+            precision = make_precision(args, device)
+            state = None if args.eval_only else claim(args, held)
+            model, data = prepare(args, state)
+            if not args.eval_only:
+                now = settings(args, model, data, precision)
+                state = begin(args, state, now, circumstances(args, device))
+        except ValueError as e:
+            return fail(e, 2)
+        except OSError as e:
+            return fail(e, 1)
+        if state is not None and state.step == args.num_steps == state.evaluated:
+            logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", state.best_accuracy)
+            return 0
+        model, data = model.to(device), data.to(device)
+        log_start(args, model, data, precision)
+        try:
+            if state is None:
+                precision.prepare(model)
+                found = evaluate(args, model, data.test, precision)
+                assert found is not None
+                report(None, found)
+            else:
+                with StopSignal() as stop:
+                    train(args, model, data, precision, state, stop)
+        except data_utils.PictureError as e:
+            return fail(e, 2)
+        except (FloatingPointError, OSError, MemoryError, RuntimeError) as e:
+            return fail_at_work(args, e)
     return 0
+
+
+def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.TrainingState | None:
+    """Makes sure that nobody else trains under this name until ``held`` closes, and finds the state to go on from.
+
+    Raises:
+        ValueError: somebody does, files cannot be written, or the state cannot be read.
+    """
+    checkpoint.check_writable(args.output_dir)
+    if dist_util.is_main():
+        held.enter_context(only_run(os.path.join(args.output_dir, f".{args.name}.lock")))
+        checkpoint.remove_stale(checkpoint_path(args))
+        checkpoint.remove_stale(last_path(args))
+        checkpoint.remove_stale(report_path(args))
+    return find_state(args)
+
+
+def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
+    """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        at_once = args.train_batch_size // args.gradient_accumulation_steps
+        text = (
+            f"out of memory with {at_once} pictures at a time (--train_batch_size {args.train_batch_size}); "
+            f"--gradient_accumulation_steps {2 * args.gradient_accumulation_steps} computes half as many at a time"
+        )
+    elif isinstance(error, RuntimeError):
+        raise error
+    if os.path.exists(last_path(args)) and not args.eval_only:
+        text += f"; the run up to its last save is in {last_path(args)}"
+    return fail(RuntimeError(text), 1)
 
 
 def fail(error: BaseException, status: int) -> int:
@@ -397,6 +704,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             return run(args)
+    except Stopped as e:
+        return fail(e, 128 + e.number)
     except KeyboardInterrupt:
         return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
     finally:

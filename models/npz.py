@@ -70,8 +70,9 @@ class Entry(NamedTuple):
 
     def to_tensor(self, array: np.ndarray) -> Tensor:
         """The .npz's array as our float32 tensor, which shares no memory with it."""
-        native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float32)
-        x = torch.from_numpy(np.require(array.reshape(self.shape), native, "CW")).float()
+        if not array.dtype.isnative or array.dtype.itemsize > 8:  # torch has no type for it
+            array = array.astype(np.float32)
+        x = torch.from_numpy(np.require(array.reshape(self.shape), requirements=["C", "W"])).float()
         if len(self.ours_shape) == 2:  # a transposition, which torch does several times faster than numpy
             x = x.reshape(self.ours_shape[::-1]).t()
         else:

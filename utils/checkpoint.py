@@ -8,17 +8,21 @@ module does not know models: it keeps what it is told.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import pickle
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+TEMPORARY = ".tmp"  # what the names of files end with that are not whole yet
+STATE_FORMAT = 1
 
 
 @contextlib.contextmanager
@@ -31,7 +35,7 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
         OSError: the file could not be written; the old one is untouched.
     """
     folder = os.path.dirname(path) or "."
-    fd, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=TEMPORARY, dir=folder)
     try:
         with os.fdopen(fd, "wb") as f:
             yield f
@@ -51,6 +55,20 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             os.fsync(folder_fd)
         finally:
             os.close(folder_fd)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text as UTF-8; see ``atomic_write``.  Bytes of file names that are no text are spelled out."""
+    with atomic_write(path) as f:
+        f.write(text.encode("utf-8", "backslashreplace"))
+
+
+def remove_stale(path: str) -> None:
+    """Removes what a process that was killed while it wrote ``path`` left behind; nobody may be writing it."""
+    folder, name = os.path.split(path)
+    for temporary in glob.glob(os.path.join(glob.escape(folder or "."), f".{glob.escape(name)}.*{TEMPORARY}")):
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def check_writable(folder: str) -> None:
@@ -190,3 +208,59 @@ def load_weights(path: str) -> dict[str, Tensor]:
             f"{path} holds no state_dict (names and tensors); save `model.state_dict()` and give that file"
         )
     return {name.removeprefix("module."): x for name, x in state.items()}
+
+
+@dataclass
+class TrainingState:
+    """Everything a run needs to go on after an update as if it had never stopped.
+
+    Attributes:
+        settings: what decides on the run's result, by the names of the flags.
+        circumstances: what decides on the last digits only.
+        step: updates done.
+        evaluated: the last update after which the model was evaluated.
+        best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
+        best_step: the update after which that was.
+        best: what that evaluation found, by the names of ``evaluation.Evaluation``.
+        model: float32 weights by the model's names.
+        optimizer, precision, log: what these objects keep.
+    """
+
+    settings: dict[str, Any]
+    circumstances: dict[str, Any]
+    step: int = 0
+    evaluated: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
+    log: dict[str, Any] = field(default_factory=dict)
+
+
+def save_state(path: str, state: TrainingState) -> None:
+    """Writes the state of a run; see ``atomic_write``."""
+    with atomic_write(path) as f:
+        torch.save({"format": STATE_FORMAT, **vars(state)}, f)
+
+
+def load_state(path: str) -> TrainingState:
+    """Reads the state of a run.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no training state {path}; --resume takes a <name>_last.pt")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged bytes lead the reader to many classes; what could run code is not read
+        raise ValueError(
+            f"{path} cannot be read as a training state (damaged, or not written by this program); "
+            "--resume none starts over"
+        ) from e
+    names = [f.name for f in fields(TrainingState)]
+    if not isinstance(found, dict) or set(found) != {"format", *names} or found.pop("format") != STATE_FORMAT:
+        raise ValueError(f"{path} holds no training state of this version; --resume none starts over")
+    return TrainingState(**found)

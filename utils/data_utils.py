@@ -15,10 +15,12 @@ import http.client
 import logging
 import math
 import os
+import signal
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -70,6 +72,10 @@ class MemoryPictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def checksum(self) -> int:
+        """CRC-32 of the pictures and labels."""
+        return zlib.crc32(self.labels.numpy().data, zlib.crc32(self.images.contiguous().numpy().data))
+
     def to(self, device: torch.device) -> MemoryPictures:
         """The same on a device, once for all updates and evaluations."""
         return MemoryPictures(self.images.to(device), self.labels.to(device))
@@ -84,6 +90,11 @@ class FilePictures:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def checksum(self) -> int:
+        """CRC-32 of the files' names, their folders' and the labels."""
+        names = "\n".join("/".join(os.path.normpath(path).split(os.sep)[-3:]) for path in self.paths)
+        return zlib.crc32(self.labels.numpy().data, zlib.crc32(names.encode("utf-8", "surrogateescape")))
 
     def to(self, device: torch.device) -> FilePictures:
         """Themselves: what is decoded moves with its batch."""
@@ -100,6 +111,11 @@ class DataSets:
     train: Pictures
     test: Pictures
     classes: list[str]
+
+    def checksum(self) -> str:
+        """Changes with the pictures, their order and their classes."""
+        names = "\n".join(self.classes).encode("utf-8", "surrogateescape")
+        return "-".join(f"{crc:08x}" for crc in (self.train.checksum(), self.test.checksum(), zlib.crc32(names)))
 
     def to(self, device: torch.device) -> DataSets:
         """The same, with pictures in memory moved to a device."""
@@ -246,6 +262,17 @@ def read_picture(path: str) -> Image.Image:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
+
+
+def picture_at(pictures: Pictures, index: int) -> tuple[str, Image.Image]:
+    """One picture as the data set has it, and what to call it: its path, or its number.
+
+    Raises:
+        PictureError: it cannot be decoded.
+    """
+    if isinstance(pictures, FilePictures):
+        return pictures.paths[index], read_picture(pictures.paths[index])
+    return f"picture {index}", Image.fromarray(pictures.images[index].permute(1, 2, 0).cpu().numpy())
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -403,14 +430,31 @@ def _batches(
         batch_sampler=cast(Sampler, items),
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else it would draw from the global one, which is dropout's
         pin_memory=device.type == "cuda",
     )
-    for batch in loader:
+    for batch in _worker_errors(loader):
         if isinstance(batch, str):
             raise PictureError(batch)
         x, y = (t.to(device, non_blocking=True) for t in batch)
         yield transform.complete(x), y
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the update in hand still needs its pictures.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _worker_errors(loader: DataLoader) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise ChildProcessError(
+            "a process that decodes pictures was killed, perhaps for lack of memory; fewer --num_workers need less"
+        ) from e
 
 
 class _DecodeTask(Dataset):

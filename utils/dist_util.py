@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -104,6 +106,18 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def device_name(device: torch.device) -> str:
+    """What a person calls the hardware that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def bar_options() -> dict[str, Any]:
     """How tqdm shows progress: on the main process only, and rarely where the bar goes to a file."""
     return {"disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
@@ -132,6 +146,21 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+@functools.cache
+def _host_group() -> Any:
+    """A group whose reductions do not wait for a GPU; None is the default group."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def max_over_ranks(x: int) -> int:
+    """The largest of all processes' numbers, which stay on the host: costs no wait for the device."""
+    if not dist.is_initialized():
+        return x
+    largest = torch.tensor(x)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+    return int(largest)
 
 
 def wrap(model: nn.Module) -> nn.Module:

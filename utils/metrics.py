@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from utils import dist_util
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+EVENT_FILES = "events.out.tfevents.*"
 
 
 class MetricsWriter:
@@ -36,18 +38,24 @@ class MetricsWriter:
     Args:
         log_dir: the run's folder, made if need be.
         enabled: False on processes that write nothing.
+        resume_after: the last update whose lines stay, if the run goes on from there; what it wrote about
+            later ones before it was stopped is cut off, for it will be written again.
     """
 
-    def __init__(self, log_dir: str, enabled: bool = True) -> None:
+    def __init__(self, log_dir: str, enabled: bool = True, resume_after: int | None = None) -> None:
         self.enabled = enabled
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # half a second, not spent by evaluations
 
         os.makedirs(log_dir, exist_ok=True)
-        _set_aside_earlier(log_dir)
-        self._events = SummaryWriter(log_dir)
-        self._lines = open(os.path.join(log_dir, METRICS_FILE), "w", encoding="utf-8")  # noqa: SIM115
+        if resume_after is None:
+            _set_aside_earlier(log_dir)
+        else:
+            _cut_off(log_dir, resume_after)
+        # TensorBoard, if it is looking, forgets what has been cut off from purge_step on.
+        self._events = SummaryWriter(log_dir, purge_step=None if resume_after is None else resume_after + 1)
+        self._lines = open(os.path.join(log_dir, METRICS_FILE), "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one line and its scalars.
@@ -85,7 +93,18 @@ class MetricsWriter:
 
         plain = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in values.items()}
         for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):  # the tab takes the values from the scalars
-            self._events.file_writer.add_summary(summary, step + 1)
+            self._events._get_file_writer().add_summary(summary, step + 1)
+
+    def flush(self) -> None:
+        """Has everything on the disk: a state that is saved next must not be ahead of its logs."""
+        if not self.enabled:
+            return
+        self._events.flush()
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        for path in glob.glob(os.path.join(glob.escape(self._events.get_logdir()), EVENT_FILES)):
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -100,6 +119,16 @@ class MetricsWriter:
             self._lines.close()
 
 
+def read_lines(log_dir: str) -> list[dict[str, float]]:
+    """What a run's ``metrics.jsonl`` holds, a line an object.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    with open(os.path.join(log_dir, METRICS_FILE), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
 def check_finite(step: int, values: dict[str, float]) -> None:
     """Raises FloatingPointError that names the metric and the step, if one is NaN or infinite."""
     for tag, value in values.items():
@@ -107,6 +136,51 @@ def check_finite(step: int, values: dict[str, float]) -> None:
             raise FloatingPointError(
                 f"{tag} is {value} at step {step}; a lower --learning_rate or a longer --warmup_steps may help"
             )
+
+
+def _cut_off(log_dir: str, step: int) -> None:
+    """Shortens the folder's files to what they say up to an update."""
+    path = os.path.join(log_dir, METRICS_FILE)
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            f.truncate(_length_up_to(f, step))
+    for path in glob.glob(os.path.join(glob.escape(log_dir), EVENT_FILES)):
+        with open(path, "rb+") as f:
+            f.truncate(_events_length_up_to(f, step))
+
+
+def _length_up_to(file: IO[bytes], step: int) -> int:
+    """Bytes of the lines of ``metrics.jsonl`` up to an update; a line that is not whole ends them."""
+    length = 0
+    for line in file:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        length += len(line)
+    return length
+
+
+def _events_length_up_to(file: IO[bytes], step: int) -> int:
+    """Bytes of the records of an event file up to an update; a record that is not whole ends them.
+
+    Source of the format: tensorflow.org/tutorials/load_data/tfrecord; length (8 bytes) and its checksum (4),
+    the record and its checksum (4).
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    length, size = 0, os.fstat(file.fileno()).st_size
+    while len(header := file.read(12)) == 12:
+        num_bytes = int.from_bytes(header[:8], "little")
+        if length + 16 + num_bytes > size:
+            break
+        event = Event.FromString(file.read(num_bytes))
+        if event.step > step:
+            break
+        file.read(4)
+        length += 16 + num_bytes
+    return length
 
 
 def _set_aside_earlier(log_dir: str) -> None:
@@ -133,9 +207,12 @@ class TrainingLog:
         num_steps: updates of the whole run.
         images_per_step: pictures of one update, over all processes.
         log_every: updates between two lines.
+        first_step: updates that are already done.
     """
 
-    def __init__(self, writer: MetricsWriter, num_steps: int, images_per_step: int, log_every: int) -> None:
+    def __init__(
+        self, writer: MetricsWriter, num_steps: int, images_per_step: int, log_every: int, first_step: int = 0
+    ) -> None:
         self._writer = writer
         self._num_steps = num_steps
         self._images_per_step = images_per_step
@@ -144,6 +221,7 @@ class TrainingLog:
         self._applied: list[Tensor] = []
         self._bar = tqdm(
             total=num_steps,
+            initial=first_step,
             desc="Training",
             unit="step",
             **dist_util.bar_options(),
@@ -201,6 +279,18 @@ class TrainingLog:
         self._losses.clear()
         self._applied.clear()
         return losses
+
+    def training_state(self) -> dict[str, Any]:
+        """The updates since the last line, for a run that goes on from here; every process must ask."""
+        if not self._losses:
+            return {"losses": [], "applied": []}
+        losses = dist_util.sum_over_ranks(torch.stack(self._losses)) / dist_util.world_size()
+        return {"losses": losses.tolist(), "applied": torch.stack(self._applied).tolist()}
+
+    def load_training_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Goes on from what ``training_state`` gave."""
+        self._losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+        self._applied = [torch.tensor(applied, device=device) for applied in state["applied"]]
 
     def speed(self) -> float:
         """Images per second of all lines so far, evaluations left out."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,16 @@ class Precision:
         self._skipped.add(applied)
         return applied
 
+    def training_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the optimizer's state."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.num_skipped(), "in_a_row": self._skipped.in_a_row}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what ``training_state`` gave."""
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self._skipped.total, self._skipped.in_a_row = state["skipped"], state["in_a_row"]
+
     def num_skipped(self) -> int:
         """Updates that were skipped so far.
 
@@ -215,7 +226,7 @@ class ApexPrecision(Precision):
     def _is_dynamic(self) -> bool:
         return not self.static_scale and self.opt_level in ("O1", "O2")
 
-    def _scaler(self):  # noqa: ANN202 - apex has no types
+    def _scaler(self) -> Any:  # apex has no types
         return self._amp._amp_state.loss_scalers[0]
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -224,6 +235,13 @@ class ApexPrecision(Precision):
             masters = self._amp.master_params(self._optimizer)
             state |= {name: p.detach().float() for (name, _), p in zip(model.named_parameters(), masters)}
         return state
+
+    def training_state(self) -> dict[str, Any]:
+        return {**super().training_state(), "scaler": self._amp.state_dict()}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        super().load_training_state(state)
+        self._amp.load_state_dict(state["scaler"])
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # apex has patched the functions themselves

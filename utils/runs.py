@@ -1,0 +1,114 @@
+"""A run's life among others: alone under its name, and stopped when a person or a scheduler asks.
+
+This module must not know what a run computes or saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import IO
+
+from utils import dist_util
+
+
+class Stopped(KeyboardInterrupt):
+    """The run ends because a signal asked for it.
+
+    Args:
+        number: the signal's.
+        message: for the user.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignal:
+    """Notes the first SIGINT or SIGTERM, so that the update in hand can be finished and saved.
+
+    A second one raises ``Stopped`` wherever the program is.  A context manager; outside it, and outside
+    the main thread, signals do what they did before.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name} at once")
+        self.number = number
+        if dist_util.is_main():  # logging is not made to be called from here
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing the update in hand and saving; once more stops at once\n".encode())
+
+    def now(self) -> bool:
+        """Whether this process, the only one of the run, should leave what it is at."""
+        return bool(self.number) and dist_util.world_size() == 1
+
+    def agreed(self) -> int:
+        """The number of a signal that any process of the run got, or 0; every process must ask."""
+        return dist_util.max_over_ranks(self.number)
+
+
+@contextlib.contextmanager
+def only_run(path: str) -> Iterator[None]:
+    """Holds a lock while the block runs; the system takes it away from a process that dies.
+
+    Args:
+        path: of the lock's file, which goes with the lock but stays behind a process that is killed.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with contextlib.closing(_locked(path)) as f:
+        f.truncate(0)
+        f.write(f"{os.getpid()}\n")
+        f.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _locked(path: str) -> IO[str]:
+    """The file, open and locked; open only, where the system or the file system has no locks."""
+    while True:
+        f = open(path, "a+", encoding="ascii")  # noqa: SIM115
+        try:
+            import fcntl
+
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by worker processes
+        except ImportError:
+            return f
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                return f
+            with f:
+                f.seek(0)
+                raise ValueError(
+                    f"process {f.read().strip() or 'unknown'} is training under this name into this folder; "
+                    "wait for it, stop it, or give another --name"
+                ) from e
+        if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+            return f
+        f.close()  # whoever held it has just removed it: lock the file that others will find
