@@ -105,7 +105,7 @@ def train(
             if signal_number:
                 raise Stopped(signal_number, f"stopped after update {step}; the same command goes on from there")
         flags = {name.lstrip("-"): value for name, value in state.settings.items()}
-        writer.hyperparameters(state.step, flags, ("test/accuracy", "test/loss"))
+        writer.hyperparameters(state.step, {**flags, "dataset": args.dataset})
     write_report(args, state, data, precision, log.speed(), start)
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
@@ -223,15 +223,15 @@ def save_last(
 
 # ---- what a run shows ----
 
-#: Of the first update's pictures and of the worst mistakes, so many are shown, with so long sides.
-SHOWN_PICTURES, SHOWN_MISTAKES, SHOWN_PX = 64, 24, 128
+#: So many of the first update's pictures and of the worst mistakes are shown, with so long sides.
+SHOWN_PICTURES, SHOWN_MISTAKES, PICTURE_PX, MISTAKE_PX = 64, 24, 96, 128
 
 
 def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
     """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
     if writer.enabled:
         pictures = drawing.from_tensor(images[:SHOWN_PICTURES])
-        panels = [(classes[label], drawing.scaled(x, SHOWN_PX)) for label, x in zip(labels.tolist(), pictures)]
+        panels = [(classes[label], drawing.scaled(x, PICTURE_PX)) for label, x in zip(labels.tolist(), pictures)]
         writer.picture(1, "train/pictures", drawing.arrange(panels, columns=8))
 
 
@@ -241,7 +241,7 @@ def show_best(writer: MetricsWriter, found: Evaluation, data: data_utils.DataSet
         writer.picture(step, "test/confusion", drawing.confusion(found.confusion(len(data.classes)), data.classes))
         panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
         if panels:
-            writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=6))
+            writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=4))
 
 
 def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[page.Mistake, Image]]:
@@ -249,7 +249,7 @@ def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[p
     mistakes = []
     for i in found.worst_mistakes(SHOWN_MISTAKES):
         name, picture = data_utils.picture_at(data.test, i)
-        picture = drawing.scaled(picture, SHOWN_PX)
+        picture = drawing.scaled(picture, MISTAKE_PX)
         truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
         mistakes.append(
             (page.Mistake(drawing.png(picture), name, truth, predicted, float(found.confidence[i])), picture)

@@ -33,7 +33,7 @@ def setup(device_name: str, local_rank: int) -> torch.device:
     Raises:
         ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """
-    kind = _device_type(device_name)
+    kind = device_type(device_name)
     env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise ValueError(
@@ -54,7 +54,8 @@ def setup(device_name: str, local_rank: int) -> torch.device:
     return device
 
 
-def _device_type(name: str) -> str:
+def device_type(name: str) -> str:
+    """The kind of device that --device means here; see ``setup``."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if "WORLD_SIZE" in os.environ:
         if name == "mps":

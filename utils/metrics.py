@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -76,23 +76,24 @@ class MetricsWriter:
         if self.enabled:
             self._events.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
-    def hyperparameters(self, step: int, values: Mapping[str, object], metrics: Sequence[str]) -> None:
-        """Adds the run to the hparams tab, under its own name: what it was given, and what came of it.
+    def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
+        """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
 
-        ``SummaryWriter.add_hparams`` would make a run of its own for it.
+        ``SummaryWriter.add_hparams`` would make a run of its own for it, and write down an experiment: the
+        tab would then know the values of one run only.
 
         Args:
             step: the last update.  The entry counts as one later, so that a run that goes on from there
                 cuts it off and writes its own.
             values: the run's flags.
-            metrics: the tags of scalars whose last values the tab shows beside them.
         """
         if not self.enabled:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in values.items()}
-        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):  # the tab takes the values from the scalars
+        plain = {name: x if type(x) in (int, float) else str(x) for name, x in values.items()}
+        _, begin, end = hparams(plain, {})
+        for summary in (begin, end):
             self._events._get_file_writer().add_summary(summary, step + 1)
 
     def flush(self) -> None:

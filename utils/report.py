@@ -198,7 +198,10 @@ def _curves(contents: Contents) -> str:
         '<thead><tr><th scope="col">update</th><th scope="col">accuracy</th><th scope="col">loss</th></tr></thead>'
         f"<tbody>{evaluations}</tbody></table></div></figure>"
     )
-    return f'<div class="charts">{"".join(charts)}{table}</div>'
+    return (
+        "<p>Over updates; the ring marks the best evaluation, which is what the checkpoint holds.</p>"
+        f'<div class="charts">{"".join(charts)}{table}</div>'
+    )
 
 
 def _best_class(step: float, contents: Contents) -> str:
