@@ -1,10 +1,13 @@
 """The lines and curves that a run leaves: what is in them, when, and that none is ever lost."""
 
+import io
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from utils import metrics
 from utils.metrics import MetricsWriter, TrainingLog
@@ -112,6 +115,68 @@ def test_a_folder_whose_name_has_wildcards_is_taken_literally(tmp_path):
         writer.close()
     for step, folder in enumerate(("run1", "run[1]/earlier-1", "run[1]")):
         assert [line["step"] for line in read_lines(tmp_path / folder)] == [step]
+
+
+# ---- pictures and hyper-parameters ----
+
+
+def read_all(folder):
+    """The accumulator of TensorBoard itself."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return events
+
+
+def test_pictures_are_events_only_and_keep_their_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    with MetricsWriter(str(tmp_path)) as writer:
+        writer.picture(5, "test/confusion", Image.fromarray(pixels))
+        writer.picture(9, "test/confusion", Image.new("L", (4, 4), 7))
+        writer.write(9, {"test/accuracy": 0.5})
+    first, second = read_all(tmp_path).Images("test/confusion")
+    assert (first.step, second.step) == (5, 9)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(first.encoded_image_string))), pixels)
+    assert Image.open(io.BytesIO(second.encoded_image_string)).getpixel((0, 0)) == (7, 7, 7)
+    assert read_lines(tmp_path) == [{"step": 9, "test/accuracy": 0.5}]
+
+
+def hyperparameters_of(folder):
+    """What the hparams tab reads of a run, and whether it is told that the run has ended."""
+    from tensorboard.plugins.hparams import metadata
+
+    found = read_all(folder).summary_metadata
+    contents = {tag: found[tag].plugin_data.content for tag in found if found[tag].plugin_data.plugin_name == "hparams"}
+    info = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    values = {name: getattr(x, x.WhichOneof("kind")) for name, x in info.hparams.items()}
+    return values, metadata.SESSION_END_INFO_TAG in contents, metadata.EXPERIMENT_TAG in contents
+
+
+def test_hyperparameters_belong_to_the_run_itself(tmp_path):
+    with MetricsWriter(str(tmp_path / "run")) as writer:
+        writer.write(8, {"test/accuracy": 0.5})
+        writer.hyperparameters(8, {"learning_rate": 0.03, "num_steps": 8, "hflip": True, "dropout": None, "name": "x"})
+    assert sorted(os.listdir(tmp_path)) == ["run"]
+    assert sorted(f.split(".")[0] for f in os.listdir(tmp_path / "run")) == ["events", "metrics"]
+    values = {"learning_rate": 0.03, "num_steps": 8, "hflip": "True", "dropout": "None", "name": "x"}
+    assert hyperparameters_of(tmp_path / "run") == (values, True, False)
+    assert read_events(tmp_path / "run") == {"test/accuracy": [(8, 0.5)]}
+
+
+def test_a_run_that_goes_on_longer_has_its_new_hyperparameters(tmp_path):
+    for num_steps, done in ((8, None), (16, 8)):
+        with MetricsWriter(str(tmp_path), resume_after=done) as writer:
+            writer.write(num_steps, {"test/accuracy": 0.5})
+            writer.hyperparameters(num_steps, {"num_steps": num_steps})
+    assert hyperparameters_of(tmp_path)[0] == {"num_steps": 16}
+    assert read_events(tmp_path) == {"test/accuracy": [(8, 0.5), (16, 0.5)]}
+
+
+def test_a_disabled_writer_takes_pictures_and_hyperparameters_too(tmp_path):
+    with MetricsWriter(str(tmp_path / "run"), enabled=False) as writer:
+        writer.picture(1, "train/pictures", Image.new("RGB", (2, 2)))
+        writer.hyperparameters(1, {"seed": 1})
+    assert os.listdir(tmp_path) == []
 
 
 # ---- the training's log ----

@@ -352,7 +352,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         p, accuracy = record["published"], record["accuracy"]
         shown = record["status"] if accuracy is None else f"{accuracy:.2f}"
         last = "" if accuracy is None else f"{record['last_accuracy']:.2f}"
-        difference = "" if accuracy is None else f"{accuracy - p['accuracy']:+.2f}"
+        difference = "" if accuracy is None else f"{round(accuracy - p['accuracy'], 2) + 0.0:+.2f}"
         cells = [
             p["model_type"], CIFAR[p["dataset"]], p["img_size"], p["num_steps"], p["batch_size"], shown, last,
             f"{p['accuracy']:.2f}", difference, seconds(record["secs"]), seconds(p["secs"]), record["hardware"],
