@@ -50,8 +50,6 @@ def train(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets,
         data.train, sampler, steps, micro_batch_size, transform, precision.device, args.num_workers
     )
     images_per_step = args.train_batch_size * world_size
-    if args.compile:
-        model.compile()
     model, best_accuracy, start = dist_util.wrap(model), -1.0, time.perf_counter()
 
     with (
@@ -332,6 +330,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as e:
         return fail(e, 1)
     model, data = model.to(device), data.to(device)
+    if args.compile:
+        model.compile()  # in place: the names of its weights stay
     log_start(args, model, data, precision)
     try:
         if args.eval_only:
@@ -343,7 +343,22 @@ def run(args: argparse.Namespace) -> int:
         return fail(e, 2)
     except (FloatingPointError, OSError) as e:
         return fail(e, 1)
+    except compile_errors(args.compile) as e:
+        first_line = str(e).strip().partition("\n")[0]
+        return fail(
+            ValueError(f"--compile: torch.compile failed ({first_line}); leave --compile out, or install what it lacks"),
+            1,
+        )
     return 0
+
+
+def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
+    """What a compiled model may raise where one that is not compiled would run, such as for want of a C++ compiler."""
+    if not compiled:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException  # a second: not at the start
+
+    return (TorchDynamoException,)
 
 
 def fail(error: BaseException, status: int) -> int:
