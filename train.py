@@ -344,11 +344,8 @@ def run(args: argparse.Namespace) -> int:
     except (FloatingPointError, OSError) as e:
         return fail(e, 1)
     except compile_errors(args.compile) as e:
-        first_line = str(e).strip().partition("\n")[0]
-        return fail(
-            ValueError(f"--compile: torch.compile failed ({first_line}); leave --compile out, or install what it lacks"),
-            1,
-        )
+        reason = str(e).strip().partition("\n")[0]
+        return fail(RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1)
     return 0
 
 

@@ -354,7 +354,7 @@ def test_a_compiler_that_is_not_there_is_one_line():
     done = run_script("--name", "a", *TINY, *SHORT, *SCRATCH, "--compile", CXX=place, TORCHINDUCTOR_CACHE_DIR="cache")
     assert done.returncode == 1, done.stderr
     error = done.stderr.splitlines()
-    assert "--compile: torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in error[-1]
+    assert "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in error[-1]
     assert "leave --compile out" in error[-1]
     assert "Traceback" not in done.stderr
 

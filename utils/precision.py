@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +216,7 @@ class ApexPrecision(Precision):
     def _is_dynamic(self) -> bool:
         return not self.static_scale and self.opt_level in ("O1", "O2")
 
-    def _scaler(self):  # noqa: ANN202 - apex has no types
+    def _scaler(self) -> Any:  # apex has no types
         return self._amp._amp_state.loss_scalers[0]
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
