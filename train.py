@@ -196,7 +196,7 @@ def make_parser() -> Parser:
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
     p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
     p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model: pays off in runs of hours")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model, for long runs")
     p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
     p.add_argument(
         "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
