@@ -54,8 +54,6 @@ def train(
     batches = make_batches(args, data.train, range(state.step + 1, args.num_steps + 1), device)
     images_per_step = args.train_batch_size * dist_util.world_size()
     evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
-    if args.compile:
-        model.compile()
     wrapped, start = dist_util.wrap(model), time.perf_counter()
 
     with (
@@ -378,7 +376,7 @@ def make_parser() -> Parser:
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
     p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
     p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model: pays off in runs of hours")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model, for long runs")
     p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
     p.add_argument(
         "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
@@ -548,6 +546,8 @@ def run(args: argparse.Namespace) -> int:
             logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", state.best_accuracy)
             return 0
         model, data = model.to(device), data.to(device)
+        if args.compile:
+            model.compile()  # in place: the names of its weights stay
         log_start(args, model, data, precision)
         try:
             if state is None:
@@ -560,6 +560,11 @@ def run(args: argparse.Namespace) -> int:
                     train(args, model, data, precision, state, stop)
         except data_utils.PictureError as e:
             return fail(e, 2)
+        except compile_errors(args.compile) as e:
+            reason = str(e).strip().partition("\n")[0]
+            return fail(
+                RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
+            )
         except (FloatingPointError, OSError, MemoryError, RuntimeError) as e:
             return fail_at_work(args, e)
     return 0
@@ -593,6 +598,15 @@ def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
     if os.path.exists(last_path(args)) and not args.eval_only:
         text += f"; the run up to its last save is in {last_path(args)}"
     return fail(RuntimeError(text), 1)
+
+
+def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
+    """What a compiled model may raise where one that is not compiled would run, such as for want of a C++ compiler."""
+    if not compiled:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException  # a second: not at the start
+
+    return (TorchDynamoException,)
 
 
 def fail(error: BaseException, status: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,41 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="finds 2 GPUs"):
         dist_util.setup("auto", -1)
+
+
+FAULTS = """
+import resource
+import torch
+from utils import dist_util
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(2**24).fill_(1.0)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+assert dist_util.setup("cpu", -1).type == "cpu"
+faults()  # until the heap has grown to what it takes
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_memory_that_tensors_free_is_kept_for_the_next():
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("MALLOC_")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    usual, kept = map(int, done.stdout.split())
+    assert usual >= 20 * 64 / 2  # pages of 2 MB at the largest
+    assert kept < usual / 20
+
+
+@pytest.mark.parametrize("failure", [OSError, AttributeError])
+def test_a_c_library_that_has_no_such_setting_is_left_as_it_is(failure, monkeypatch):
+    monkeypatch.setattr(dist_util.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(failure(name)))
+    assert dist_util.setup("cpu", -1) == torch.device("cpu")
 
 
 # ---- two processes ----

@@ -102,7 +102,8 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
     """Cuts a box out of each picture and resizes it to a square, in float32.
 
     Two small matrix products a picture, one an axis.  Their last digits now and then (a few pixels in a
-    thousand) round a value that lies between two grey levels to the other one than Pillow.
+    thousand) round a value that lies between two grey levels to the other one than Pillow; after both
+    passes that is two levels at most.
 
     Args:
         pictures: (B, 3, H, W) uint8.

@@ -408,10 +408,10 @@ def _batches(
     pictures: Pictures, parts: Parts, transform: Transform, device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
     if isinstance(pictures, MemoryPictures):
-        images, labels = pictures.to(device).images, pictures.to(device).labels
+        here = pictures.to(device)
         for indices, draws in parts:
             at = indices.to(device, non_blocking=True)
-            yield transform.batch(images[at], draws), labels[at]
+            yield transform.batch(here.images[at], draws), here.labels[at]
         return
     items = (list(zip(indices.tolist(), draws)) for indices, draws in parts)
     loader = DataLoader(
