@@ -28,12 +28,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import npz
-from models.configs import CONFIGS, canonical_name
+from models.configs import CONFIGS, ViTConfig, canonical_name
 from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, dist_util
 from utils.metrics import MetricsWriter, TrainingLog
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
-from utils.runs import Stopped, StopSignal, only_run
+from utils.runs import OutOfMemory, Stopped, StopSignal, make_deterministic, memory_remedy, only_run
 from utils.scheduler import DECAY_TYPES, make_schedule
 
 logger = logging.getLogger("train")
@@ -55,9 +55,10 @@ def train(
     images_per_step = args.train_batch_size * dist_util.world_size()
     evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
     wrapped, start = dist_util.wrap(model), time.perf_counter()
+    take_name(args, state)  # every process is past reading what another run of this name left
 
     with (
-        MetricsWriter(log_dir(args), dist_util.is_main(), logged_until(args, state)) as writer,
+        MetricsWriter(log_dir(args), dist_util.is_main(), logs_to_keep(args, state), state.step) as writer,
         TrainingLog(writer, args.num_steps, images_per_step, args.log_every, state.step) as log,
     ):
         restore(state, optimizer, precision, log)
@@ -95,7 +96,8 @@ def train(
             if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
                 save_last(args, state, model, optimizer, precision, writer, log)
             if signal_number:
-                raise Stopped(signal_number, f"stopped after update {step}; the same command goes on from there")
+                how = "the same command" if resumes_own(args) else "it, but with --resume auto,"
+                raise Stopped(signal_number, f"stopped after update {step}; {how} goes on from there")
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
     logger.info(
@@ -141,14 +143,15 @@ def evaluate(
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     totals = torch.zeros(2, dtype=exact, device=precision.device)  # correct, loss
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
-    for images, labels in bar:
-        if stop is not None and stop.now():
-            return None
-        with precision.autocast():
-            logits = model(images)[0].float()
-        totals += torch.stack(
-            ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
-        ).to(exact)
+    with memory_remedy(f"evaluating {args.eval_batch_size} pictures at once; give a smaller --eval_batch_size"):
+        for images, labels in bar:
+            if stop is not None and stop.now():
+                return None
+            with precision.autocast():
+                logits = model(images)[0].float()
+            totals += torch.stack(
+                ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
+            ).to(exact)
     correct, loss = dist_util.sum_over_ranks(totals).tolist()
     return correct / len(pictures), loss / len(pictures)
 
@@ -206,9 +209,14 @@ def save_last(
     """Writes the run's state, after what it has logged; every process must take part."""
     state.log, state.precision = log.training_state(), precision.training_state()
     if dist_util.is_main():
-        writer.flush()
-        now = replace(state, model=precision.state_dict(model), optimizer=optimizer.state_dict())
-        checkpoint.save_state(last_path(args), now)
+        weights = precision.state_dict(model)
+        if not torch.stack([x.isfinite().all() for x in weights.values()]).all():
+            raise FloatingPointError(
+                f"the weights are not finite after step {state.step}; a lower --learning_rate or "
+                "a longer --warmup_steps may help"
+            )
+        state.log["files"] = writer.flush()
+        checkpoint.save_state(last_path(args), replace(state, model=weights, optimizer=optimizer.state_dict()))
     log.restart_clock()
 
 
@@ -222,14 +230,14 @@ RESULT_FLAGS = (
 
 
 def settings(
-    args: argparse.Namespace, model: VisionTransformer, data: data_utils.DataSets, precision: Precision
+    args: argparse.Namespace, config: ViTConfig, data: data_utils.DataSets, precision: Precision
 ) -> dict[str, Any]:
     """What decides on a run's result: a run goes on only under the same."""
     return {
         "--model_type": canonical_name(args.model_type),
         "--dataset": f"{args.dataset if args.dataset in data_utils.NAMED_DATASETS else 'folder'} {data.checksum()}",
         **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
-        "--dropout": model.config.dropout_rate,
+        "--dropout": config.dropout_rate,
         "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
         "precision": str(precision),
     }
@@ -240,7 +248,9 @@ def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, A
     return {
         "--device": device.type,
         "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "--eval_batch_size": args.eval_batch_size,
         "--compile": args.compile,
+        "--deterministic": args.deterministic,
         "processes": dist_util.world_size(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -253,13 +263,41 @@ def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    if args.resume == "none":
-        if os.path.exists(last_path(args)):
-            logger.warning("--resume none: this run replaces the one that %s is of", last_path(args))
-        return None
-    if args.resume != "auto":
-        return checkpoint.load_state(args.resume)
-    return checkpoint.load_state(last_path(args)) if os.path.exists(last_path(args)) else None
+    there = os.path.exists(last_path(args))
+    if there and not resumes_own(args):
+        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
+    if args.resume in ("auto", "none"):
+        return checkpoint.load_state(last_path(args)) if there and args.resume == "auto" else None
+    return checkpoint.load_state(args.resume)
+
+
+def resumes_own(args: argparse.Namespace) -> bool:
+    """Whether the state to go on from, if there is one, is of this very run."""
+    return args.resume == "auto" or os.path.realpath(args.resume) == os.path.realpath(last_path(args))
+
+
+def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
+    """Leaves nothing under the run's name that could be taken for its own, and has its best weights there.
+
+    A run that replaces another and is killed before its first save must not go on as the other one.
+    """
+    if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
+        os.unlink(last_path(args))
+    if state.best_accuracy < 0 or (resumes_own(args) and os.path.exists(checkpoint_path(args))):
+        return
+    source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
+    try:
+        weights = checkpoint.load_weights(source)
+        told = checkpoint.read_description(source, weights)
+        if told is None or (told.step > state.step or told.accuracy != state.best_accuracy):
+            raise ValueError(f"{source} is of another evaluation")
+    except ValueError as e:
+        logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
+                       state.best_accuracy, e)  # fmt: skip
+        state.best_accuracy = -1.0
+    else:
+        if dist_util.is_main():
+            checkpoint.save_weights(checkpoint_path(args), weights, told)
 
 
 def begin(
@@ -273,9 +311,9 @@ def begin(
     if state is None:
         return checkpoint.TrainingState(now, here)
     was = dict(state.settings)
-    if was.get("--num_steps", 0) < args.num_steps:
+    if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
-                       was.get("--num_steps"), args.num_steps)  # fmt: skip
+                       n, args.num_steps)  # fmt: skip
         was["--num_steps"] = args.num_steps
     differences = [
         f"{name} was {was.get(name)}, is {now.get(name)}" for name in now | was if was.get(name) != now.get(name)
@@ -301,14 +339,13 @@ def restore(
         optimizer.load_state_dict(state.optimizer)
         precision.load_training_state(state.precision)
         log.load_training_state(state.log, precision.device)
-        state.optimizer = {}
+        state.optimizer = {}  # let go of: it is as large as the model
         logger.info("Going on after update %d", state.step)
 
 
-def logged_until(args: argparse.Namespace, state: checkpoint.TrainingState) -> int | None:
-    """The last update that this name's logs may keep; None if they are of another run."""
-    own = args.resume == "auto" or os.path.abspath(args.resume) == os.path.abspath(last_path(args))
-    return state.step if own and state.step else None
+def logs_to_keep(args: argparse.Namespace, state: checkpoint.TrainingState) -> dict[str, int] | None:
+    """The bytes of this name's logs that are of the run so far; None if they are of another run."""
+    return state.log.get("files", {}) if resumes_own(args) and state.step else None
 
 
 # ---- flags ----
@@ -436,9 +473,12 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def prepare(
-    args: argparse.Namespace, state: checkpoint.TrainingState | None
-) -> tuple[VisionTransformer, data_utils.DataSets]:
+    args: argparse.Namespace, precision: Precision, state: checkpoint.TrainingState | None
+) -> tuple[VisionTransformer, data_utils.DataSets, checkpoint.TrainingState | None]:
     """The model with its weights, those of ``state`` if a run goes on, and the data it is for; downloads come last.
+
+    Returns:
+        The model, the data, and the state that the training begins with.
 
     Raises:
         ValueError: the user got something wrong.
@@ -458,23 +498,24 @@ def prepare(
         pretrained = npz.load(args.pretrained_dir, args.model_type)
     else:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
-    if not args.eval_only:
-        checkpoint.check_writable(log_dir(args))
     data = data_utils.load_datasets(args.dataset, args.data_dir, args.num_workers)
-    torch.manual_seed(args.seed)
     has_weights = args.eval_only or state is not None or pretrained is not None
+    goes_on = state is not None
+    if not args.eval_only:
+        state = begin(args, state, settings(args, config, data, precision), circumstances(args, precision.device))
+    torch.manual_seed(args.seed)
     with torch.device("meta" if has_weights else "cpu"):  # else it would draw weights that are then overwritten
         model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
     if args.eval_only:
         warn_of_contradictions(args, path, finetuned, data.classes)
-    if args.eval_only or state is not None:
+    if args.eval_only or goes_on:
         try:
             model.load_finetuned(finetuned)
         except ValueError as e:
             raise ValueError(f"{path} cannot be loaded as {args.model_type}: {e}") from e
     elif pretrained is not None:
         model.load_from(pretrained)
-    return model, data
+    return model, data, state
 
 
 def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -532,40 +573,41 @@ def run(args: argparse.Namespace) -> int:
         try:
             check_args(args)
             device = dist_util.setup(args.device, args.local_rank)
+            if args.deterministic and device.type == "cuda":
+                make_deterministic()
+            elif args.deterministic:
+                logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
             precision = make_precision(args, device)
-            state = None if args.eval_only else claim(args, held)
-            model, data = prepare(args, state)
-            if not args.eval_only:
-                now = settings(args, model, data, precision)
-                state = begin(args, state, now, circumstances(args, device))
+            with memory_remedy("while reading the weights and the pictures"):
+                state = None if args.eval_only else claim(args, held)
+                model, data, state = prepare(args, precision, state)
         except ValueError as e:
             return fail(e, 2)
-        except OSError as e:
+        except (OSError, OutOfMemory) as e:
             return fail(e, 1)
         if state is not None and state.step == args.num_steps == state.evaluated:
             logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", state.best_accuracy)
             return 0
-        model, data = model.to(device), data.to(device)
-        if args.compile:
-            model.compile()  # in place: the names of its weights stay
         log_start(args, model, data, precision)
         try:
+            with memory_remedy(f"moving the weights and the pictures to {device}"):
+                model, data = model.to(device), data.to(device)
+            if args.compile:
+                model.compile()  # in place: the names of its weights stay
             if state is None:
                 precision.prepare(model)
                 results = evaluate(args, model, data.test, precision)
                 assert results is not None
                 report(None, *results)
             else:
-                with StopSignal() as stop:
+                with StopSignal() as stop, memory_remedy(smaller_parts(args)):
                     train(args, model, data, precision, state, stop)
-        except data_utils.PictureError as e:
-            return fail(e, 2)
         except compile_errors(args.compile) as e:
             reason = str(e).strip().partition("\n")[0]
             return fail(
                 RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
             )
-        except (FloatingPointError, OSError, MemoryError, RuntimeError) as e:
+        except (data_utils.PictureError, FloatingPointError, OSError, RuntimeError) as e:
             return fail_at_work(args, e)
     return 0
 
@@ -577,27 +619,35 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
         ValueError: somebody does, files cannot be written, or the state cannot be read.
     """
     checkpoint.check_writable(args.output_dir)
+    checkpoint.check_writable(log_dir(args))
     if dist_util.is_main():
-        held.enter_context(only_run(os.path.join(args.output_dir, f".{args.name}.lock")))
-        checkpoint.remove_stale(checkpoint_path(args))
-        checkpoint.remove_stale(last_path(args))
+        for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
+            held.enter_context(only_run(lock))
+        best = checkpoint_path(args)
+        checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args))
     return find_state(args)
 
 
 def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
     """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        at_once = args.train_batch_size // args.gradient_accumulation_steps
-        text = (
-            f"out of memory with {at_once} pictures at a time (--train_batch_size {args.train_batch_size}); "
-            f"--gradient_accumulation_steps {2 * args.gradient_accumulation_steps} computes half as many at a time"
-        )
-    elif isinstance(error, RuntimeError):
-        raise error
+    if isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
+        if not data_utils.worker_died(error):
+            raise error
+        text = data_utils.WORKER_DIED
     if os.path.exists(last_path(args)) and not args.eval_only:
         text += f"; the run up to its last save is in {last_path(args)}"
-    return fail(RuntimeError(text), 1)
+    return fail(RuntimeError(text), 2 if isinstance(error, data_utils.PictureError) else 1)
+
+
+def smaller_parts(args: argparse.Namespace) -> str:
+    """What a training that is short of memory can do about it."""
+    batch, parts = args.train_batch_size, args.gradient_accumulation_steps
+    text = f"with {batch // parts} pictures at a time (--train_batch_size {batch}); "
+    more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
+    if more is None:
+        return f"{text}give a smaller --train_batch_size, --img_size or --model_type"
+    return f"{text}--gradient_accumulation_steps {more} computes the same update {batch // more} at a time"
 
 
 def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
@@ -611,7 +661,7 @@ def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
 
 def fail(error: BaseException, status: int) -> int:
     """Says what went wrong in one line."""
-    print(f"train.py: error: {error}", file=sys.stderr)
+    print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 
