@@ -247,6 +247,7 @@ def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, A
     """What decides on the last digits of a run's result."""
     return {
         "--device": device.type,
+        "--train_batch_size": args.train_batch_size,
         "--gradient_accumulation_steps": args.gradient_accumulation_steps,
         "--eval_batch_size": args.eval_batch_size,
         "--compile": args.compile,
@@ -355,7 +356,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the thirty flags are for ``--help``."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_main() else None)
 
 
 def parse_bool(text: str) -> bool:
@@ -571,20 +572,25 @@ def run(args: argparse.Namespace) -> int:
     """Trains or evaluates, and returns the exit status."""
     with contextlib.ExitStack() as held:
         try:
-            check_args(args)
             device = dist_util.setup(args.device, args.local_rank)
-            if args.deterministic and device.type == "cuda":
-                make_deterministic()
-            elif args.deterministic:
-                logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
-            precision = make_precision(args, device)
-            with memory_remedy("while reading the weights and the pictures"):
+            with dist_util.together(), memory_remedy("while reading the weights and the pictures"):
+                check_args(args)
+                if args.deterministic and device.type == "cuda":
+                    make_deterministic()
+                elif args.deterministic:
+                    logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
+                precision = make_precision(args, device)
                 state = None if args.eval_only else claim(args, held)
                 model, data, state = prepare(args, precision, state)
+                check_processes(args, model, data)
+        except dist_util.FailedElsewhere as e:
+            return 2 if e.input_error else 1
         except ValueError as e:
             return fail(e, 2)
         except (OSError, OutOfMemory) as e:
             return fail(e, 1)
+        except RuntimeError as e:
+            return fail_at_work(args, e)
         if state is not None and state.step == args.num_steps == state.evaluated:
             logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", state.best_accuracy)
             return 0
@@ -625,14 +631,74 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
             held.enter_context(only_run(lock))
         best = checkpoint_path(args)
         checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args))
-    return find_state(args)
+    state = newest_state(find_state(args))
+    if state is not None:
+        follow_processes(args, state)
+    return state
+
+
+def newest_state(state: checkpoint.TrainingState | None) -> checkpoint.TrainingState | None:
+    """The newest state that any process found: machines may have disks of their own."""
+    version: tuple[int, ...] = (-1,)
+    if state is not None:
+        contents = checkpoint.checksum(state.model) if dist_util.several_machines() else 0
+        version = (state.step, state.evaluated, contents)
+    found = dist_util.newest(state and vars(state), version)
+    return checkpoint.TrainingState(**found) if found else None
+
+
+def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
+    """Keeps the batch of all processes when the same command goes on with more or fewer of them.
+
+    The parts of an update do not grow: what fitted into memory still does.
+
+    Raises:
+        ValueError: so many processes cannot share the batch.
+    """
+    total = state.settings.get("--train_batch_size of all processes", 0)
+    was, now = state.circumstances.get("processes", 1), dist_util.world_size()
+    given = args.train_batch_size
+    if not total or total == given * now or state.circumstances.get("--train_batch_size") != given:
+        return
+    if total % now:
+        fitting = [n for n in range(1, min(total, 2 * max(was, now)) + 1) if total % n == 0]
+        raise ValueError(
+            f"{now} processes cannot share equally the {total} pictures of an update, on which this run began; "
+            f"numbers that can: {', '.join(map(str, fitting))}"
+        )
+    part, batch = given // args.gradient_accumulation_steps, total // now
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
+    logger.log(
+        logging.INFO if was == now else logging.WARNING,
+        "--train_batch_size %d --gradient_accumulation_steps %d: %d processes share the %d pictures of an update",
+        batch, parts, now, total,
+    )  # fmt: skip
+    args.train_batch_size, args.gradient_accumulation_steps = batch, parts
+
+
+#: Flags that may differ between processes: folders of their machines, and what does not change the result.
+OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
+
+
+def check_processes(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets) -> None:
+    """Raises ValueError unless all processes have the same flags, data and weights."""
+    if dist_util.world_size() == 1:
+        return
+    same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    same["the checksum of --dataset"] = data.checksum()
+    if dist_util.several_machines():
+        same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
+    dist_util.check_same(same, "start every process with the same")
 
 
 def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
     """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
     text = str(error)
-    if isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
+    if dist_util.is_lost_contact(error):
+        text = dist_util.lost_contact(error)
+    elif isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
         if not data_utils.worker_died(error):
+            dist_util.tells()  # the others need not say that they miss this process
             raise error
         text = data_utils.WORKER_DIED
     if os.path.exists(last_path(args)) and not args.eval_only:
@@ -660,8 +726,9 @@ def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
 
 
 def fail(error: BaseException, status: int) -> int:
-    """Says what went wrong in one line."""
-    print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
+    """Says what went wrong in one line, on one process of the run."""
+    if dist_util.tells():
+        print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 

@@ -160,7 +160,7 @@ def _load_cifar(name: str, data_dir: str) -> DataSets:
     splits, classes = [], []
     for train in (True, False):
         try:
-            data = cls(root=data_dir, train=train, download=dist_util.is_main())
+            data = cls(root=data_dir, train=train, download=dist_util.is_first_of_machine())
         except (OSError, RuntimeError, http.client.HTTPException) as e:
             raise ConnectionError(
                 f"{name} could not be downloaded into {data_dir} ({e}); put {cls.url} there yourself "
