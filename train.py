@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,8 +31,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models import npz
 from models.configs import CONFIGS, ViTConfig, canonical_name
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, dist_util
-from utils.metrics import MetricsWriter, TrainingLog
+from utils import augment, checkpoint, data_utils, dist_util, drawing
+from utils import report as page
+from utils.evaluation import Evaluation, Predictions
+from utils.metrics import MetricsWriter, TrainingLog, read_lines
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
 from utils.runs import OutOfMemory, Stopped, StopSignal, make_deterministic, memory_remedy, only_run
 from utils.scheduler import DECAY_TYPES, make_schedule
@@ -69,6 +72,8 @@ def train(
                 step_loss = torch.zeros((), device=device)
                 for part in range(accumulation):
                     images, labels = next(batches)
+                    if step == 1 and part == 0:
+                        show_batch(writer, images, labels, data.classes)
                     with dist_util.sync_gradients(wrapped, now=part == accumulation - 1):
                         with precision.autocast():
                             loss = wrapped(images, labels) / accumulation
@@ -82,15 +87,16 @@ def train(
                 state.step = step
 
             if is_due(step, args.eval_every, args.num_steps):
-                results = evaluate(args, model, data.test, precision, stop)
-                if results is not None:
-                    accuracy, test_loss = results
+                found = evaluate(args, model, data.test, precision, stop)
+                if found is not None:
                     state.evaluated = step
-                    writer.write(step, {"test/accuracy": accuracy, "test/loss": test_loss})
-                    report(step, accuracy, test_loss)
-                    if accuracy > state.best_accuracy:
-                        state.best_accuracy = accuracy
+                    writer.write(step, {"test/accuracy": found.accuracy, "test/loss": found.loss})
+                    report(step, found)
+                    if found.accuracy > state.best_accuracy:
+                        state.best_accuracy, state.best_step, state.best = found.accuracy, step, vars(found)
                         save_best(args, model, precision, data.classes, state)
+                        show_best(writer, found, data, step)
+                        write_report(args, state, data, precision, log.speed(), start)
                 log.restart_clock()
             signal_number = stop.agreed()
             if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
@@ -98,6 +104,9 @@ def train(
             if signal_number:
                 how = "the same command" if resumes_own(args) else "it, but with --resume auto,"
                 raise Stopped(signal_number, f"stopped after update {step}; {how} goes on from there")
+        flags = {name.lstrip("-"): value for name, value in state.settings.items()}
+        writer.hyperparameters(state.step, {**flags, "dataset": args.dataset})
+    write_report(args, state, data, precision, log.speed(), start)
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
     logger.info(
@@ -128,8 +137,8 @@ def evaluate(
     pictures: data_utils.Pictures,
     precision: Precision,
     stop: StopSignal | None = None,
-) -> tuple[float, float] | None:
-    """Accuracy and mean loss over all pictures, each seen once, whatever the number of processes.
+) -> Evaluation | None:
+    """What the model makes of all pictures, each seen once, whatever the number of processes.
 
     None if a signal to stop came meanwhile: a training saves its state sooner so.
     """
@@ -141,7 +150,7 @@ def evaluate(
     )
     num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
-    totals = torch.zeros(2, dtype=exact, device=precision.device)  # correct, loss
+    loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
     with memory_remedy(f"evaluating {args.eval_batch_size} pictures at once; give a smaller --eval_batch_size"):
         for images, labels in bar:
@@ -149,20 +158,18 @@ def evaluate(
                 return None
             with precision.autocast():
                 logits = model(images)[0].float()
-            totals += torch.stack(
-                ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
-            ).to(exact)
-    correct, loss = dist_util.sum_over_ranks(totals).tolist()
-    return correct / len(pictures), loss / len(pictures)
+            loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
+            predictions.add(logits)
+    return predictions.evaluation(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
-def report(step: int | None, accuracy: float, loss: float) -> None:
+def report(step: int | None, found: Evaluation) -> None:
     """Logs an evaluation as the reference does."""
     logger.info("Validation Results")
     if step is not None:
         logger.info("Global Steps: %d", step)
-    logger.info("Valid Loss: %.5f", loss)
-    logger.info("Valid Accuracy: %.5f", accuracy)
+    logger.info("Valid Loss: %.5f", found.loss)
+    logger.info("Valid Accuracy: %.5f", found.accuracy)
 
 
 def checkpoint_path(args: argparse.Namespace) -> str:
@@ -218,6 +225,90 @@ def save_last(
         state.log["files"] = writer.flush()
         checkpoint.save_state(last_path(args), replace(state, model=weights, optimizer=optimizer.state_dict()))
     log.restart_clock()
+
+
+# ---- what a run shows ----
+
+#: So many of the first update's pictures and of the worst mistakes are shown, with so long sides.
+SHOWN_PICTURES, SHOWN_MISTAKES, PICTURE_PX, MISTAKE_PX = 64, 24, 96, 128
+
+
+def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
+    """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
+    if writer.enabled:
+        pictures = drawing.from_tensor(images[:SHOWN_PICTURES])
+        panels = [(classes[label], drawing.scaled(x, PICTURE_PX)) for label, x in zip(labels.tolist(), pictures)]
+        writer.picture(1, "train/pictures", drawing.arrange(panels, columns=8))
+
+
+def show_best(writer: MetricsWriter, found: Evaluation, data: data_utils.DataSets, step: int) -> None:
+    """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
+    if writer.enabled:
+        writer.picture(step, "test/confusion", drawing.confusion(found.confusion(len(data.classes)), data.classes))
+        panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
+        if panels:
+            writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=4))
+
+
+def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[page.Mistake, Image]]:
+    """The mistakes that were made with the most confidence, with their pictures."""
+    mistakes = []
+    for i in found.worst_mistakes(SHOWN_MISTAKES):
+        name, picture = data_utils.picture_at(data.test, i)
+        picture = drawing.scaled(picture, MISTAKE_PX)
+        truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
+        mistakes.append(
+            (page.Mistake(drawing.png(picture), name, truth, predicted, float(found.confidence[i])), picture)
+        )
+    return mistakes
+
+
+def report_path(args: argparse.Namespace) -> str:
+    """Where the run's report is."""
+    return os.path.join(args.output_dir, f"{args.name}_report.html")
+
+
+def write_report(
+    args: argparse.Namespace,
+    state: checkpoint.TrainingState,
+    data: data_utils.DataSets,
+    precision: Precision,
+    speed: float,
+    start: float,
+) -> None:
+    """Writes the run's report as far as it has come; a training does not end for the lack of one."""
+    if not dist_util.is_main():
+        return
+    best, parser = Evaluation(**state.best), make_parser()
+    contents = page.Contents(
+        name=args.name,
+        subject=f"{args.model_type} on {args.dataset}",
+        num_steps=args.num_steps,
+        step=state.step,
+        lines=read_lines(log_dir(args)),
+        classes=data.classes,
+        best_step=state.best_step,
+        confusion=best.confusion(len(data.classes)),
+        mistakes=[mistake for mistake, _ in worst_mistakes(best, data)],
+        settings={f"--{name}": (value, parser.get_default(name)) for name, value in vars(args).items()},
+        facts={
+            **page.versions(),
+            "device": f"{precision.device}, {dist_util.device_name(precision.device)}",
+            "numbers": str(precision),
+            "processes": str(dist_util.world_size()),
+            "threads of each": str(torch.get_num_threads()),
+        },
+        timing={
+            "wall time": f"{time.perf_counter() - start:.1f} s, with evaluations",
+            "images per second while training": f"{speed:.1f}",
+            "pictures": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
+            "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        },
+    )
+    try:
+        checkpoint.write_text(report_path(args), page.render(contents))
+    except OSError as e:
+        logger.warning("The report %s could not be written (%s)", report_path(args), e)
 
 
 # ---- going on from where a run was stopped ----
@@ -602,9 +693,9 @@ def run(args: argparse.Namespace) -> int:
                 model.compile()  # in place: the names of its weights stay
             if state is None:
                 precision.prepare(model)
-                results = evaluate(args, model, data.test, precision)
-                assert results is not None
-                report(None, *results)
+                found = evaluate(args, model, data.test, precision)
+                assert found is not None
+                report(None, found)
             else:
                 with StopSignal() as stop, memory_remedy(smaller_parts(args)):
                     train(args, model, data, precision, state, stop)
@@ -630,7 +721,7 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
         for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
             held.enter_context(only_run(lock))
         best = checkpoint_path(args)
-        checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args))
+        checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args), report_path(args))
     state = newest_state(find_state(args))
     if state is not None:
         follow_processes(args, state)

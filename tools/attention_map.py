@@ -16,15 +16,14 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
-from utils import augment, checkpoint, data_utils, dist_util
+from utils import augment, checkpoint, data_utils, dist_util, drawing
 
 #: Sides between which panels are scaled, in pixels; a picture of a size between them keeps it.
 SMALLEST_PX, LARGEST_PX = 224, 1024
-TITLE_PX, GAP_PX, FONT_PX = 22, 8, 14
 COLUMNS = 4
 
 
@@ -82,29 +81,6 @@ def panel_size(width: int, height: int) -> tuple[int, int]:
     return max(round(width * scale), 1), max(round(height * scale), 1)
 
 
-def arrange(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Panels of one size with their titles, in rows of at most ``COLUMNS``."""
-    width, height = panels[0][1].size
-    columns = min(len(panels), COLUMNS)
-    rows = -(-len(panels) // columns)
-    size = (columns * (width + GAP_PX) - GAP_PX, rows * (TITLE_PX + height + GAP_PX) - GAP_PX)
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_PX)
-    for i, (title, panel) in enumerate(panels):
-        x, y = i % columns * (width + GAP_PX), i // columns * (TITLE_PX + height + GAP_PX)
-        draw.text((x + 2, y + 2), fitting(title, width - 4, font), "black", font)
-        sheet.paste(panel, (x, y + TITLE_PX))
-    return sheet
-
-
-def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a text as ``width`` pixels hold, in characters that any font can draw."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
-    while text and font.getlength(text) > width:
-        text = text[:-1]
-    return text
-
-
 # ---- the command line ----
 
 
@@ -142,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     if args.layers:
         panels += [(f"up to block {i}", shade(shown, layer)) for i, layer in enumerate(maps, 1)]
     with checkpoint.atomic_write(args.output) as f:
-        arrange(panels).save(f, "PNG")
+        drawing.arrange(panels, COLUMNS).save(f, "PNG")
     print(f"{args.output}: {name}, {100 * probabilities[best]:.2f} %")
     return 0
 

@@ -63,6 +63,12 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             os.close(folder_fd)
 
 
+def write_text(path: str, text: str) -> None:
+    """Writes a text as UTF-8; see ``atomic_write``.  Bytes of file names that are no text are spelled out."""
+    with atomic_write(path) as f:
+        f.write(text.encode("utf-8", "backslashreplace"))
+
+
 class NotWritten(OSError):
     """A file could not be written; the message is for the user."""
 
@@ -266,6 +272,8 @@ class TrainingState:
         step: updates done.
         evaluated: the last update after which the model was evaluated.
         best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
+        best_step: the update after which that was.
+        best: what that evaluation found, by the names of ``evaluation.Evaluation``.
         model: float32 weights by the model's names.
         optimizer, precision, log: what these objects keep.
     """
@@ -275,6 +283,8 @@ class TrainingState:
     step: int = 0
     evaluated: int = 0
     best_accuracy: float = -1.0
+    best_step: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)

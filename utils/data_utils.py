@@ -265,6 +265,17 @@ def read_picture(path: str) -> Image.Image:
         raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
 
 
+def picture_at(pictures: Pictures, index: int) -> tuple[str, Image.Image]:
+    """One picture as the data set has it, and what to call it: its path, or its number.
+
+    Raises:
+        PictureError: it cannot be decoded.
+    """
+    if isinstance(pictures, FilePictures):
+        return pictures.paths[index], read_picture(pictures.paths[index])
+    return f"picture {index}", Image.fromarray(pictures.images[index].permute(1, 2, 0).cpu().numpy())
+
+
 def _to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W) uint8
 

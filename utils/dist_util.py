@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import io
 import os
+import platform
 import re
 import socket
 import sys
@@ -174,7 +175,7 @@ def cleanup() -> None:
 
 
 def _pick_device(name: str, local_rank: int) -> torch.device:
-    kind = _device_type(name)
+    kind = device_type(name)
     env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise ValueError(
@@ -192,7 +193,8 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
 
 
-def _device_type(name: str) -> str:
+def device_type(name: str) -> str:
+    """The kind of device that --device means here; see ``setup``."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if "WORLD_SIZE" in os.environ:
         if name == "mps":
@@ -273,6 +275,18 @@ def num_cpus() -> int:
     """Processors that this process may use: its share, where a launcher started several on this machine."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(there // _local_world_size(), 1)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the hardware that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def bar_options() -> dict[str, Any]:

@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,6 +77,33 @@ class MetricsWriter:
             self._lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
             self._lines.flush()
         self._events.add_scalars(values, step)
+
+    def picture(self, step: int, tag: str, picture: Image.Image) -> None:
+        """Adds a picture to the events; ``metrics.jsonl`` holds numbers only."""
+        if self.enabled:
+            from torch.utils.tensorboard.summary import image
+
+            self._events.add_summary(image(tag, np.asarray(picture.convert("RGB")), dataformats="HWC"), step)
+
+    def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
+        """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
+
+        ``SummaryWriter.add_hparams`` would make a run of its own for it, and write down an experiment: the
+        tab would then know the values of one run only.
+
+        Args:
+            step: the last update.  The entry counts as one later, so that a run that goes on from there
+                cuts it off and writes its own.
+            values: the run's flags.
+        """
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {name: x if type(x) in (int, float) else str(x) for name, x in values.items()}
+        _, begin, end = hparams(plain, {})
+        for summary in (begin, end):
+            self._events.add_summary(summary, step + 1)
 
     def flush(self) -> dict[str, int]:
         """Has everything on the disk, for a state that is saved next must not be ahead of its logs.
@@ -157,6 +186,16 @@ def _named(path: str) -> Iterator[None]:
         yield
     except OSError as e:
         raise OSError(f"{path} could not be written ({e.strerror or e})") from e
+
+
+def read_lines(log_dir: str) -> list[dict[str, float]]:
+    """What a run's ``metrics.jsonl`` holds, a line an object.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    with open(os.path.join(log_dir, METRICS_FILE), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
 
 
 def check_finite(step: int, values: dict[str, float]) -> None:

@@ -107,7 +107,8 @@ def make_deterministic() -> None:
             f"expected {' or '.join(CUBLAS_WORKSPACES)}; unset it"
         )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads such memory
+    # It takes time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
