@@ -29,14 +29,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import npz
-from models.configs import CONFIGS, canonical_name
+from models.configs import CONFIGS, ViTConfig, canonical_name
 from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, dist_util, drawing
 from utils import report as page
 from utils.evaluation import Evaluation, Predictions
 from utils.metrics import MetricsWriter, TrainingLog, read_lines
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
-from utils.runs import Stopped, StopSignal, only_run
+from utils.runs import OutOfMemory, Stopped, StopSignal, make_deterministic, memory_remedy, only_run
 from utils.scheduler import DECAY_TYPES, make_schedule
 
 logger = logging.getLogger("train")
@@ -57,12 +57,11 @@ def train(
     batches = make_batches(args, data.train, range(state.step + 1, args.num_steps + 1), device)
     images_per_step = args.train_batch_size * dist_util.world_size()
     evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
-    if args.compile:
-        model.compile()
     wrapped, start = dist_util.wrap(model), time.perf_counter()
+    take_name(args, state)  # every process is past reading what another run of this name left
 
     with (
-        MetricsWriter(log_dir(args), dist_util.is_main(), logged_until(args, state)) as writer,
+        MetricsWriter(log_dir(args), dist_util.is_main(), logs_to_keep(args, state), state.step) as writer,
         TrainingLog(writer, args.num_steps, images_per_step, args.log_every, state.step) as log,
     ):
         restore(state, optimizer, precision, log)
@@ -103,7 +102,8 @@ def train(
             if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
                 save_last(args, state, model, optimizer, precision, writer, log)
             if signal_number:
-                raise Stopped(signal_number, f"stopped after update {step}; the same command goes on from there")
+                how = "the same command" if resumes_own(args) else "it, but with --resume auto,"
+                raise Stopped(signal_number, f"stopped after update {step}; {how} goes on from there")
         flags = {name.lstrip("-"): value for name, value in state.settings.items()}
         writer.hyperparameters(state.step, {**flags, "dataset": args.dataset})
     write_report(args, state, data, precision, log.speed(), start)
@@ -152,13 +152,14 @@ def evaluate(
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
-    for images, labels in bar:
-        if stop is not None and stop.now():
-            return None
-        with precision.autocast():
-            logits = model(images)[0].float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
-        predictions.add(logits)
+    with memory_remedy(f"evaluating {args.eval_batch_size} pictures at once; give a smaller --eval_batch_size"):
+        for images, labels in bar:
+            if stop is not None and stop.now():
+                return None
+            with precision.autocast():
+                logits = model(images)[0].float()
+            loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
+            predictions.add(logits)
     return predictions.evaluation(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
@@ -215,9 +216,14 @@ def save_last(
     """Writes the run's state, after what it has logged; every process must take part."""
     state.log, state.precision = log.training_state(), precision.training_state()
     if dist_util.is_main():
-        writer.flush()
-        now = replace(state, model=precision.state_dict(model), optimizer=optimizer.state_dict())
-        checkpoint.save_state(last_path(args), now)
+        weights = precision.state_dict(model)
+        if not torch.stack([x.isfinite().all() for x in weights.values()]).all():
+            raise FloatingPointError(
+                f"the weights are not finite after step {state.step}; a lower --learning_rate or "
+                "a longer --warmup_steps may help"
+            )
+        state.log["files"] = writer.flush()
+        checkpoint.save_state(last_path(args), replace(state, model=weights, optimizer=optimizer.state_dict()))
     log.restart_clock()
 
 
@@ -315,14 +321,14 @@ RESULT_FLAGS = (
 
 
 def settings(
-    args: argparse.Namespace, model: VisionTransformer, data: data_utils.DataSets, precision: Precision
+    args: argparse.Namespace, config: ViTConfig, data: data_utils.DataSets, precision: Precision
 ) -> dict[str, Any]:
     """What decides on a run's result: a run goes on only under the same."""
     return {
         "--model_type": canonical_name(args.model_type),
         "--dataset": f"{args.dataset if args.dataset in data_utils.NAMED_DATASETS else 'folder'} {data.checksum()}",
         **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
-        "--dropout": model.config.dropout_rate,
+        "--dropout": config.dropout_rate,
         "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
         "precision": str(precision),
     }
@@ -332,8 +338,11 @@ def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, A
     """What decides on the last digits of a run's result."""
     return {
         "--device": device.type,
+        "--train_batch_size": args.train_batch_size,
         "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "--eval_batch_size": args.eval_batch_size,
         "--compile": args.compile,
+        "--deterministic": args.deterministic,
         "processes": dist_util.world_size(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -346,13 +355,41 @@ def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    if args.resume == "none":
-        if os.path.exists(last_path(args)):
-            logger.warning("--resume none: this run replaces the one that %s is of", last_path(args))
-        return None
-    if args.resume != "auto":
-        return checkpoint.load_state(args.resume)
-    return checkpoint.load_state(last_path(args)) if os.path.exists(last_path(args)) else None
+    there = os.path.exists(last_path(args))
+    if there and not resumes_own(args):
+        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
+    if args.resume in ("auto", "none"):
+        return checkpoint.load_state(last_path(args)) if there and args.resume == "auto" else None
+    return checkpoint.load_state(args.resume)
+
+
+def resumes_own(args: argparse.Namespace) -> bool:
+    """Whether the state to go on from, if there is one, is of this very run."""
+    return args.resume == "auto" or os.path.realpath(args.resume) == os.path.realpath(last_path(args))
+
+
+def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
+    """Leaves nothing under the run's name that could be taken for its own, and has its best weights there.
+
+    A run that replaces another and is killed before its first save must not go on as the other one.
+    """
+    if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
+        os.unlink(last_path(args))
+    if state.best_accuracy < 0 or (resumes_own(args) and os.path.exists(checkpoint_path(args))):
+        return
+    source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
+    try:
+        weights = checkpoint.load_weights(source)
+        told = checkpoint.read_description(source, weights)
+        if told is None or (told.step > state.step or told.accuracy != state.best_accuracy):
+            raise ValueError(f"{source} is of another evaluation")
+    except ValueError as e:
+        logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
+                       state.best_accuracy, e)  # fmt: skip
+        state.best_accuracy = -1.0
+    else:
+        if dist_util.is_main():
+            checkpoint.save_weights(checkpoint_path(args), weights, told)
 
 
 def begin(
@@ -366,9 +403,9 @@ def begin(
     if state is None:
         return checkpoint.TrainingState(now, here)
     was = dict(state.settings)
-    if was.get("--num_steps", 0) < args.num_steps:
+    if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
-                       was.get("--num_steps"), args.num_steps)  # fmt: skip
+                       n, args.num_steps)  # fmt: skip
         was["--num_steps"] = args.num_steps
     differences = [
         f"{name} was {was.get(name)}, is {now.get(name)}" for name in now | was if was.get(name) != now.get(name)
@@ -394,14 +431,13 @@ def restore(
         optimizer.load_state_dict(state.optimizer)
         precision.load_training_state(state.precision)
         log.load_training_state(state.log, precision.device)
-        state.optimizer = {}
+        state.optimizer = {}  # let go of: it is as large as the model
         logger.info("Going on after update %d", state.step)
 
 
-def logged_until(args: argparse.Namespace, state: checkpoint.TrainingState) -> int | None:
-    """The last update that this name's logs may keep; None if they are of another run."""
-    own = args.resume == "auto" or os.path.abspath(args.resume) == os.path.abspath(last_path(args))
-    return state.step if own and state.step else None
+def logs_to_keep(args: argparse.Namespace, state: checkpoint.TrainingState) -> dict[str, int] | None:
+    """The bytes of this name's logs that are of the run so far; None if they are of another run."""
+    return state.log.get("files", {}) if resumes_own(args) and state.step else None
 
 
 # ---- flags ----
@@ -411,7 +447,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the thirty flags are for ``--help``."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_main() else None)
 
 
 def parse_bool(text: str) -> bool:
@@ -469,7 +505,7 @@ def make_parser() -> Parser:
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
     p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
     p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model: pays off in runs of hours")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model, for long runs")
     p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
     p.add_argument(
         "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
@@ -529,9 +565,12 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def prepare(
-    args: argparse.Namespace, state: checkpoint.TrainingState | None
-) -> tuple[VisionTransformer, data_utils.DataSets]:
+    args: argparse.Namespace, precision: Precision, state: checkpoint.TrainingState | None
+) -> tuple[VisionTransformer, data_utils.DataSets, checkpoint.TrainingState | None]:
     """The model with its weights, those of ``state`` if a run goes on, and the data it is for; downloads come last.
+
+    Returns:
+        The model, the data, and the state that the training begins with.
 
     Raises:
         ValueError: the user got something wrong.
@@ -551,23 +590,24 @@ def prepare(
         pretrained = npz.load(args.pretrained_dir, args.model_type)
     else:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
-    if not args.eval_only:
-        checkpoint.check_writable(log_dir(args))
     data = data_utils.load_datasets(args.dataset, args.data_dir, args.num_workers)
-    torch.manual_seed(args.seed)
     has_weights = args.eval_only or state is not None or pretrained is not None
+    goes_on = state is not None
+    if not args.eval_only:
+        state = begin(args, state, settings(args, config, data, precision), circumstances(args, precision.device))
+    torch.manual_seed(args.seed)
     with torch.device("meta" if has_weights else "cpu"):  # else it would draw weights that are then overwritten
         model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
     if args.eval_only:
         warn_of_contradictions(args, path, finetuned, data.classes)
-    if args.eval_only or state is not None:
+    if args.eval_only or goes_on:
         try:
             model.load_finetuned(finetuned)
         except ValueError as e:
             raise ValueError(f"{path} cannot be loaded as {args.model_type}: {e}") from e
     elif pretrained is not None:
         model.load_from(pretrained)
-    return model, data
+    return model, data, state
 
 
 def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -623,35 +663,48 @@ def run(args: argparse.Namespace) -> int:
     """Trains or evaluates, and returns the exit status."""
     with contextlib.ExitStack() as held:
         try:
-            check_args(args)
             device = dist_util.setup(args.device, args.local_rank)
-            precision = make_precision(args, device)
-            state = None if args.eval_only else claim(args, held)
-            model, data = prepare(args, state)
-            if not args.eval_only:
-                now = settings(args, model, data, precision)
-                state = begin(args, state, now, circumstances(args, device))
+            with dist_util.together(), memory_remedy("while reading the weights and the pictures"):
+                check_args(args)
+                if args.deterministic and device.type == "cuda":
+                    make_deterministic()
+                elif args.deterministic:
+                    logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
+                precision = make_precision(args, device)
+                state = None if args.eval_only else claim(args, held)
+                model, data, state = prepare(args, precision, state)
+                check_processes(args, model, data)
+        except dist_util.FailedElsewhere as e:
+            return 2 if e.input_error else 1
         except ValueError as e:
             return fail(e, 2)
-        except OSError as e:
+        except (OSError, OutOfMemory) as e:
             return fail(e, 1)
+        except RuntimeError as e:
+            return fail_at_work(args, e)
         if state is not None and state.step == args.num_steps == state.evaluated:
             logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", state.best_accuracy)
             return 0
-        model, data = model.to(device), data.to(device)
         log_start(args, model, data, precision)
         try:
+            with memory_remedy(f"moving the weights and the pictures to {device}"):
+                model, data = model.to(device), data.to(device)
+            if args.compile:
+                model.compile()  # in place: the names of its weights stay
             if state is None:
                 precision.prepare(model)
                 found = evaluate(args, model, data.test, precision)
                 assert found is not None
                 report(None, found)
             else:
-                with StopSignal() as stop:
+                with StopSignal() as stop, memory_remedy(smaller_parts(args)):
                     train(args, model, data, precision, state, stop)
-        except data_utils.PictureError as e:
-            return fail(e, 2)
-        except (FloatingPointError, OSError, MemoryError, RuntimeError) as e:
+        except compile_errors(args.compile) as e:
+            reason = str(e).strip().partition("\n")[0]
+            return fail(
+                RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
+            )
+        except (data_utils.PictureError, FloatingPointError, OSError, RuntimeError) as e:
             return fail_at_work(args, e)
     return 0
 
@@ -663,33 +716,110 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
         ValueError: somebody does, files cannot be written, or the state cannot be read.
     """
     checkpoint.check_writable(args.output_dir)
+    checkpoint.check_writable(log_dir(args))
     if dist_util.is_main():
-        held.enter_context(only_run(os.path.join(args.output_dir, f".{args.name}.lock")))
-        checkpoint.remove_stale(checkpoint_path(args))
-        checkpoint.remove_stale(last_path(args))
-        checkpoint.remove_stale(report_path(args))
-    return find_state(args)
+        for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
+            held.enter_context(only_run(lock))
+        best = checkpoint_path(args)
+        checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args), report_path(args))
+    state = newest_state(find_state(args))
+    if state is not None:
+        follow_processes(args, state)
+    return state
+
+
+def newest_state(state: checkpoint.TrainingState | None) -> checkpoint.TrainingState | None:
+    """The newest state that any process found: machines may have disks of their own."""
+    version: tuple[int, ...] = (-1,)
+    if state is not None:
+        contents = checkpoint.checksum(state.model) if dist_util.several_machines() else 0
+        version = (state.step, state.evaluated, contents)
+    found = dist_util.newest(state and vars(state), version)
+    return checkpoint.TrainingState(**found) if found else None
+
+
+def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
+    """Keeps the batch of all processes when the same command goes on with more or fewer of them.
+
+    The parts of an update do not grow: what fitted into memory still does.
+
+    Raises:
+        ValueError: so many processes cannot share the batch.
+    """
+    total = state.settings.get("--train_batch_size of all processes", 0)
+    was, now = state.circumstances.get("processes", 1), dist_util.world_size()
+    given = args.train_batch_size
+    if not total or total == given * now or state.circumstances.get("--train_batch_size") != given:
+        return
+    if total % now:
+        fitting = [n for n in range(1, min(total, 2 * max(was, now)) + 1) if total % n == 0]
+        raise ValueError(
+            f"{now} processes cannot share equally the {total} pictures of an update, on which this run began; "
+            f"numbers that can: {', '.join(map(str, fitting))}"
+        )
+    part, batch = given // args.gradient_accumulation_steps, total // now
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
+    logger.log(
+        logging.INFO if was == now else logging.WARNING,
+        "--train_batch_size %d --gradient_accumulation_steps %d: %d processes share the %d pictures of an update",
+        batch, parts, now, total,
+    )  # fmt: skip
+    args.train_batch_size, args.gradient_accumulation_steps = batch, parts
+
+
+#: Flags that may differ between processes: folders of their machines, and what does not change the result.
+OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
+
+
+def check_processes(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets) -> None:
+    """Raises ValueError unless all processes have the same flags, data and weights."""
+    if dist_util.world_size() == 1:
+        return
+    same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    same["the checksum of --dataset"] = data.checksum()
+    if dist_util.several_machines():
+        same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
+    dist_util.check_same(same, "start every process with the same")
 
 
 def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
     """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        at_once = args.train_batch_size // args.gradient_accumulation_steps
-        text = (
-            f"out of memory with {at_once} pictures at a time (--train_batch_size {args.train_batch_size}); "
-            f"--gradient_accumulation_steps {2 * args.gradient_accumulation_steps} computes half as many at a time"
-        )
-    elif isinstance(error, RuntimeError):
-        raise error
+    if dist_util.is_lost_contact(error):
+        text = dist_util.lost_contact(error)
+    elif isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
+        if not data_utils.worker_died(error):
+            dist_util.tells()  # the others need not say that they miss this process
+            raise error
+        text = data_utils.WORKER_DIED
     if os.path.exists(last_path(args)) and not args.eval_only:
         text += f"; the run up to its last save is in {last_path(args)}"
-    return fail(RuntimeError(text), 1)
+    return fail(RuntimeError(text), 2 if isinstance(error, data_utils.PictureError) else 1)
+
+
+def smaller_parts(args: argparse.Namespace) -> str:
+    """What a training that is short of memory can do about it."""
+    batch, parts = args.train_batch_size, args.gradient_accumulation_steps
+    text = f"with {batch // parts} pictures at a time (--train_batch_size {batch}); "
+    more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
+    if more is None:
+        return f"{text}give a smaller --train_batch_size, --img_size or --model_type"
+    return f"{text}--gradient_accumulation_steps {more} computes the same update {batch // more} at a time"
+
+
+def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
+    """What a compiled model may raise where one that is not compiled would run, such as for want of a C++ compiler."""
+    if not compiled:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException  # a second: not at the start
+
+    return (TorchDynamoException,)
 
 
 def fail(error: BaseException, status: int) -> int:
-    """Says what went wrong in one line."""
-    print(f"train.py: error: {error}", file=sys.stderr)
+    """Says what went wrong in one line, on one process of the run."""
+    if dist_util.tells():
+        print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks import common, ours, peers
-from utils import augment, data_utils
+from utils import augment, data_utils, dist_util
 from utils.precision import OPT_LEVELS, Precision
 
 NUM_SYNTHETIC = 10_000
@@ -96,6 +96,7 @@ class OurPictures:
     note = ("as train.py",)
 
     def __init__(self, setting: Setting) -> None:
+        dist_util.setup(setting.device, -1)  # as train.py: what it sets for the whole process counts
         self._setting = setting
         self._pictures, _ = setting.load()
         self._transform = augment.TrainTransform(setting.img_size)

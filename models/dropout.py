@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LANE_BITS = 16  # random bits an element
 SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,6 +67,7 @@ class _CpuDropout(torch.autograd.Function):
         return _masked(x, mask, ctx.factor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return _masked(grads[0], mask, ctx.factor), None

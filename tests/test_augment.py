@@ -214,7 +214,7 @@ def test_pictures_of_the_right_size_keep_every_grey_level(whole):
 
 @pytest.mark.parametrize(("start", "length", "out_size"), [(0, 20, 7), (3, 10, 33), (19, 1, 4), (0, 20, 20)])
 def test_filter_rows_sum_to_one_inside_the_part_and_are_zero_outside(start, length, out_size):
-    weights = augment.resize_weights(torch.tensor([start]), torch.tensor([length]), 20, out_size, torch.float64)
+    weights = augment.as_matrix(*augment.filter_taps(torch.tensor([start]), torch.tensor([length]), 20, out_size), 20)
     assert weights.shape == (1, out_size, 20)
     torch.testing.assert_close(weights.sum(2), torch.ones(1, out_size, dtype=weights.dtype), atol=1e-5, rtol=0)
     outside = torch.ones(20, dtype=torch.bool)

@@ -246,6 +246,39 @@ def test_reading_batches_leaves_the_global_generator_alone(tmp_path, kind):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_pictures_move_to_a_device_once():
+    pictures, meta = numbered_pictures(5), torch.device("meta")
+    moved = pictures.to(meta)
+    assert (moved.images.device, moved.labels.device) == (meta, meta)
+    assert (moved.images.shape, moved.images.dtype) == (pictures.images.shape, torch.uint8)
+    for here, device in ((pictures, CPU), (moved, meta)):  # where they already are, nothing is copied
+        again = here.to(device)
+        assert again.images is here.images
+        assert again.labels is here.labels
+
+
+def test_a_data_set_moves_its_pictures_in_memory_and_leaves_files_where_they_are(tmp_path):
+    pictures, meta = numbered_pictures(5), torch.device("meta")
+    files = as_files(numbered_pictures(3), tmp_path)
+    data = data_utils.DataSets(pictures, files, ["a", "b"]).to(meta)
+    assert data.train.images.device == meta
+    assert data.test is files
+    assert data.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("batches", ["train", "eval"])
+def test_batches_do_not_copy_pictures_that_are_where_they_are_needed(batches, monkeypatch):
+    pictures = numbered_pictures(6)
+    moved, to = [], MemoryPictures.to
+    monkeypatch.setattr(MemoryPictures, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
+    if batches == "train":
+        take(pictures, StepSampler(6, 6, augment.NUM_DRAWS, 0))
+    else:
+        list(data_utils.eval_batches(pictures, 2, augment.EvalTransform(4), CPU, 0))
+    assert len(moved) == 1  # for all batches
+    assert moved[0].images is pictures.images
+
+
 @pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])

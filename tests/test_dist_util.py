@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,17 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 def _without_launcher(monkeypatch):
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """This process as the only one that a launcher started."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in {**env, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    dist_util.cleanup()
 
 
 # ---- one process ----
@@ -76,12 +89,10 @@ def test_processors_are_those_that_the_process_may_use():
 
 
 @pytest.mark.parametrize(("given", "of_launcher"), [(0, 1), (1, 0), (2, 1)])
-def test_a_local_rank_that_contradicts_the_launcher_is_refused(monkeypatch, given, of_launcher):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_local_rank_that_contradicts_the_launcher_is_refused(monkeypatch, given, of_launcher, alone):
     monkeypatch.setenv("LOCAL_RANK", str(of_launcher))
     with pytest.raises(ValueError, match=rf"--local_rank {given} contradicts LOCAL_RANK={of_launcher}"):
         dist_util.setup("cpu", given)
-    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
@@ -93,13 +104,47 @@ def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name
     assert dist_util.setup("auto", -1) == torch.device("cpu")
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch, alone):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="finds 2 GPUs"):
         dist_util.setup("auto", -1)
+
+
+FAULTS = """
+import resource
+import torch
+from utils import dist_util
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(2**24).fill_(1.0)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+assert dist_util.setup("cpu", -1).type == "cpu"
+faults()  # until the heap has grown to what it takes
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_memory_that_tensors_free_is_kept_for_the_next():
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("MALLOC_")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    usual, kept = map(int, done.stdout.split())
+    assert usual >= 20 * 64 / 2  # pages of 2 MB at the largest
+    assert kept < usual / 20
+
+
+@pytest.mark.parametrize("failure", [OSError, AttributeError])
+def test_a_c_library_that_has_no_such_setting_is_left_as_it_is(failure, monkeypatch):
+    monkeypatch.setattr(dist_util.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(failure(name)))
+    assert dist_util.setup("cpu", -1) == torch.device("cpu")
 
 
 # ---- two processes ----
@@ -127,14 +172,47 @@ with dist_util.main_first():
         time.sleep(0.5)
         open(prepared, "w").close()
 
-seen["failed"] = False
-try:
+def outcome(body):
+    # The class and text of what the block raises on this process.
+    try:
+        with dist_util.together():
+            body()
+    except Exception as e:
+        return [type(e).__name__, str(e)]
+
+def fail(on, error):
+    if rank in on:
+        raise error
+
+def download():
     with dist_util.main_first():
-        if rank == 0:
-            raise OSError("no such download")
-except OSError:
-    seen["failed"] = True
-seen["sum_after_a_failure"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
+        fail([0], OSError("no such download"))
+        entered.append(rank)
+
+def before_a_download():
+    fail([1], ValueError("no such file"))
+    with dist_util.main_first():
+        entered.append(rank)
+
+entered = []
+seen["outcomes"] = {
+    "well": outcome(lambda: None),
+    "all": outcome(lambda: fail([0, 1], ValueError("no such model"))),
+    "second": outcome(lambda: fail([1], ValueError("no such file"))),
+    "download": outcome(download),
+    "before a download": outcome(before_a_download),
+    "a bug": outcome(lambda: fail([1], TypeError("not callable"))),
+    "same": outcome(lambda: dist_util.check_same({"--seed": 1, "--name": "a"}, "as one")),
+    "not the same": outcome(lambda: dist_util.check_same({"--seed": rank, "--name": "a"}, "as one")),
+}
+seen["entered"] = entered
+seen["sum_after_failures"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
+mine = {"weights": torch.full((3,), float(rank)), "step": 3 + rank}
+seen["newest"] = [
+    dist_util.newest(x, version)["weights"].tolist()
+    for x, version in ((mine, (3 + rank,)), (mine, (3,)), (mine if rank == 0 else None, (3 if rank == 0 else -1,)))
+]
+seen["tells"] = [dist_util.tells(), dist_util.tells()]
 
 writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
 log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)
@@ -220,9 +298,42 @@ def test_the_main_process_prepares_before_the_other_enters(two):
     assert [seen["prepared_on_entry"] for seen in two] == [False, True]
 
 
-def test_a_failure_of_the_main_process_does_not_keep_the_other_waiting(two):
-    assert [seen["failed"] for seen in two] == [True, False]
-    assert [seen["sum_after_a_failure"] for seen in two] == [3.0, 3.0]
+OUTCOMES = {
+    "well": (None, None),
+    "all": (["ValueError", "no such model"], ["FailedElsewhere"]),
+    "second": (["FailedElsewhere"], ["ValueError", "no such file (says process 1 of 2, on HOST)"]),
+    "download": (["OSError", "no such download (says process 0 of 2, on HOST)"], ["FailedElsewhere"]),
+    "before a download": (["FailedElsewhere"], ["ValueError", "no such file (says process 1 of 2, on HOST)"]),
+    "a bug": (["FailedElsewhere"], ["TypeError", "not callable"]),
+    "same": (None, None),
+    "not the same": (
+        ["ValueError", "--seed is 0 on process 0 (HOST) and 1 on process 1 (HOST); as one"], ["FailedElsewhere"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_an_error_ends_the_block_for_both_and_one_of_them_has_it(two, case):
+    for seen, expected in zip(two, OUTCOMES[case], strict=True):
+        found = seen["outcomes"][case]
+        assert (found and found[: len(expected)]) == (
+            expected and [text.replace("HOST", socket.gethostname()) for text in expected]
+        )
+
+
+def test_after_errors_nobody_waits(two):
+    assert [seen["entered"] for seen in two] == [[0], []]  # the main process, while the other had yet to fail
+    assert [seen["sum_after_failures"] for seen in two] == [3.0, 3.0]
+
+
+def test_the_newest_state_reaches_whoever_has_an_older_or_none(two):
+    of_second, of_first = [1.0] * 3, [0.0] * 3
+    assert two[0]["newest"] == [of_second, of_first, of_first]
+    assert two[1]["newest"] == [of_second, of_second, of_first]  # the second time both had the same version
+
+
+def test_one_process_tells_the_user(two):
+    assert sorted(seen["tells"] for seen in two) == [[False, False], [True, True]]
 
 
 def test_the_training_loss_is_the_mean_over_two_processes(two_folder, two):

@@ -182,7 +182,7 @@ def test_a_disabled_writer_takes_pictures_and_hyperparameters_too(tmp_path):
 # ---- the training's log ----
 
 
-DONE = torch.tensor(True)
+DONE, SKIPPED = torch.tensor(True), torch.tensor(False)
 
 
 def make_log(num_steps=7, log_every=3, images_per_step=8, writer=None):
@@ -248,6 +248,22 @@ def test_a_loss_that_is_not_finite_names_the_metric_the_first_such_step_and_a_re
         log.update(6, torch.tensor(float("nan")), 0.1, DONE)
     log.close()
     assert [step for step, _ in writer.lines] == [3]
+
+
+def test_skipped_updates_are_named_and_left_out_of_the_mean_and_of_what_must_be_finite(caplog):
+    writer, log = make_log(num_steps=9, log_every=3)
+    for step in range(1, 10):
+        skipped = step in (2, 7, 8, 9)
+        loss = float("nan") if step in (2, 8) else float(step)
+        log.update(step, torch.tensor(loss), 0.1, SKIPPED if skipped else DONE)
+    log.close()
+    assert [step for step, _ in writer.lines] == [3, 6, 9]
+    assert [values.get("train/loss") for _, values in writer.lines] == [2.0, 5.0, None]
+    assert set(writer.lines[2][1]) == {"train/lr", "images_per_sec"}
+    assert [m for m in caplog.messages if "skipped" in m] == [
+        f"Step {step} was skipped: its scaled gradients overflowed" for step in (2, 7, 8, 9)
+    ]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
 def test_losses_stay_where_they_are_until_a_line_is_due(monkeypatch):

@@ -1,14 +1,18 @@
 """What one update does at every precision, computed on the CPU for real and a second time by hand."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.plain import PlainViT
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from utils.precision import OPT_LEVELS, Precision
+from tests.fake_apex import FakeAmp
+from utils.precision import MAX_SKIPPED_IN_A_ROW, OPT_LEVELS, ApexPrecision, Precision, SkippedSteps, import_apex_amp
 
 CPU = torch.device("cpu")
 CONFIG = replace(CONFIGS["testing"], dropout_rate=0.0)
@@ -205,6 +209,40 @@ def test_two_updates_are_clipped_sgd_with_momentum_computed_by_hand():
             torch.testing.assert_close(state[name], p.detach(), rtol=0, atol=1e-5)
 
 
+def test_several_float32_updates_are_those_of_a_plain_formulation_and_torchs_own_optimizer():
+    # Strided convolution, every token through every block, SGD that is not fused; compared at each update.
+    weight_decay, max_grad_norm = 0.01, 1.0
+    model = make_model()
+    precision = Precision(CPU)
+    optimizer = precision.make_optimizer(model, weight_decay)
+    c = CONFIG
+    plain = PlainViT(32, c.patch_size, c.hidden_size, c.mlp_dim, c.num_heads, c.num_layers, 10, dropout=0.0)
+    plain.load_state_dict(model.state_dict())
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay, foreach=True)
+    first = flat(precision.state_dict(model)).clone()
+    for step in range(1, 7):
+        generator = torch.Generator().manual_seed(step)
+        images, labels = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1, torch.arange(8) % 10
+        torch.testing.assert_close(model(images)[0], plain(images), rtol=0, atol=1e-5)
+        loss, plain_loss = model(images, labels), plain(images, labels)
+        assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
+        precision.backward(loss)
+        sgd.zero_grad()
+        plain_loss.backward()
+        gradients = {name: p.grad.clone() for name, p in plain.named_parameters()}
+        length = flat(gradients).norm()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad / length, gradients[name] / length, rtol=0, atol=1e-5)
+        for group in (*optimizer.param_groups, *sgd.param_groups):
+            group["lr"] = 0.05 * step
+        assert precision.step(optimizer, max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
+        assert norm > max_grad_norm or step > 1  # at first at least, clipping does something
+        sgd.step()
+        torch.testing.assert_close(precision.state_dict(model), dict(plain.state_dict()), rtol=0, atol=1e-5)
+    assert (flat(precision.state_dict(model)) - first).norm() > 0.5
+
+
 @pytest.mark.parametrize("opt_level", OPT_LEVELS)
 def test_gradients_longer_than_the_norm_are_cut_to_it_and_shorter_ones_are_left(opt_level):
     lengths = {norm: change(opt_level, norm, momentum=0.0)[1].norm().item() / 10 for norm in (0.1, 1.0, 1e3, 1e6)}
@@ -310,3 +348,208 @@ def test_only_float16_without_a_fixed_scale_is_scaled_dynamically(opt_level, opt
     model, precision, optimizer = start(opt_level, **options)
     assert not precision.scaler.is_enabled()
     assert update(model, precision, optimizer)[0] is True
+
+
+@pytest.mark.parametrize("opt_level", ["O1", "O2"])
+def test_an_optimizer_whose_first_update_is_skipped_starts_with_no_momentum(opt_level):
+    model, precision, optimizer = start(opt_level, learning_rate=10.0, amp_dtype="float16")
+    assert update(model, precision, optimizer, factor=1e30)[0] is False
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+    assert torch.equal(flat(precision.state_dict(model)), flat(make_model().state_dict()))
+    while not update(model, precision, optimizer)[0]:
+        pass
+    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    _, expected = change("O0")
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_float16_counts_what_it_skipped_until_the_update_before():
+    model, precision, optimizer = start("O1", learning_rate=0.01, amp_dtype="float16")
+    while not update(model, precision, optimizer)[0]:
+        precision.num_skipped()
+    before, counts = precision.num_skipped(), []
+    for factor in (1e30, 1.0, 1e30, 1e30, 1.0):
+        assert update(model, precision, optimizer, factor=factor)[0] is (factor == 1)
+        counts.append(precision.num_skipped() - before)
+    assert counts == [1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("options", [{}, {"amp_dtype": "float16", "loss_scale": 8.0}])
+def test_without_dynamic_scaling_nothing_is_ever_skipped(options):
+    model, precision, optimizer = start("O1", **options)
+    for _ in range(2):
+        assert update(model, precision, optimizer, factor=float("nan"))[0] is True
+    assert precision.num_skipped() == 0
+
+
+def test_skipped_updates_are_counted_once_each():
+    skipped = SkippedSteps()
+    assert skipped.count() == 0
+    counts = []
+    for applied in (False, True, False, False, True):
+        skipped.add(torch.tensor(applied))
+        assert skipped.count() == skipped.count()
+        counts.append(skipped.count())
+    assert counts == [1, 1, 2, 3, 3]
+
+
+def test_a_streak_of_skipped_updates_ends_the_run_and_an_applied_one_ends_the_streak():
+    skipped = SkippedSteps()
+    for _ in range(2):
+        for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+            skipped.add(torch.tensor(False))
+            skipped.count()
+        skipped.add(torch.tensor(True))
+        assert skipped.count() % (MAX_SKIPPED_IN_A_ROW - 1) == 0
+    for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+        skipped.add(torch.tensor(False))
+        skipped.count()
+    skipped.add(torch.tensor(False))
+    with pytest.raises(FloatingPointError, match=f"overflowed in {MAX_SKIPPED_IN_A_ROW} updates in a row"):
+        skipped.count()
+
+
+# ---- TF32 ----
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_tf32_is_for_mixed_precision_on_cuda_and_a_float32_run_after_it_has_none():
+    before = torch.get_float32_matmul_precision()
+    try:
+        seen = []
+        for level in ("O1", "O0", "O2", "O3"):
+            Precision(torch.device("cuda"), level).prepare(make_model())
+            seen.append(torch.get_float32_matmul_precision())
+        assert seen == ["high", "highest", "high", "highest"]
+        torch.set_float32_matmul_precision("medium")
+        Precision(CPU, "O1").prepare(make_model())
+        assert torch.get_float32_matmul_precision() == "medium"  # CPUs have no TF32: nothing to decide
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---- apex ----
+
+
+def start_apex(opt_level, learning_rate=10.0, loss_scale=0.0, momentum=0.9):
+    amp, model = FakeAmp(), make_model()
+    precision = ApexPrecision(amp, CPU, opt_level, loss_scale)
+    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer.param_groups[0].update(lr=learning_rate, momentum=momentum)
+    return amp, model, precision, optimizer
+
+
+def until_applied(model, precision, optimizer, **options):
+    while not update(model, precision, optimizer, **options)[0]:
+        precision.num_skipped()
+
+
+@pytest.mark.parametrize("loss_scale", [0.0, 128.0])
+@pytest.mark.parametrize("opt_level", OPT_LEVELS)
+def test_apex_is_initialized_once_with_the_level_and_the_scale(opt_level, loss_scale):
+    amp, model, precision, optimizer = start_apex(opt_level, loss_scale=loss_scale)
+    assert amp.initialized == [(model, optimizer, opt_level, loss_scale or None)]
+    dynamic = opt_level in ("O1", "O2")
+    expected = loss_scale or (2.0**20 if dynamic else 1.0)
+    assert amp._amp_state.loss_scalers[0].loss_scale() == expected
+    assert optimizer.defaults["momentum"] == 0.9
+    assert not precision.scaler.is_enabled() or dynamic
+    assert str(precision) == ("float32 by apex" if opt_level == "O0" else f"float16 {opt_level} by apex")
+
+
+@pytest.mark.parametrize("opt_level", OPT_LEVELS)
+def test_an_update_by_apex_is_that_of_float32_to_float16s_digits(opt_level):
+    amp, model, precision, optimizer = start_apex(opt_level)
+    until_applied(model, precision, optimizer)
+    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    _, expected = change("O0")
+    assert (got - expected).norm() < (1e-5 if opt_level == "O0" else 0.02) * expected.norm()
+    assert amp.norms == [pytest.approx(1.0, rel=2e-3)]  # what the optimizer saw had been unscaled, then clipped
+    assert all(p.grad is None for p in [*model.parameters(), *amp.masters])
+
+
+def test_apex_scales_the_loss_of_every_part_of_an_update():
+    amp, model, precision, optimizer = start_apex("O2", loss_scale=64.0)
+    images, labels = make_batch()
+    for part in range(2):
+        with precision.autocast():
+            loss = model(images[part::2], labels[part::2]) / 2
+        precision.backward(loss)
+    assert amp.asked_for_masters == 0
+    assert bool(precision.step(optimizer, 1.0))
+    assert amp.scaled == [(optimizer, 64.0)] * 2
+    assert amp.asked_for_masters == 1
+    assert len(amp.norms) == 1
+    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    _, expected = change("O0")
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("overflow_in", [0, 1])
+@pytest.mark.parametrize("opt_level", ["O1", "O2"])
+def test_an_overflow_under_apex_skips_the_whole_update_and_is_counted(opt_level, overflow_in):
+    amp, model, precision, optimizer = start_apex(opt_level, learning_rate=0.1)
+    until_applied(model, precision, optimizer)
+    skipped, scale = precision.num_skipped(), amp._amp_state.loss_scalers[0].loss_scale()
+    before = flat(precision.state_dict(model))
+    images, labels = make_batch()
+    for part in range(2):
+        loss = model(images[part::2], labels[part::2]) / 2
+        precision.backward(loss * 1e30 if part == overflow_in else loss)
+    assert bool(precision.step(optimizer, 1.0)) is False
+    assert precision.num_skipped() == skipped + 1
+    assert torch.equal(flat(precision.state_dict(model)), before)
+    assert amp._amp_state.loss_scalers[0].loss_scale() == scale / 2
+    assert update(model, precision, optimizer)[0] is True
+    assert precision.num_skipped() == skipped + 1
+    assert not torch.equal(flat(precision.state_dict(model)), before)
+
+
+def test_state_dict_under_apex_has_the_masters_digits_in_float32():
+    amp, model, precision, optimizer = start_apex("O2", learning_rate=1e-4)
+    until_applied(model, precision, optimizer)
+    state = precision.state_dict(model)
+    assert list(state) == list(make_model().state_dict())
+    for (name, p), master in zip(model.named_parameters(), amp.masters):
+        assert p.dtype == torch.float16
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], master)
+        assert not state[name].requires_grad
+    assert any(not torch.equal(state[name], p.float()) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("opt_level", ["O1", "O2"])
+def test_an_evaluation_under_apex_needs_no_optimizer(opt_level):
+    amp, model = FakeAmp(), make_model().eval()
+    images, _ = make_batch()
+    with torch.no_grad():
+        expected = model(images)[0]
+    precision = ApexPrecision(amp, CPU, opt_level)
+    precision.prepare(model)
+    assert amp.initialized == [(model, None, opt_level, None)]
+    with torch.no_grad(), precision.autocast():
+        got = model(images)[0]
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert not torch.equal(got, expected)
+    assert {x.dtype for x in precision.state_dict(model).values()} == {torch.float32}
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_apex_needs_a_cuda_gpu(kind, monkeypatch):
+    apex = ModuleType("apex")
+    apex.amp = ModuleType("apex.amp")
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    assert import_apex_amp(CUDA) is apex.amp
+    with pytest.raises(ValueError, match=f"needs a CUDA GPU, not {kind}; use --amp_backend native"):
+        import_apex_amp(torch.device(kind))
+
+
+@pytest.mark.parametrize("apex", [None, ModuleType("apex")], ids=["no apex", "one without amp"])
+def test_an_apex_without_amp_is_refused_with_the_remedy(apex, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.delitem(sys.modules, "apex.amp", raising=False)
+    with pytest.raises(ValueError, match=r"no NVIDIA apex with amp .*removed amp in 25\.07.*--amp_backend native"):
+        import_apex_amp(CUDA)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ import train
 from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from tests.fake_apex import FakeAmp
+from utils import data_utils
 from utils.checkpoint import Description, save_weights
+from utils.precision import MAX_SKIPPED_IN_A_ROW, Precision
+from utils.scheduler import make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu"]
@@ -185,6 +190,219 @@ def test_fp16_trains_and_writes_float32_weights(level):
     assert train.main(["--name", "a", *TINY, "-v"]) == 0
 
 
+# ---- updates of float16 that are skipped ----
+
+FLOAT16 = ["--fp16", "--fp16_opt_level", "O1", "--amp_dtype", "float16"]
+TEN_STEPS = ["--train_batch_size", "16", "--num_steps", "10", "--warmup_steps", "4", "--log_every", "1"]
+
+
+def skipped_steps(caplog):
+    """The updates that the log says were skipped."""
+    words = [m.split() for m in caplog.messages if "was skipped: its scaled gradients overflowed" in m]
+    return [int(w[1]) for w in words]
+
+
+@pytest.fixture
+def spoil_losses(monkeypatch):
+    """``spoil_losses(passes, factor)`` multiplies the loss of some backward passes, counted from 1."""
+
+    def spoil(passes, factor, where=VisionTransformer):
+        count = itertools.count(1)
+        if where is Precision:  # the gradients overflow, the loss that is logged does not
+            backward = Precision.backward
+            monkeypatch.setattr(
+                Precision, "backward", lambda self, x: backward(self, x * factor if next(count) in passes else x)
+            )
+        else:
+            forward = VisionTransformer.forward
+
+            def new_forward(self, x, labels=None):
+                out = forward(self, x, labels)
+                return out * factor if labels is not None and next(count) in passes else out
+
+            monkeypatch.setattr(VisionTransformer, "forward", new_forward)
+
+    return spoil
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_skipped_updates_do_not_advance_the_schedule_and_are_logged(level, parts, spoil_losses, caplog):
+    spoil_losses({3 * parts, 4 * parts, 8 * parts}, 1e30, where=Precision)
+    args = ["--name", "a", *TINY, *TEN_STEPS, *SCRATCH, *FLOAT16, "--fp16_opt_level", level, "--eval_every", "100"]
+    assert train.main([*args, "--gradient_accumulation_steps", str(parts), "--learning_rate", "0.1"]) == 0
+    assert skipped_steps(caplog) == [3, 4, 8]
+    lines = {line["step"]: line for line in lines_of("a") if "train/lr" in line}
+    schedule, skipped = make_schedule("cosine", 4, 10), 0
+    for step in range(1, 11):
+        assert lines[step]["train/lr"] == pytest.approx(0.1 * schedule(step - skipped), rel=1e-6, abs=1e-12)
+        assert ("train/loss" in lines[step]) == (step not in (3, 4, 8))
+        skipped += step in (3, 4, 8)
+    assert lines[10]["train/lr"] > 0  # three updates are still missing from the schedule
+
+
+def test_a_loss_that_is_not_finite_in_a_skipped_update_does_not_stop_the_run(spoil_losses, caplog):
+    spoil_losses({2, 5}, float("inf"))
+    args = ["--name", "a", *TINY, *TEN_STEPS, *SCRATCH, *FLOAT16, "--log_every", "5", "--eval_every", "100"]
+    assert train.main(args) == 0
+    assert skipped_steps(caplog) == [2, 5]
+    losses = losses_of("a")
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("flags", [[], ["--fp16", "--amp_dtype", "bfloat16"], [*FLOAT16, "--loss_scale", "8"]])
+def test_without_dynamic_scaling_the_same_loss_stops_it(flags, spoil_losses, caplog, capsys):
+    spoil_losses({2, 5}, float("inf"))
+    args = ["--name", "a", *TINY, *TEN_STEPS, *SCRATCH, *flags, "--log_every", "5", "--eval_every", "100"]
+    assert train.main(args) == 1
+    assert skipped_steps(caplog) == []
+    assert "train/loss is inf at step 2" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_gradients_that_overflow_without_end_stop_the_run(spoil_losses, capsys):
+    spoil_losses(range(6, 1000), 1e30, where=Precision)
+    args = ["--name", "a", *TINY, *TEN_STEPS, *SCRATCH, *FLOAT16, "--num_steps", "90", "--eval_every", "1000"]
+    assert train.main(args) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert sum("error:" in line for line in error) == 1
+    assert f"the gradients overflowed in {MAX_SKIPPED_IN_A_ROW} updates in a row" in error[-1]
+    assert "--amp_dtype bfloat16" in error[-1]
+    assert lines_of("a")[-1]["step"] == 5 + MAX_SKIPPED_IN_A_ROW
+
+
+# ---- apex ----
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_the_loop_trains_and_evaluates_with_an_apex_that_has_amp(level, monkeypatch, caplog):
+    amps = []
+    monkeypatch.setattr(train, "import_apex_amp", lambda device: amps.append(FakeAmp()) or amps[-1])
+    apex = ["--fp16", "--fp16_opt_level", level, "--amp_backend", "apex"]
+    args = [*TINY, *SHORT, *SCRATCH, "--dropout", "0", "--log_every", "1", "--num_steps", "20"]
+    with caplog.at_level(logging.INFO):
+        assert train.main(["--name", "a", *args, *apex, "--gradient_accumulation_steps", "2"]) == 0
+    assert len(amps[0].initialized) == 1
+    skipped = skipped_steps(caplog)
+    assert not skipped or level in ("O1", "O2")
+    assert len(amps[0].scaled) == 40  # 20 updates of two parts
+    assert len(amps[0].norms) == 20 - len(skipped)
+    assert max(amps[0].norms) < 1.01  # --max_grad_norm
+    state = torch.load("output/a_checkpoint.bin", weights_only=True)
+    assert {x.dtype for x in state.values()} == {torch.float32}
+    assert train.main(["--name", "float32", *args]) == 0
+    if not skipped:
+        assert losses_of("a") == pytest.approx(losses_of("float32"), abs=1e-5 if level == "O0" else 0.02)
+    accuracies = [m for m in caplog.messages if "Valid Accuracy" in m]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert train.main(["--name", "a", *TINY, *apex, "-v"]) == 0
+    assert amps[1].initialized[0][1] is None
+    assert next(m for m in caplog.messages if "Valid Accuracy" in m) in accuracies
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_apex_where_there_is_none_is_one_line_and_status_2(evaluate, checkpoint, monkeypatch, capsys):
+    # As on a machine with a GPU, up to the import; nothing touches the GPU before it.
+    monkeypatch.setattr(train.dist_util, "setup", lambda *_: torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "apex", None)
+    args = ["--name", "a", *TINY, *SCRATCH, "--fp16", "--amp_backend", "apex", *(["-v"] if evaluate else [])]
+    assert train.main(args) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert sum("error:" in line for line in error) == 1
+    assert "apex removed amp in 25.07" in error[-1]
+    assert "--amp_backend native does the same" in error[-1]
+
+
+# ---- --compile ----
+
+
+@pytest.fixture
+def compile_without_code(monkeypatch):
+    """torch.compile traces and checks as always, then runs the graph without generating code, which takes a minute."""
+    compiled = []
+
+    def compile_model(self):
+        compiled.append(self)
+        torch.nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(VisionTransformer, "compile", compile_model)
+    torch._dynamo.reset()
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("flags", [[], ["--fp16"]], ids=["float32", "bfloat16"])
+def test_a_compiled_model_trains_alike_and_keeps_its_weights_names(flags, compile_without_code, caplog):
+    args = [*TINY, *SHORT, *SCRATCH, *flags, "--dropout", "0"]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        assert train.main(["--name", name, *args, *more]) == 0
+    assert len(compile_without_code) == 1
+    assert losses_of("compiled") == pytest.approx(losses_of("plain"), abs=1e-5 if not flags else 0.02)
+    state = torch.load("output/compiled_checkpoint.bin", weights_only=True)
+    assert list(state) == list(VisionTransformer(CONFIGS["testing"], 32, 10).state_dict())
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        for more in ([], ["--compile"]):
+            assert train.main(["--name", "compiled", *TINY, *flags, "-v", *more]) == 0
+    assert len(compile_without_code) == 2
+    accuracies = [m for m in caplog.messages if "Valid Accuracy" in m]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_compiled_model_drops(compile_without_code):
+    args = [*TINY, *SHORT, *SCRATCH]
+    for name, rate in (("none", "0"), ("some", "0.5"), ("again", "0.5")):
+        assert train.main(["--name", name, *args, "--compile", "--dropout", rate]) == 0
+    assert losses_of("some") == losses_of("again")  # the seed decides here too
+    assert losses_of("some")[-1] != losses_of("none")[-1]
+
+
+def test_a_compiler_that_is_not_there_is_one_line():
+    place = str(Path("nosuch", "g++").resolve())
+    done = run_script("--name", "a", *TINY, *SHORT, *SCRATCH, "--compile", CXX=place, TORCHINDUCTOR_CACHE_DIR="cache")
+    assert done.returncode == 1, done.stderr
+    error = done.stderr.splitlines()
+    assert "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in error[-1]
+    assert "leave --compile out" in error[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_other_errors_of_a_run_keep_their_traceback(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "train", fail)
+    for more in ([], ["--compile"]):
+        with pytest.raises(RuntimeError, match="a bug"):
+            train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, *more])
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_code_trains_as_the_plain_model_does():
+    args = [*TINY, *SHORT, *SCRATCH, "--dropout", "0"]
+    assert train.main(["--name", "plain", *args]) == 0
+    assert train.main(["--name", "compiled", *args, "--compile"]) == 0
+    assert losses_of("compiled") == pytest.approx(losses_of("plain"), abs=1e-5)
+    state = torch.load("output/compiled_checkpoint.bin", weights_only=True)
+    assert list(state) == list(VisionTransformer(CONFIGS["testing"], 32, 10).state_dict())
+
+
+# ---- data ----
+
+
+def test_the_run_works_on_the_pictures_that_were_moved_once(monkeypatch):
+    moved, seen = [], []
+    to, evaluate = data_utils.DataSets.to, train.evaluate
+    monkeypatch.setattr(data_utils.DataSets, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
+    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[2]) or evaluate(*args))
+    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH]) == 0
+    assert len(moved) == 1
+    assert len(seen) == 2
+    assert all(pictures is moved[0].test for pictures in seen)
+
+
 def write_pictures(root, size=(32, 32), classes=("ant", "bee"), per_class=4):
     rng = np.random.default_rng(0)
     for split, name in itertools.product(("train", "test"), classes):
@@ -290,6 +508,15 @@ BAD_INPUT = {
     "name too long for a file": (lambda: [*SCRATCH, "--name", "n" * 230], ["--name", "230"]),
     "seed too large": (lambda: [*SCRATCH, "--seed", str(2**63)], ["--seed", str(2**63)]),
     "name with a folder": (lambda: [*SCRATCH, "--name", "a/b"], ["--name", "a/b"]),
+    "apex without a GPU": (
+        lambda: [*SCRATCH, "--fp16", "--amp_backend", "apex"],
+        ["--amp_backend apex needs a CUDA GPU, not cpu", "--amp_backend native"],
+    ),
+    "apex in bfloat16": (
+        lambda: [*SCRATCH, "--fp16", "--amp_backend", "apex", "--amp_dtype", "bfloat16"],
+        ["--amp_backend apex computes in float16 only", "--amp_backend native"],
+    ),
+    "unknown amp backend": (lambda: [*SCRATCH, "--fp16", "--amp_backend", "amp"], ["--amp_backend", "native", "apex"]),
     "unknown flag": (lambda: [*SCRATCH, "--turbo"], ["--turbo"]),
     "no checkpoint to evaluate": (lambda: ["-v"], ["output/a_checkpoint.bin"]),
     "checkpoint flag while training": (lambda: [*SCRATCH, "--load_model_dir", "x.bin"], ["--load_model_dir"]),
@@ -361,8 +588,11 @@ def test_a_damaged_description_does_not_stop_an_evaluation(checkpoint, caplog):
     assert "output/a_checkpoint.json does not describe a checkpoint" in caplog.text
 
 
-def test_a_flag_without_effect_is_a_warning(caplog):
-    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, "--fp16_opt_level", "O1"]) == 0
+@pytest.mark.parametrize(
+    "flags", [["--fp16_opt_level", "O1"], ["--amp_dtype", "float16"], ["--amp_backend", "apex"], ["--loss_scale", "2"]]
+)
+def test_a_flag_without_effect_is_a_warning(flags, caplog):
+    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, *flags]) == 0
     assert "no effect without --fp16" in caplog.text
 
 
@@ -374,5 +604,6 @@ def test_reference_defaults():
         num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0, local_rank=-1, seed=42,
         gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2", loss_scale=0, eval_only=False,
         data_dir="./data", device="auto", amp_dtype="auto", hflip=False,
+        amp_backend="native", compile=False,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected

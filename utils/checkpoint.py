@@ -13,8 +13,9 @@ import json
 import os
 import pickle
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import IO, Any
 
@@ -32,10 +33,13 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
     Whoever looks at ``path``, even after a power cut, finds the old file or the whole new one.
 
     Raises:
-        OSError: the file could not be written; the old one is untouched.
+        OSError: the file could not be written, and says so; the old one is untouched.
     """
     folder = os.path.dirname(path) or "."
-    fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=TEMPORARY, dir=folder)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=TEMPORARY, dir=folder)
+    except OSError as e:
+        raise _cannot_write(path, e) from e
     try:
         with os.fdopen(fd, "wb") as f:
             yield f
@@ -45,9 +49,11 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own is 0600 whatever the user's umask
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if (cause := _system_error(e)) is not None:
+            raise _cannot_write(path, cause) from e
         raise
     with contextlib.suppress(OSError):  # not every system lets a folder be synced; the file itself is
         folder_fd = os.open(folder, os.O_RDONLY)
@@ -63,12 +69,30 @@ def write_text(path: str, text: str) -> None:
         f.write(text.encode("utf-8", "backslashreplace"))
 
 
-def remove_stale(path: str) -> None:
-    """Removes what a process that was killed while it wrote ``path`` left behind; nobody may be writing it."""
-    folder, name = os.path.split(path)
-    for temporary in glob.glob(os.path.join(glob.escape(folder or "."), f".{glob.escape(name)}.*{TEMPORARY}")):
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+class NotWritten(OSError):
+    """A file could not be written; the message is for the user."""
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What the system said: torch.save reports a full disk as a RuntimeError that came of it."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    return error if isinstance(error, OSError) else None
+
+
+def _cannot_write(path: str, error: OSError) -> OSError:
+    if isinstance(error, NotWritten):  # of a file written within the block
+        return error
+    return NotWritten(f"{path} could not be written ({error.strerror or error}); what was there before is untouched")
+
+
+def remove_stale(*paths: str) -> None:
+    """Removes what a process that was killed while it wrote ``paths`` left behind; nobody may be writing them."""
+    for path in paths:
+        folder, name = os.path.split(path)
+        for temporary in glob.glob(os.path.join(glob.escape(folder or "."), f".{glob.escape(name)}.*{TEMPORARY}")):
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def check_writable(folder: str) -> None:
@@ -154,6 +178,10 @@ def checksum(state: Mapping[str, Tensor]) -> int:
     return crc
 
 
+class Unmatched(ValueError):
+    """A description is of other weights than those it stands beside."""
+
+
 def description_path(path: str) -> str:
     """Where the description of the weights ``path`` is: a .json of the same name."""
     return os.path.splitext(path)[0] + ".json"
@@ -177,11 +205,30 @@ def read_description(path: str, state: Mapping[str, Tensor]) -> Description | No
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{beside} does not describe a checkpoint ({e}); remove it") from e
     if found.get("crc32") != checksum(state):
-        raise ValueError(
+        raise Unmatched(
             f"{beside} describes other weights than {path} holds: one was copied without the other, "
             "or a run was stopped between writing the two; remove it"
         )
     return description
+
+
+def _check_archive(path: str) -> None:
+    """Raises ValueError if a file of torch.save would take more memory than it has bytes."""
+    if not zipfile.is_zipfile(path):
+        return  # the format of old, whose tensors are compared with the file's size when they are read
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("it would unpack to more than it holds")
+
+
+def _check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
+    """Raises ValueError for a tensor that is larger than what the file holds of it, or of a special kind."""
+    size = os.path.getsize(path)
+    for x in tensors:
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
+            raise ValueError("it holds a tensor of a special kind")
+        if x.numel() * x.element_size() > min(x.untyped_storage().nbytes(), size):
+            raise ValueError(f"it has a tensor of shape {tuple(x.shape)} without that many numbers")
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
@@ -193,6 +240,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         # torch's own text advises to load the file without safety.
@@ -207,6 +255,10 @@ def load_weights(path: str) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no state_dict (names and tensors); save `model.state_dict()` and give that file"
         )
+    try:
+        _check_tensors(path, state.values())
+    except ValueError as e:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from e
     return {name.removeprefix("module."): x for name, x in state.items()}
 
 
@@ -238,6 +290,26 @@ class TrainingState:
     precision: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, kind in _STATE_KINDS.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name}: of another kind than expected")
+        if not 0 <= self.evaluated <= self.step:
+            raise ValueError("step or evaluated: impossible values")
+
+
+_STATE_KINDS: dict[str, type] = {
+    "settings": dict,
+    "circumstances": dict,
+    "step": int,
+    "evaluated": int,
+    "best_accuracy": float,
+    "model": dict,
+    "optimizer": dict,
+    "precision": dict,
+    "log": dict,
+}
+
 
 def save_state(path: str, state: TrainingState) -> None:
     """Writes the state of a run; see ``atomic_write``."""
@@ -246,7 +318,7 @@ def save_state(path: str, state: TrainingState) -> None:
 
 
 def load_state(path: str) -> TrainingState:
-    """Reads the state of a run.
+    """Reads the state of a run, and compares the checksums of all it holds.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else.
@@ -254,13 +326,29 @@ def load_state(path: str) -> TrainingState:
     if not os.path.isfile(path):
         raise ValueError(f"there is no training state {path}; --resume takes a <name>_last.pt")
     try:
+        _check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged bytes lead the reader to many classes; what could run code is not read
         raise ValueError(
             f"{path} cannot be read as a training state (damaged, or not written by this program); "
             "--resume none starts over"
         ) from e
-    names = [f.name for f in fields(TrainingState)]
-    if not isinstance(found, dict) or set(found) != {"format", *names} or found.pop("format") != STATE_FORMAT:
-        raise ValueError(f"{path} holds no training state of this version; --resume none starts over")
-    return TrainingState(**found)
+    try:
+        if found.pop("format") != STATE_FORMAT:
+            raise ValueError("another version's")
+        _check_tensors(path, _tensors_in(found))
+        return TrainingState(**found)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} holds no training state of this version; --resume none starts over") from e
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(x)

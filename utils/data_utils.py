@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,7 +160,7 @@ def _load_cifar(name: str, data_dir: str) -> DataSets:
     splits, classes = [], []
     for train in (True, False):
         try:
-            data = cls(root=data_dir, train=train, download=dist_util.is_main())
+            data = cls(root=data_dir, train=train, download=dist_util.is_first_of_machine())
         except (OSError, RuntimeError, http.client.HTTPException) as e:
             raise ConnectionError(
                 f"{name} could not be downloaded into {data_dir} ({e}); put {cls.url} there yourself "
@@ -419,10 +420,10 @@ def _batches(
     pictures: Pictures, parts: Parts, transform: Transform, device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
     if isinstance(pictures, MemoryPictures):
-        images, labels = pictures.to(device).images, pictures.to(device).labels
+        here = pictures.to(device)
         for indices, draws in parts:
             at = indices.to(device, non_blocking=True)
-            yield transform.batch(images[at], draws), labels[at]
+            yield transform.batch(here.images[at], draws), here.labels[at]
         return
     items = (list(zip(indices.tolist(), draws)) for indices, draws in parts)
     loader = DataLoader(
@@ -430,7 +431,7 @@ def _batches(
         batch_sampler=cast(Sampler, items),
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else it would draw from the global one, which is dropout's
         pin_memory=device.type == "cuda",
     )
@@ -441,20 +442,35 @@ def _batches(
         yield transform.complete(x), y
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the update in hand still needs its pictures.
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C, and many a scheduler's SIGTERM, reach every process; the update in hand still needs its pictures."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def worker_died(error: RuntimeError) -> bool:
+    """Whether this tells that a process that decodes was killed: torch raises it wherever the program is then."""
+    return "DataLoader worker" in str(error)
+
+
+WORKER_DIED = "a process that decodes pictures was killed, perhaps for lack of memory; fewer --num_workers need less"
 
 
 def _worker_errors(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+        if not worker_died(e):
             raise
-        raise ChildProcessError(
-            "a process that decodes pictures was killed, perhaps for lack of memory; fewer --num_workers need less"
-        ) from e
+        raise ChildProcessError(WORKER_DIED) from e
 
 
 class _DecodeTask(Dataset):

@@ -2,22 +2,73 @@
 
 The only module of ``utils`` that its neighbours may import.  With a single process the collective
 functions do nothing, so that no caller needs to ask which case it is in.
+
+Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a download (``together``,
+``main_first``) has an hour; in the training, who waits for another for more than ``timeout()`` gives up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import io
 import os
 import platform
+import re
+import socket
 import sys
+import threading
+import time
+import uuid
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+#: Seconds that a process waits for another in the training; what launchers set cannot say it.
+TIMEOUT_VARIABLE = "TRAIN_TIMEOUT_SECS"
+#: At least so long in preparations: one downloads or decodes, the others wait.
+PATIENCE = timedelta(hours=1)
+#: A process that ends for want of another is gone after so many seconds, whatever a library still waits for.
+GRACE_SECS = 20
+#: The variables that a process, here the launcher, was started with; on Linux.
+LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
+
+
+@dataclass
+class _Run:
+    """The processes that a launcher started together: where they meet, and which machines they are on."""
+
+    store: dist.Store
+    hosts: list[str]  # by rank, their names for messages
+    machines: list[str]  # by rank, what tells one machine from another
+    device_group: Any  # process groups
+    host_group: Any
+    tells: bool | None = None  # once ``tells`` was asked
+
+
+_run: _Run | None = None  # as the default group, which PyTorch keeps the same way
+
+
+class FailedElsewhere(Exception):
+    """Another process of the run found an error, which it tells the user.
+
+    Args:
+        input_error: it was a ValueError.
+    """
+
+    def __init__(self, input_error: bool) -> None:
+        super().__init__("another process failed")
+        self.input_error = input_error
+
+
+# ---- joining and leaving ----
 
 
 def setup(device_name: str, local_rank: int) -> torch.device:
@@ -32,8 +83,99 @@ def setup(device_name: str, local_rank: int) -> torch.device:
 
     Raises:
         ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
+        ConnectionError: the other processes cannot be reached.
+        FailedElsewhere: another process raised one of these.
     """
-    kind = device_type(device_name)
+    global _run
+    if "WORLD_SIZE" not in os.environ:
+        return _pick_device(device_name, local_rank)
+    longest = timeout()
+    store = _join()
+    with together():
+        device = _pick_device(device_name, local_rank)
+    _share_processors()
+    me = (os.environ.get("GROUP_RANK", ""), socket.gethostname())
+    found = _exchange(me)
+    if device.type == "cuda":
+        # Its own watchdog, which ends the process with a stack, must not be faster than our message.
+        later = longest + timedelta(minutes=1)
+        device_group = dist.new_group(backend="nccl", timeout=later, device_id=device)
+        host_group = dist.new_group(backend="gloo", timeout=longest)
+    else:
+        device_group = host_group = dist.new_group(backend="gloo", timeout=longest)
+    _run = _Run(store, [host for _, host in found], ["/".join(pair) for pair in found], device_group, host_group)
+    return device
+
+
+def timeout() -> timedelta:
+    """How long a process waits for another while training.
+
+    Raises:
+        ValueError: ``TRAIN_TIMEOUT_SECS`` is not a number of seconds.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "600")
+    if not text.isdecimal() or not 0 < int(text) <= 86400:
+        raise ValueError(f"{TIMEOUT_VARIABLE}={text}: expected seconds, from 1 to 86400")
+    return timedelta(seconds=int(text))
+
+
+def _join() -> dist.Store:
+    """Meets the other processes and makes them the default group, of hosts.
+
+    Raises:
+        ValueError, ConnectionError: as ``setup``.
+    """
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=timeout()))
+        store = _fresh(store, number, size)
+        dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=number, world_size=size,
+                                timeout=max(timeout(), PATIENCE))  # fmt: skip
+    except ValueError as e:
+        raise ValueError(f"what the launcher set cannot be used: {e}") from e
+    except RuntimeError as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(
+            f"process {rank()} on {socket.gethostname()} does not reach the others by {where} "
+            f"({str(e).splitlines()[0]}); start {os.environ['WORLD_SIZE']} processes, and let the machines connect"
+        ) from e
+    return store
+
+
+def _fresh(store: dist.Store, number: int, size: int) -> dist.Store:
+    """A part of the store that nobody used before.
+
+    torchrun keeps its store when it starts the processes again, and PyTorch (2.14) would read there where
+    those before them listened.  The count of restarts is no remedy: each machine has its own.  So the first
+    process makes a name up, and gives it to whoever asks with a word that is new as well.
+    """
+    if number:
+        word = uuid.uuid4().hex
+        store.set(f"word/{number}", word)
+        name = store.get(f"name/{word}").decode()
+        store.add(f"{name}/here", 1)
+        return dist.PrefixStore(name, store)
+    name, missing = uuid.uuid4().hex, range(1, size)
+    deadline = time.monotonic() + timeout().total_seconds()
+    while store.add(f"{name}/here", 0) < size - 1:
+        for other in missing:
+            if store.check([f"word/{other}"]):
+                store.set(f"name/{store.get(f'word/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{store.add(f'{name}/here', 0) + 1} of {size} processes came")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def cleanup() -> None:
+    """Leaves the process group."""
+    global _run
+    _run = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    kind = device_type(name)
     env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise ValueError(
@@ -48,10 +190,7 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         torch.cuda.set_device(env_rank)
     if kind == "cpu":
         _keep_freed_memory()
-    device = torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    return device
+    return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
 
 
 def device_type(name: str) -> str:
@@ -81,10 +220,24 @@ def _keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)
 
 
-def cleanup() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _share_processors() -> None:
+    """Gives each process its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
+    if _local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
+        torch.set_num_threads(num_cpus())
+
+
+def _set_by_torchrun() -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's own 1: then it is not in the environment that torchrun was given."""
+    if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        with open(LAUNCHERS_ENVIRONMENT.format(os.getppid()), "rb") as f:
+            return not any(line.startswith(b"OMP_NUM_THREADS=") for line in f.read().split(b"\0"))
+    except OSError:  # another system, or another user's process
+        return False
+
+
+# ---- who and where ----
 
 
 def rank() -> int:
@@ -98,13 +251,30 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that logs, writes and downloads."""
+    """Whether this process is the one that logs and writes."""
     return rank() == 0
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process is the one that downloads what its machine lacks."""
+    if _run is None:
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return _run.machines.index(_run.machines[rank()]) == rank()
+
+
+def several_machines() -> bool:
+    """Whether processes may see different files."""
+    return _run is not None and len(set(_run.machines)) > 1
+
+
+def _local_world_size() -> int:
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
 def num_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use: its share, where a launcher started several on this machine."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(there // _local_world_size(), 1)
 
 
 def device_name(device: torch.device) -> str:
@@ -124,51 +294,205 @@ def bar_options() -> dict[str, Any]:
     return {"disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
 
 
+# ---- one fate ----
+
+
+def _exchange(value: Any = None, error: Exception | None = None) -> list[Any]:
+    """What every process gave, by rank; every process must take part.
+
+    A process that failed calls this once more, with its error, and then no more: the others, wherever
+    they exchange something next, hear of it.
+
+    Raises:
+        FailedElsewhere: another process came with an error; only to those who come without.
+    """
+    found: list[Any] = [None] * world_size()
+    mine = (value, error and (isinstance(error, ValueError), str(error)))
+    dist.all_gather_object(found, mine)
+    errors = [error for _, error in found]
+    if error is not None:
+        return errors
+    for first in filter(None, errors):
+        raise FailedElsewhere(first[0])
+    return [value for value, _ in found]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All processes come out of the block well, or none: an error of one ends it for all.
+
+    Raises:
+        FailedElsewhere: to all but the first process that has an error, which raises its own.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    try:
+        yield
+    except FailedElsewhere:
+        raise
+    except Exception as e:
+        if is_lost_contact(e):
+            raise
+        errors = _exchange(error=e)
+        first = next(i for i, error in enumerate(errors) if error)
+        if first != rank():
+            raise FailedElsewhere(errors[first][0]) from e
+        if len(set(errors)) > 1 and isinstance(e, ValueError | OSError):  # say whose it is
+            kind = ValueError if isinstance(e, ValueError) else OSError
+            raise kind(f"{e} (says process {first} of {world_size()}, on {socket.gethostname()})") from e
+        raise
+    _exchange()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block alone, then the first of each other machine, then the rest.
+
+    For what one must prepare for all, whether or not the machines share a disk; within ``together``.
+    """
+    turns = 3 if dist.is_initialized() else 1
+    mine = 0 if is_main() or turns == 1 else 1 if is_first_of_machine() else 2
+    for _ in range(mine):
+        _exchange()
+    yield
+    for _ in range(mine + 1, turns):
+        _exchange()
+
+
+def check_same(values: dict[str, Any], what: str) -> None:
+    """Raises ValueError if processes have different values; every process must take part.
+
+    Args:
+        values: what must be the same, by its name.
+        what: ends the message: the remedy.
+    """
+    if not dist.is_initialized():
+        return
+    found = _exchange(values)
+    differences = [
+        f"{name} is {found[0].get(name)} on {_place(0)} and {other.get(name)} on {_place(i)}"
+        for name in values
+        for i, other in list(enumerate(found))
+        if other.get(name) != found[0].get(name)
+    ]
+    if differences:
+        raise ValueError(f"{'; '.join(differences[:3])}; {what}")
+
+
+def _place(number: int) -> str:
+    host = f" ({_run.hosts[number]})" if _run else ""
+    return f"process {number}{host}"
+
+
+def newest(x: T, version: tuple[Any, ...]) -> T:
+    """The ``x`` of the process that has the highest version, the first of them, for all; every process must ask.
+
+    Args:
+        x: tensors, numbers and texts, in lists and dictionaries.
+        version: tells a newer x from an older, and one from another.
+    """
+    if not dist.is_initialized():
+        return x
+    versions = _exchange(version)
+    if versions.count(version) == len(versions):
+        return x
+    source = versions.index(max(versions))
+    buffer = io.BytesIO()
+    if rank() == source:
+        torch.save(x, buffer)
+    size = _exchange(buffer.getbuffer().nbytes)[source]
+    data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8) if rank() == source else torch.empty(size).byte()
+    for part in data.split(2**28):  # bytes
+        dist.broadcast(part, source)
+    return x if rank() == source else torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+
+
+# ---- the end of others ----
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether PyTorch raised this because another process is gone or does not answer."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and dist.is_initialized() and "gloo" in str(error).lower()
+    )
+
+
+def tells() -> bool:
+    """Whether this process is the one that tells the user how the run ended: the first of all that asks."""
+    if _run is None:
+        return is_first_of_machine()
+    if _run.tells is None:
+        try:
+            _run.tells = _run.store.add("told", 1) == 1
+        except RuntimeError:  # whoever kept the store is gone
+            _run.tells = is_first_of_machine()
+    return _run.tells
+
+
+def lost_contact(error: BaseException) -> str:
+    """Explains a loss that ``is_lost_contact`` found, and names the processes that do not notice it themselves.
+
+    From here on this process has ``GRACE_SECS`` to end.
+    """
+    watchdog = threading.Timer(GRACE_SECS, os._exit, [1])
+    watchdog.daemon = True
+    watchdog.start()
+    reason = re.sub(r"^\[\S*\] ?", "", str(error).strip().splitlines()[0])  # without the place in Gloo's source
+    return (
+        f"lost contact with {_who_is_lost()}: ended, cut off, or without an answer "
+        f"for {timeout().total_seconds():.0f} s ({reason})"
+    )
+
+
+def _who_is_lost() -> str:
+    missing = set(range(world_size())) - {rank()}
+    if _run is not None:
+        try:
+            _run.store.set(f"left/{rank()}", "")
+            if not tells():
+                return ""
+            for _ in range(8):  # those of the others that live notice at about the same time
+                time.sleep(0.25)
+                missing = {i for i in missing if not _run.store.check([f"left/{i}"])}
+        except RuntimeError:
+            return "the process that keeps the run together"
+    names = [_place(i) for i in sorted(missing)]
+    if not names or len(missing) == world_size() - 1 > 1:
+        return "the other processes"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# ---- numbers and gradients ----
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """The main process runs the block alone, then the others do: for what one must prepare for all."""
-    if not is_main():
-        barrier()
-    try:
-        yield
-    finally:  # the others must not wait for one that failed
-        if is_main():
-            barrier()
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Adds a tensor up over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
+    if _run is not None:
+        dist.all_reduce(x, group=_run.device_group)
     return x
-
-
-@functools.cache
-def _host_group() -> Any:
-    """A group whose reductions do not wait for a GPU; None is the default group."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def max_over_ranks(x: int) -> int:
     """The largest of all processes' numbers, which stay on the host: costs no wait for the device."""
-    if not dist.is_initialized():
+    if _run is None:
         return x
     largest = torch.tensor(x)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_run.host_group)
     return int(largest)
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """Lets the backward pass average gradients over all processes."""
-    if not dist.is_initialized():
+    if _run is None:
         return model
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, process_group=_run.device_group, gradient_as_bucket_view=True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,15 +5,18 @@ Only the main process's writer writes; this module decides what is shown, never 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
 import math
 import os
+import secrets
 import shutil
+import socket
 import time
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from utils import dist_util
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-EVENT_FILES = "events.out.tfevents.*"
+EVENT_FILES = "events.out.tfevents.*"  # the * begins with the second in which it was made
 
 
 class MetricsWriter:
@@ -38,43 +41,49 @@ class MetricsWriter:
     Args:
         log_dir: the run's folder, made if need be.
         enabled: False on processes that write nothing.
-        resume_after: the last update whose lines stay, if the run goes on from there; what it wrote about
-            later ones before it was stopped is cut off, for it will be written again.
+        lengths: what ``flush`` gave when the state was saved from which the run goes on: what was written
+            later is cut off, for it will be written again.  None: a new run.
+        step: the update of that state.
     """
 
-    def __init__(self, log_dir: str, enabled: bool = True, resume_after: int | None = None) -> None:
+    def __init__(
+        self, log_dir: str, enabled: bool = True, lengths: Mapping[str, int] | None = None, step: int = 0
+    ) -> None:
         self.enabled = enabled
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # half a second, not spent by evaluations
-
         os.makedirs(log_dir, exist_ok=True)
-        if resume_after is None:
+        if lengths is not None and not _cut_off(log_dir, lengths):
+            logger.warning("%s does not hold the logs of the run up to update %d: they begin after it", log_dir, step)
+            lengths = None
+        if lengths is None:
             _set_aside_earlier(log_dir)
-        else:
-            _cut_off(log_dir, resume_after)
-        # TensorBoard, if it is looking, forgets what has been cut off from purge_step on.
-        self._events = SummaryWriter(log_dir, purge_step=None if resume_after is None else resume_after + 1)
-        self._lines = open(os.path.join(log_dir, METRICS_FILE), "a", encoding="utf-8")  # noqa: SIM115
+        self._lengths = {name: n for name, n in (lengths or {}).items() if name != METRICS_FILE}
+        # TensorBoard, if it is looking, forgets what has been cut off from then on.
+        self._events = EventFile(log_dir, purge_step=step + 1 if step else None)
+        self._lines = open(os.path.join(log_dir, METRICS_FILE), "ab")  # noqa: SIM115
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line and its scalars.
+        """Adds one line and its scalars, which are in the files when it returns.
 
         Raises:
             FloatingPointError: a value is not finite; nothing is written.
+            OSError: the files cannot take it.
         """
         check_finite(step, values)
         if not self.enabled:
             return
-        for tag, value in values.items():
-            self._events.add_scalar(tag, value, step)
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with _named(self._lines.name):
+            self._lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            self._lines.flush()
+        self._events.add_scalars(values, step)
 
     def picture(self, step: int, tag: str, picture: Image.Image) -> None:
         """Adds a picture to the events; ``metrics.jsonl`` holds numbers only."""
         if self.enabled:
-            self._events.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            from torch.utils.tensorboard.summary import image
+
+            self._events.add_summary(image(tag, np.asarray(picture.convert("RGB")), dataformats="HWC"), step)
 
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
@@ -94,18 +103,21 @@ class MetricsWriter:
         plain = {name: x if type(x) in (int, float) else str(x) for name, x in values.items()}
         _, begin, end = hparams(plain, {})
         for summary in (begin, end):
-            self._events._get_file_writer().add_summary(summary, step + 1)
+            self._events.add_summary(summary, step + 1)
 
-    def flush(self) -> None:
-        """Has everything on the disk: a state that is saved next must not be ahead of its logs."""
+    def flush(self) -> dict[str, int]:
+        """Has everything on the disk, for a state that is saved next must not be ahead of its logs.
+
+        Returns:
+            The bytes of each of the run's files so far, by their names.
+        """
         if not self.enabled:
-            return
-        self._events.flush()
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
-        for path in glob.glob(os.path.join(glob.escape(self._events.get_logdir()), EVENT_FILES)):
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
+            return {}
+        for file in (self._lines, self._events.file):
+            with _named(file.name):
+                os.fsync(file.fileno())
+        own = {os.path.basename(file.name): file.tell() for file in (self._lines, self._events.file)}
+        return {**self._lengths, **own}
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -114,10 +126,66 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Closes the files; all that was written is in them already."""
         if self.enabled:
-            self._events.close()
-            self._lines.close()
+            for file in (self._lines, self._events.file):
+                with contextlib.suppress(OSError):  # a line that the disk did not take was told of by ``write``
+                    file.close()
+
+
+class EventFile:
+    """TensorBoard's file of one run, written at once.
+
+    torch's SummaryWriter writes from a thread: where the disk is full that prints a stack, and the run
+    learns of it late.  Source of the names and of the first record: ``event_file_writer`` of tensorboard.
+
+    Args:
+        folder: where it is made.
+        purge_step: from which update on TensorBoard is to forget what other files of the folder said.
+    """
+
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        earlier = glob.glob(os.path.join(glob.escape(folder), EVENT_FILES))
+        # TensorBoard reads files in the order of their names, those of one second in any.
+        second = max([int(time.time()), *(int(path.split(".tfevents.")[-1].split(".")[0]) + 1 for path in earlier)])
+        # The number at the end tells this run's files from those of any other.
+        name = f"{EVENT_FILES[:-1]}{second:010d}.{socket.gethostname()}.{os.getpid()}.{secrets.randbits(32)}"
+        self.file = open(os.path.join(folder, name), "xb")  # noqa: SIM115
+        self._records = RecordWriter(self.file)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds a point to each tag's curve."""
+        from torch.utils.tensorboard.summary import scalar  # half a second, not spent by evaluations
+
+        for tag, value in values.items():
+            self.add_summary(scalar(tag, value), step)
+
+    def add_summary(self, summary: Any, step: int) -> None:
+        """Adds what a function of ``torch.utils.tensorboard.summary`` gave."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._add(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _add(self, event: Any) -> None:
+        with _named(self.file.name):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Lets an error of the system say of which file it is."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} could not be written ({e.strerror or e})") from e
 
 
 def read_lines(log_dir: str) -> list[dict[str, float]]:
@@ -139,49 +207,17 @@ def check_finite(step: int, values: dict[str, float]) -> None:
             )
 
 
-def _cut_off(log_dir: str, step: int) -> None:
-    """Shortens the folder's files to what they say up to an update."""
-    path = os.path.join(log_dir, METRICS_FILE)
-    if os.path.exists(path):
-        with open(path, "rb+") as f:
-            f.truncate(_length_up_to(f, step))
+def _cut_off(log_dir: str, lengths: Mapping[str, int]) -> bool:
+    """Brings a run's files back to what they were; False, and nothing done, if these are not they."""
+    paths = {os.path.join(log_dir, name): length for name, length in lengths.items()}
+    if not all(os.path.isfile(path) and os.path.getsize(path) >= length for path, length in paths.items()):
+        return False
+    for path, length in paths.items():
+        os.truncate(path, length)
     for path in glob.glob(os.path.join(glob.escape(log_dir), EVENT_FILES)):
-        with open(path, "rb+") as f:
-            f.truncate(_events_length_up_to(f, step))
-
-
-def _length_up_to(file: IO[bytes], step: int) -> int:
-    """Bytes of the lines of ``metrics.jsonl`` up to an update; a line that is not whole ends them."""
-    length = 0
-    for line in file:
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        length += len(line)
-    return length
-
-
-def _events_length_up_to(file: IO[bytes], step: int) -> int:
-    """Bytes of the records of an event file up to an update; a record that is not whole ends them.
-
-    Source of the format: tensorflow.org/tutorials/load_data/tfrecord; length (8 bytes) and its checksum (4),
-    the record and its checksum (4).
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    length, size = 0, os.fstat(file.fileno()).st_size
-    while len(header := file.read(12)) == 12:
-        num_bytes = int.from_bytes(header[:8], "little")
-        if length + 16 + num_bytes > size:
-            break
-        event = Event.FromString(file.read(num_bytes))
-        if event.step > step:
-            break
-        file.read(4)
-        length += 16 + num_bytes
-    return length
+        if path not in paths:
+            os.unlink(path)  # begun after the state was saved
+    return True
 
 
 def _set_aside_earlier(log_dir: str) -> None:
@@ -285,12 +321,13 @@ class TrainingLog:
         """The updates since the last line, for a run that goes on from here; every process must ask."""
         if not self._losses:
             return {"losses": [], "applied": []}
-        losses = dist_util.sum_over_ranks(torch.stack(self._losses)) / dist_util.world_size()
-        return {"losses": losses.tolist(), "applied": torch.stack(self._applied).tolist()}
+        summed = dist_util.sum_over_ranks(torch.stack(self._losses))
+        return {"losses": summed.tolist(), "applied": torch.stack(self._applied).tolist()}
 
     def load_training_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on from what ``training_state`` gave."""
-        self._losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+        """Goes on from what ``training_state`` gave, which is of all processes: one of them takes it."""
+        mine = float(dist_util.is_main())
+        self._losses = [torch.tensor(loss * mine, device=device) for loss in state["losses"]]
         self._applied = [torch.tensor(applied, device=device) for applied in state["applied"]]
 
     def speed(self) -> float:

@@ -62,8 +62,8 @@ class Precision:
 
     def prepare(self, model: nn.Module) -> None:
         """Casts the model's weights as the level asks, in place."""
-        if self.device.type == "cuda" and self.opt_level in ("O1", "O2"):
-            torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
+        if self.device.type == "cuda":  # TF32 for the products that stay float32, but not in a float32 run
+            torch.set_float32_matmul_precision("high" if self.opt_level in ("O1", "O2") else "highest")
         if self.opt_level == "O3":
             model.to(self.half)
         masters = {}

@@ -1,4 +1,4 @@
-"""A run's life among others: alone under its name, and stopped when a person or a scheduler asks.
+"""A run's life among others: alone under its name, stopped when a person or a scheduler asks, short of memory.
 
 This module must not know what a run computes or saves.
 """
@@ -14,7 +14,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import IO
 
+import torch
+
 from utils import dist_util
+
+#: What cuBLAS must be told to add up in one order; source: pytorch.org/docs/stable/notes/randomness.html.
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 
 
 class Stopped(KeyboardInterrupt):
@@ -69,6 +74,44 @@ class StopSignal:
         return dist_util.max_over_ranks(self.number)
 
 
+#: What RuntimeErrors say that are one for lack of memory: torch's on CPUs, CUDA's, cuBLAS's.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class OutOfMemory(RuntimeError):
+    """There is not enough memory; the message has the remedy."""
+
+
+@contextlib.contextmanager
+def memory_remedy(remedy: str) -> Iterator[None]:
+    """Makes what torch, its libraries and Python raise for lack of memory an ``OutOfMemory`` that names a remedy."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
+        known = isinstance(e, MemoryError | torch.OutOfMemoryError) or any(words in str(e) for words in OUT_OF_MEMORY)
+        if not known:
+            raise
+        raise OutOfMemory(f"out of memory {remedy}") from e
+
+
+def make_deterministic() -> None:
+    """Lets CUDA compute the same bits in every run; must come before it computes anything.
+
+    Raises:
+        ValueError: the environment forbids it.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+    if workspace not in CUBLAS_WORKSPACES:
+        raise ValueError(
+            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}, "
+            f"expected {' or '.join(CUBLAS_WORKSPACES)}; unset it"
+        )
+    torch.use_deterministic_algorithms(True)
+    # It takes time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
 @contextlib.contextmanager
 def only_run(path: str) -> Iterator[None]:
     """Holds a lock while the block runs; the system takes it away from a process that dies.
@@ -106,7 +149,7 @@ def _locked(path: str) -> IO[str]:
             with f:
                 f.seek(0)
                 raise ValueError(
-                    f"process {f.read().strip() or 'unknown'} is training under this name into this folder; "
+                    f"process {f.read().strip() or 'unknown'} is training under this name; "
                     "wait for it, stop it, or give another --name"
                 ) from e
         if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):

@@ -1,0 +1,208 @@
+"""Dropout on CPUs: its distribution, its scaling, and that the seed alone decides on it."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from models import dropout as module
+from models.dropout import dropout, keep_mask
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+RATES = [0.1, 0.25, 0.5, 1e-6, 0.999]
+LANES = 2**module.LANE_BITS
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    """Numbers from 1 to 2, none of which is zero."""
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1).to(dtype)
+
+
+def dropped(x, rate, seed=0):
+    torch.manual_seed(seed)
+    return dropout(x, rate, training=True)
+
+
+def kept(count, rate, seed=0):
+    """One float64 for each of ``count`` elements: 1 where it is kept, 0 where it is dropped."""
+    return (dropped(torch.ones(count), rate, seed) != 0).double()
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack((a, b)))[0, 1].item()
+
+
+# ---- how many ----
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_share_of_kept_elements_is_one_minus_the_rate(rate):
+    count = 2**22
+    share = kept(count, rate).mean().item()
+    deviation = (rate * (1 - rate) / count) ** 0.5
+    assert share == pytest.approx(1 - rate, abs=0.5 / LANES + 5 * deviation)
+    assert share > 0
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_of_all_the_numbers_a_lane_can_hold_as_many_keep_as_the_rate_asks(rate, monkeypatch):
+    class EveryNumberOnce:
+        def __init__(self, seed):
+            pass
+
+        def random_raw(self, count):
+            return np.random.default_rng(0).permutation(LANES).astype(np.uint16).view(np.uint64)[:count]
+
+    monkeypatch.setattr(module.np.random, "SFC64", EveryNumberOnce)
+    mask = keep_mask(torch.Size([LANES]), rate)
+    assert mask.dtype == torch.int16
+    assert set(mask.unique().tolist()) <= {0, -1}
+    assert -mask.sum().item() == round((1 - rate) * LANES)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_every_lane_of_a_word_keeps_alike(rate):
+    lanes = kept(2**22, rate).view(-1, 4).mean(dim=0)
+    deviation = (rate * (1 - rate) / 2**20) ** 0.5
+    assert (lanes - (1 - rate)).abs().max() < 5 * deviation
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 8, 768])  # neighbours, lanes of a word, words, rows
+def test_elements_are_dropped_independently_of_those_near_them(lag, rate):
+    x = kept(2**20, rate)
+    assert abs(correlation(x[:-lag], x[lag:])) < 5 / len(x) ** 0.5
+
+
+def test_masks_of_successive_calls_and_of_close_seeds_are_unrelated():
+    torch.manual_seed(0)
+    masks = [(dropout(torch.ones(2**20), 0.5, training=True) != 0).double() for _ in range(2)]
+    masks += [kept(2**20, 0.5, seed) for seed in (1, 2)]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert abs(correlation(a, b)) < 5 / len(a) ** 0.5
+
+
+# ---- what becomes of them ----
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_elements_are_divided_by_one_minus_the_rate_with_one_rounding(dtype, rate):
+    x = draw(300, 101, dtype=dtype)
+    y = dropped(x, rate)
+    assert y.dtype == dtype
+    keep = y != 0
+    assert 0 < keep.sum() < x.numel()
+    expected = (x.double() / (1 - rate)).to(dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        # The factor has float32's digits; where that moves a product across a tie there is one digit's difference.
+        assert (y[keep] == expected[keep]).double().mean() > 0.999
+    digit = torch.finfo(dtype).eps
+    torch.testing.assert_close(y[keep], expected[keep], rtol=digit, atol=0)
+
+
+def test_the_mean_is_that_of_the_input_in_bfloat16_too():
+    # A factor rounded to bfloat16 would be off by 0.0016 at this rate.
+    x = draw(2**20, dtype=torch.bfloat16)
+    y = dropped(x, 0.1)
+    keep = y != 0
+    ratio = y[keep].double().sum() / x[keep].double().sum()
+    assert ratio.item() * 0.9 == pytest.approx(1, abs=3e-4)
+    assert y.double().mean().item() == pytest.approx(x.double().mean().item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_pass_where_elements_were_kept_with_the_same_factor(dtype):
+    x = draw(40, 57, dtype=dtype).requires_grad_()
+    y = dropped(x, 0.3)
+    grad = draw(40, 57, dtype=dtype, seed=1)
+    y.backward(grad)
+    assert torch.equal(x.grad != 0, y != 0)
+    assert torch.equal(x.grad, dropped(grad, 0.3))
+
+
+def test_gradients_are_those_of_finite_differences():
+    x = draw(5, 7, dtype=torch.float64).requires_grad_()
+    assert gradcheck(lambda x: dropped(x, 0.4), (x,))
+
+
+def test_there_is_no_second_derivative_rather_than_a_wrong_one():
+    x = draw(8).requires_grad_()
+    (grad,) = torch.autograd.grad(dropped(x, 0.5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_where_it_is_kept_and_is_gone_where_it_is_dropped(dtype):
+    keep = dropped(torch.ones(64), 0.5) != 0
+    assert 0 < keep.sum() < 64
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        y = dropped(torch.full((64,), bad, dtype=dtype), 0.5)
+        torch.testing.assert_close(y[keep], torch.full_like(y[keep], bad), equal_nan=True)
+        assert torch.equal(y[~keep], torch.zeros_like(y[~keep]))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2,), (3,), (5,), (2, 3, 4, 5)])
+def test_any_shape(shape):
+    x = draw(*shape).requires_grad_()
+    y = dropped(x, 0.5)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[:, :1].expand(-1, 64), lambda x: x.unfold(0, 8, 4)],
+    ids=["transposed", "strided", "expanded", "overlapping"],
+)
+def test_the_layout_in_memory_makes_no_difference(view, dtype):
+    base = draw(48, 64, dtype=dtype)
+    x = view(base)
+    assert not x.is_contiguous()
+    expected = dropped(x.contiguous(), 0.3)
+    before = base.clone()
+    assert torch.equal(dropped(x, 0.3), expected)
+    assert torch.equal(base, before)
+
+    leaf = x.contiguous().requires_grad_()
+    dropped(leaf, 0.3).backward(x)  # a gradient that is a view itself
+    assert torch.equal(leaf.grad, expected)
+
+
+# ---- when ----
+
+
+def test_the_seed_decides():
+    x = draw(100)
+    torch.manual_seed(3)
+    first, second = dropout(x, 0.5, training=True), dropout(x, 0.5, training=True)
+    assert not torch.equal(first, second)
+    assert torch.equal(dropped(x, 0.5, seed=3), first)
+    assert not torch.equal(dropped(x, 0.5, seed=4), first)
+
+
+def test_it_takes_nothing_from_numpys_global_generator():
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    dropped(draw(100), 0.5)
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+@pytest.mark.parametrize(("rate", "training"), [(0.5, False), (0.0, True), (0, True), (0.0, False)])
+def test_in_evaluation_and_at_rate_zero_nothing_happens(rate, training):
+    x = draw(10)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert dropout(x, rate, training) is x
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_compiled_graph_holds_torchs_own_dropout_without_a_break():
+    compiled = torch.compile(lambda x: dropout(x, 0.25, True), backend="eager", fullgraph=True)
+    y = compiled(torch.ones(2**16))
+    assert set(y.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
+    assert (y != 0).double().mean().item() == pytest.approx(0.75, abs=5 * (0.25 * 0.75 / 2**16) ** 0.5)
