@@ -92,8 +92,8 @@ class MetricsWriter:
         tab would then know the values of one run only.
 
         Args:
-            step: the last update.  The entry counts as one later, so that a run that goes on from there
-                cuts it off and writes its own.
+            step: the last update.  The entry counts as one later: a run that goes on from there writes its
+                own, and a TensorBoard that is looking forgets this one.
             values: the run's flags.
         """
         if not self.enabled:
