@@ -33,7 +33,15 @@ from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, dist_util
 from utils.metrics import MetricsWriter, TrainingLog
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
-from utils.runs import OutOfMemory, Stopped, StopSignal, make_deterministic, memory_remedy, only_run
+from utils.runs import (
+    OutOfMemory,
+    Stopped,
+    StopSignal,
+    handlers_restored,
+    make_deterministic,
+    memory_remedy,
+    only_run,
+)
 from utils.scheduler import DECAY_TYPES, make_schedule
 
 logger = logging.getLogger("train")
@@ -659,15 +667,16 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%m/%d/%Y %H:%M:%S",
         level=logging.INFO if dist_util.is_main() else logging.WARNING,
     )
-    try:
-        with logging_redirect_tqdm():
-            return run(args)
-    except Stopped as e:
-        return fail(e, 128 + e.number)
-    except KeyboardInterrupt:
-        return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
-    finally:
-        dist_util.cleanup()
+    with handlers_restored():
+        try:
+            with logging_redirect_tqdm():
+                return run(args)
+        except Stopped as e:
+            return fail(e, 128 + e.number)
+        except KeyboardInterrupt:
+            return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
+        finally:
+            dist_util.cleanup()
 
 
 if __name__ == "__main__":
