@@ -379,7 +379,11 @@ def parse_bool(text: str) -> bool:
 
 def make_parser() -> Parser:
     """Every flag of the command line."""
-    p = Parser(description="Fine-tune a Vision Transformer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(
+        prog="train.py",
+        description="Fine-tune a Vision Transformer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     p.add_argument("--name", required=True, help="name of this run: of its checkpoint and its logs")
     p.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, digits, or a folder of pictures")
     p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are downloaded to")
@@ -413,7 +417,7 @@ def make_parser() -> Parser:
     p.add_argument(
         "--save_every", type=int, default=None, help="updates between two saved states; default: at each evaluation"
     )
-    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; slower")
+    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; costs speed")
     p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
     p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
     p.add_argument(
