@@ -51,6 +51,13 @@ class FakeAmp:
         self._patch_optimizer(optimizers, masters=opt_level == "O2")
         return models, optimizers
 
+    def state_dict(self):
+        return {f"loss_scaler{i}": {"loss_scale": x.loss_scale()} for i, x in enumerate(self._amp_state.loss_scalers)}
+
+    def load_state_dict(self, state):
+        for i, scaler in enumerate(self._amp_state.loss_scalers):
+            scaler._loss_scale = state[f"loss_scaler{i}"]["loss_scale"]
+
     @staticmethod
     def _patch_forward(model, opt_level):
         forward = model.forward

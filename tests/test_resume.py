@@ -29,6 +29,7 @@ from tests.runs import (
     write_pictures,
 )
 from utils import checkpoint, precision
+from utils.evaluation import Evaluation
 from utils.metrics import TrainingLog
 
 
@@ -190,7 +191,9 @@ def test_it_may_be_killed_at_any_moment(moment, whole, monkeypatch):
     every_name_is_whole()
     assert run() == 0
     assert_same(outcome(), whole())
-    assert sorted(os.listdir("output")) == ["a_checkpoint.bin", "a_checkpoint.json", "a_last.pt"]  # no temporary
+    assert sorted(os.listdir("output")) == [
+        "a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html",
+    ]  # no temporary  # fmt: skip
 
 
 def test_an_evaluation_that_was_stopped_and_then_killed_is_logged_once(whole, monkeypatch):
@@ -296,11 +299,14 @@ def test_a_path_goes_on_under_another_name_with_the_best_weights(update, whole, 
     assert found["lines"] == [line for line in expected["lines"] if line["step"] > saved]
 
 
+ALL_WRONG = Evaluation(1.0, torch.zeros(360, dtype=torch.long), torch.ones(360, dtype=torch.long), torch.ones(360))
+
+
 def test_a_path_with_better_weights_than_the_rest_of_the_run_finds_keeps_them(monkeypatch):
     killed_after(7, monkeypatch)
     best = Path("output/a_checkpoint.bin").read_bytes()
     with monkeypatch.context() as context:
-        context.setattr(train, "evaluate", lambda *_: (0.0, 1.0))
+        context.setattr(train, "evaluate", lambda *_: ALL_WRONG)
         assert run("--name", "b", "--resume", "output/a_last.pt") == 0
     assert Path("output/b_checkpoint.bin").read_bytes() == best
     assert checkpoint.read_description("output/b_checkpoint.bin", checkpoint.load_weights("output/b_checkpoint.bin"))
@@ -310,7 +316,7 @@ def test_a_path_with_better_weights_than_the_rest_of_the_run_finds_keeps_them(mo
 def test_best_weights_that_are_gone_are_told_of_and_the_next_are_saved(missing, monkeypatch, caplog):
     killed_after(7, monkeypatch)
     os.remove(missing)
-    monkeypatch.setattr(train, "evaluate", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: ALL_WRONG)
     caplog.clear()
     assert run("--name", "b", "--resume", "output/a_last.pt") == 0
     assert re.search(r"The best weights so far, of accuracy 0\.\d+, are not there", caplog.text)
