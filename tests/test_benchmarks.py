@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks import common, data, ours, peers, start, step
+from benchmarks import common, data, ours, peers, saving, start, step
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests import fake_npz
@@ -231,6 +232,15 @@ def test_wrong_flags_end_with_one_line(main, flags, message, capsys):
         main(flags)
     assert e.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_saving_prints_the_seconds_the_megabytes_and_the_share(tmp_path, capsys):
+    assert saving.main(["--model_type", "testing", "--folder", str(tmp_path), "--rounds", "2", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("| a_last.pt |", "| a_checkpoint.bin |", "share of saving both every 100 updates of 512: "):
+        assert words in printed
+    assert os.listdir(tmp_path) == []
+    assert saving.share(2.0, 0.98) == pytest.approx(0.02)
 
 
 # ---- what they share ----

@@ -163,6 +163,26 @@ def test_whole_pictures_are_the_cpus():
     )
 
 
+@pytest.mark.parametrize(
+    "precision", [[], *(["--fp16", "--fp16_opt_level", level] for level in ("O1", "O2"))], ids=["float32", "O1", "O2"]
+)
+def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(precision):
+    """In processes of their own: the setting holds for all that a process computes."""
+    script = Path(__file__).resolve().parent.parent / "train.py"
+    flags = [*RUN, "--device", "cuda", "--deterministic", "--dropout", "0.1", "--save_every", "3", *precision]
+    stop = "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import train; from utils.metrics import *\n"
+    stop += "real = TrainingLog.update\n"
+    stop += "def update(self, step, *args):\n    real(self, step, *args)\n    step == 5 and os.kill(os.getpid(), 9)\n"
+    stop += "TrainingLog.update = update; train.main(sys.argv[1:])"
+    whole = [sys.executable, str(script), "--name", "whole", *flags]
+    killed = [sys.executable, "-c", stop, str(script.parent), "--name", "stopped", *flags]
+    again = [sys.executable, str(script), "--name", "stopped", *flags]
+    assert [subprocess.run(c, timeout=300).returncode for c in (whole, killed, again)] == [0, -9, 0]
+    states = [torch.load(f"output/{name}_last.pt", weights_only=True) for name in ("whole", "stopped")]
+    assert all(torch.equal(x, states[1]["model"][name]) for name, x in states[0]["model"].items())
+    assert losses_of("stopped") == losses_of("whole")
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one():
     assert train.main(["--name", "one", *RUN, "--device", "cuda"]) == 0

@@ -303,3 +303,35 @@ def test_only_the_main_process_shows_a_bar(capsys, monkeypatch):
         assert ("Training" in shown) == enabled
     assert "2/2 steps" in shown
     assert "loss=0.2500" in shown
+
+
+def test_a_disk_that_takes_no_line_is_told_of_at_once(tmp_path):
+    full = "/dev/full"
+    if not os.path.exists(full):
+        pytest.skip(f"needs {full}")
+    for name in ("_lines", "file"):
+        writer = MetricsWriter(str(tmp_path / name))
+        owner = writer if name == "_lines" else writer._events
+        getattr(owner, name).close()
+        setattr(owner, name, open(full, "wb"))  # noqa: SIM115
+        if name == "file":
+            owner._records._writer = owner.file
+        with pytest.raises(OSError, match=r"could not be written \(No space left on device\)"):
+            writer.write(1, {"train/loss": 0.5})
+        writer.close()
+
+
+def test_logs_go_on_from_the_bytes_of_the_state(tmp_path):
+    writer = MetricsWriter(str(tmp_path))
+    writer.write(1, {"train/loss": 1.0})
+    lengths = writer.flush()
+    writer.write(2, {"train/loss": 2.0})
+    writer.close()
+    for _ in range(2):  # the second time there is a file more, begun after the state
+        writer = MetricsWriter(str(tmp_path), lengths=lengths, step=1)
+        writer.write(2, {"train/loss": 3.0})
+        later = writer.flush()
+        writer.close()
+        assert [line["train/loss"] for line in read_lines(tmp_path)] == [1.0, 3.0]
+        assert read_events(tmp_path) == {"train/loss": [(1, 1.0), (2, 3.0)]}
+    assert set(lengths) < set(later)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -702,3 +703,41 @@ def test_a_head_that_was_trained_is_zeroed_for_fine_tuning():
     torch.nn.init.ones_(model.head.weight)
     model.load_from(fake_npz.arrays(PLAIN))
     assert not model.head.weight.any()
+
+
+# ---- files made to fill the memory ----
+
+
+def _peak_kib():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (10**5, 10**4), (2**40,)])
+def test_an_absurd_shape_is_refused_before_memory_is_taken(tmp_path, shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as f:
+        f.writestr("cls.npy", header.getvalue() + bytes(64))
+    before = _peak_kib()
+    with pytest.raises(ValueError, match="says it is of shape"):
+        npz.read(str(tmp_path / "a.npz"))
+    assert _peak_kib() - before < 64 * 1024
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_holds_is_refused_before_memory_is_taken(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as f, f.open("cls.npy", "w") as member:
+        for _ in range(300):
+            member.write(bytes(2**20))
+    before = _peak_kib()
+    with pytest.raises(ValueError, match=r"would unpack to 0\.3 GiB"):
+        npz.read(str(tmp_path / "a.npz"))
+    assert _peak_kib() - before < 64 * 1024
+
+
+def test_weights_that_were_compressed_are_read(tmp_path):
+    arrays = {"a": np.zeros((300, 300), np.float32), "b": np.random.default_rng(0).random(1000, np.float32)}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    found = npz.read(str(tmp_path / "a.npz"))
+    assert all((found[name] == x).all() for name, x in arrays.items())
