@@ -232,7 +232,7 @@ def test_again_trains_a_row_that_is_done(capfd):
 def start(*args):
     """The tool as a process of its own, with the rows of this module."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from tests import test_reproduce as t"
-            "; from tools import reproduce; reproduce.ROWS = t.TINY; sys.exit(reproduce.main(sys.argv[2:]))")  # fmt: skip
+            "; t.reproduce.ROWS = t.TINY; sys.exit(t.reproduce.main(sys.argv[2:]))")  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", code, str(REPOSITORY), *args],
         stdout=subprocess.DEVNULL,
