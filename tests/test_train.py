@@ -281,6 +281,14 @@ def test_two_processes_train_as_one_with_their_total_batch():
     assert [line["test/loss"] for line in lines_of("two") if "test/loss" in line] == pytest.approx(
         [line["test/loss"] for line in lines_of("one") if "test/loss" in line], abs=1e-5
     )
+    states = [torch.load(f"output/{name}_last.pt", weights_only=True) for name in ("one", "two")]
+    if states[0]["best_step"] == states[1]["best_step"]:  # else a digit between two classes went the other way
+        one, two = (state["best"] for state in states)
+        assert two["truth"].equal(one["truth"])
+        assert (two["predicted"] == one["predicted"]).float().mean() > 0.99
+        torch.testing.assert_close(two["confidence"], one["confidence"], rtol=0, atol=1e-3)
+    assert sorted(pictures_of("two")) == sorted(pictures_of("one"))
+    assert "processes</th><td>2<" in Path("output/two_report.html").read_text()
 
 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
