@@ -36,7 +36,15 @@ from utils import report as page
 from utils.evaluation import Evaluation, Predictions
 from utils.metrics import MetricsWriter, TrainingLog, read_lines
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
-from utils.runs import OutOfMemory, Stopped, StopSignal, make_deterministic, memory_remedy, only_run
+from utils.runs import (
+    OutOfMemory,
+    Stopped,
+    StopSignal,
+    handlers_restored,
+    make_deterministic,
+    memory_remedy,
+    only_run,
+)
 from utils.scheduler import DECAY_TYPES, make_schedule
 
 logger = logging.getLogger("train")
@@ -462,7 +470,11 @@ def parse_bool(text: str) -> bool:
 
 def make_parser() -> Parser:
     """Every flag of the command line."""
-    p = Parser(description="Fine-tune a Vision Transformer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(
+        prog="train.py",
+        description="Fine-tune a Vision Transformer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     p.add_argument("--name", required=True, help="name of this run: of its checkpoint and its logs")
     p.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, digits, or a folder of pictures")
     p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are downloaded to")
@@ -496,7 +508,7 @@ def make_parser() -> Parser:
     p.add_argument(
         "--save_every", type=int, default=None, help="updates between two saved states; default: at each evaluation"
     )
-    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; slower")
+    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; costs speed")
     p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
     p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
     p.add_argument(
@@ -832,15 +844,16 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%m/%d/%Y %H:%M:%S",
         level=logging.INFO if dist_util.is_main() else logging.WARNING,
     )
-    try:
-        with logging_redirect_tqdm():
-            return run(args)
-    except Stopped as e:
-        return fail(e, 128 + e.number)
-    except KeyboardInterrupt:
-        return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
-    finally:
-        dist_util.cleanup()
+    with handlers_restored():
+        try:
+            with logging_redirect_tqdm():
+                return run(args)
+        except Stopped as e:
+            return fail(e, 128 + e.number)
+        except KeyboardInterrupt:
+            return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
+        finally:
+            dist_util.cleanup()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import re
 import shlex
@@ -47,6 +48,9 @@ _OLD_NUMBERING = {old: new for new, old in _NEW_NUMBERING.items()}
 _PREFIXES = ("", "opt/target/", "opt/target/params/", "params/", "target/")
 _OPTIMIZER_STATE = ("opt/state/", "opt_state/", "state/")
 BUCKET = "https://storage.googleapis.com/vit_models"
+#: Weights hardly compress: what unpacks to more than both is no checkpoint, but made to fill the memory.
+MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**28, 20
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
@@ -245,11 +249,26 @@ def read(path: str) -> dict[str, np.ndarray]:
         raise ValueError("it is not an .npz archive, or only the beginning of one; fetch it again")
     try:
         with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+            if total > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * os.path.getsize(path)):
+                raise ValueError(f"it would unpack to {total / 2**30:.1f} GiB")
             # archive.read compares the checksum before anything of a member is believed; np.load does not.
-            members = ((name.removesuffix(".npy"), io.BytesIO(archive.read(name))) for name in archive.namelist())
-            return {name: np.lib.format.read_array(member, allow_pickle=False) for name, member in members}
+            return {name.removesuffix(".npy"): _read_array(name, archive.read(name)) for name in archive.namelist()}
     except (ValueError, EOFError, KeyError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"it is a damaged .npz archive ({e}); fetch it again") from e
+
+
+def _read_array(name: str, data: bytes) -> np.ndarray:
+    """One array of an .npz; raises ValueError before it takes memory for more numbers than are there."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"{name} is of a format that is not known")
+    shape, _, dtype = _HEADERS[version](file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"{name} says it is of shape {shape}, and has {len(data) - file.tell():,} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 class Spelling(NamedTuple):

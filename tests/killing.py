@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import glob
 import os
 import random
@@ -59,7 +60,8 @@ class Starter:
     def __enter__(self) -> Starter:
         command = [sys.executable, "-m", "tests.killing", "--serve", *FLAGS, *self._extra]
         self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=runs.ROOT,
+            bufsize=0,  # else a line could wait in the buffer, where ``select`` does not see it
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         return self
@@ -71,8 +73,7 @@ class Starter:
     def start(self, folder: str) -> Process:
         """The run, or what is left of it, in a folder; what it prints goes to a file there."""
         assert self._server.stdin
-        self._server.stdin.write(f"{folder}\n")
-        self._server.stdin.flush()
+        self._server.stdin.write(f"{folder}\n".encode())
         return Process(self._server, folder)
 
 
@@ -99,6 +100,13 @@ class Process:
         assert self.status in (0, -signal.SIGKILL), Path(self._folder, "stderr").read_text()[-2000:]
         return self.status
 
+    def where_it_is(self) -> str:
+        """What its threads are at, for a run that hangs."""
+        if self.status is None:
+            os.kill(self._pid, signal.SIGUSR1)
+            time.sleep(2)
+        return Path(self._folder, "stderr").read_text()[-5000:]
+
 
 def serve(flags: list[str]) -> None:
     """Forks a run for every folder that is named on standard input; tells its number, and later its status."""
@@ -111,6 +119,7 @@ def serve(flags: list[str]) -> None:
             errors = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(errors, 1)
             os.dup2(errors, 2)
+            faulthandler.register(signal.SIGUSR1)
             os._exit(train.main(flags))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -130,7 +139,9 @@ def kill_once(starter: Starter, folder: str, moments: random.Random) -> tuple[bo
     at_a_save, which, delay = moments.random() < 0.5, moments.randint(1, 4), moments.uniform(0, 1.5)
     process, begin, saving = starter.start(folder), time.monotonic(), False
     while process.poll() is None:
-        assert time.monotonic() < begin + TIMEOUT_SECS
+        if time.monotonic() > begin + TIMEOUT_SECS:
+            raise TimeoutError(process.where_it_is())
+        time.sleep(0.0005)
         if at_a_save:
             before, saving = saving, is_saving(folder)
             which -= saving and not before
@@ -156,7 +167,7 @@ def working_in(folder: str) -> Iterator[None]:
 def run_to_the_end(starter: Starter, folder: str) -> dict[str, Any]:
     """What the run leaves when it is let alone from now on."""
     process = starter.start(folder)
-    assert process.poll(TIMEOUT_SECS) == 0, Path(folder, "stderr").read_text()[-2000:]
+    assert process.poll(TIMEOUT_SECS) == 0, process.where_it_is()
     with working_in(folder):
         return runs.outcome()
 

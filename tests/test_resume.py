@@ -167,7 +167,7 @@ def test_it_may_be_killed_after_any_update_however_often_it_saves(update, save_e
 MOMENTS = {
     "before an evaluation": lambda patch: patch(train, "evaluate", before=True),
     "before the second evaluation": lambda patch: patch(train, "evaluate", nth=2, before=True),
-    "in the middle of an evaluation": lambda patch: patch(torch.nn.functional, "cross_entropy", nth=29),
+    "in the middle of an evaluation": lambda patch: patch(torch.nn.functional, "cross_entropy", nth=26),
     "between an evaluation and its line": lambda patch: patch(train, "evaluate", nth=2),
     "between the line and the best weights": lambda patch: patch(train, "save_best", before=True),
     "in the middle of the best weights": lambda patch: patch(torch, "save", nth=1, before=True),

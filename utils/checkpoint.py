@@ -83,7 +83,8 @@ def _system_error(error: BaseException) -> OSError | None:
 def _cannot_write(path: str, error: OSError) -> OSError:
     if isinstance(error, NotWritten):  # of a file written within the block
         return error
-    return NotWritten(f"{path} could not be written ({error.strerror or error}); what was there before is untouched")
+    untouched = "; what was there before is untouched" if os.path.exists(path) else ""
+    return NotWritten(f"{path} could not be written ({error.strerror or error}){untouched}")
 
 
 def remove_stale(*paths: str) -> None:

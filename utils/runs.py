@@ -38,8 +38,9 @@ class Stopped(KeyboardInterrupt):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the update in hand can be finished and saved.
 
-    A second one raises ``Stopped`` wherever the program is.  A context manager; outside it, and outside
-    the main thread, signals do what they did before.
+    A second one raises ``Stopped`` wherever the program is, and one that comes while a stopped run is
+    tidied up ends the process on the spot.  A context manager; without a signal in it, and outside the
+    main thread, signals do afterwards what they did before.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,7 +56,10 @@ class StopSignal:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, self._leave if self.number else handler)
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        os._exit(128 + number)  # an exception could come where Python would print it and go on
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -110,6 +114,18 @@ def make_deterministic() -> None:
     # It takes time, and nothing here reads such memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Lets signals do after the block what they did before it."""
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
