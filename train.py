@@ -100,10 +100,14 @@ def train(
                     state.evaluated = step
                     writer.write(step, {"test/accuracy": found.accuracy, "test/loss": found.loss})
                     report(step, found)
-                    if found.accuracy > state.best_accuracy:
+                    is_best = found.accuracy > state.best_accuracy
+                    if is_best:
                         state.best_accuracy, state.best_step, state.best = found.accuracy, step, vars(found)
                         save_best(args, model, precision, data.classes, state)
                         show_best(writer, found, data, step)
+                    if step == args.num_steps:
+                        writer.hyperparameters(step, {**state.settings, "--dataset": args.dataset})
+                    if is_best or step == args.num_steps:
                         write_report(args, state, data, precision, log.speed(), start)
                 log.restart_clock()
             signal_number = stop.agreed()
@@ -112,9 +116,6 @@ def train(
             if signal_number:
                 how = "the same command" if resumes_own(args) else "it, but with --resume auto,"
                 raise Stopped(signal_number, f"stopped after update {step}; {how} goes on from there")
-        flags = {name.lstrip("-"): value for name, value in state.settings.items()}
-        writer.hyperparameters(state.step, {**flags, "dataset": args.dataset})
-    write_report(args, state, data, precision, log.speed(), start)
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
     logger.info(

@@ -47,14 +47,15 @@ def event_files(name: str = "a") -> list[str]:
     return sorted(map(str, Path("logs", name).glob("events.out.tfevents.*")))
 
 
-def events(name: str = "a") -> list[tuple[int, str, float]]:
-    """Every record of every event file, as it stands there, but for times: (step, tag, value)."""
+def events(name: str = "a") -> list[tuple[int, str, float, bytes]]:
+    """Every record of every event file, as it stands there, but for times: (step, tag, value, picture)."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     found = []
     for path in event_files(name):
         for event in LegacyEventFileLoader(path).Load():
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value if v.tag != "images_per_sec"]
+            values = [v for v in event.summary.value if v.tag != "images_per_sec"]
+            found += [(event.step, v.tag, v.simple_value, v.image.encoded_image_string) for v in values]
     return found
 
 
@@ -79,6 +80,7 @@ def outcome(name: str = "a") -> dict[str, Any]:
         "curves": curves(name),
         **{key: flat(getattr(state, key)) for key in ("step", "evaluated", "best_accuracy", "settings")},
         **{key: flat(getattr(state, key)) for key in ("model", "optimizer", "precision")},
+        "found": (state.best_step, flat(state.best)),
     }
 
 

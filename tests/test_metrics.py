@@ -168,8 +168,8 @@ def test_a_run_that_goes_on_longer_has_its_new_hyperparameters(tmp_path):
     for num_steps in (8, 16):
         with MetricsWriter(str(tmp_path), lengths=lengths, step=done) as writer:
             writer.write(num_steps, {"test/accuracy": 0.5})
-            lengths, done = writer.flush(), num_steps
             writer.hyperparameters(num_steps, {"num_steps": num_steps})
+            lengths, done = writer.flush(), num_steps
     assert hyperparameters_of(tmp_path)[0] == {"num_steps": 16}
     assert read_events(tmp_path) == {"test/accuracy": [(8, 0.5), (16, 0.5)]}
 

@@ -172,9 +172,12 @@ MOMENTS = {
     "between the line and the best weights": lambda patch: patch(train, "save_best", before=True),
     "in the middle of the best weights": lambda patch: patch(torch, "save", nth=1, before=True),
     "between the best weights and their description": lambda patch: patch(os, "replace", nth=1),
-    "between the best weights and the state": lambda patch: patch(train, "save_last", before=True),
+    "between the best weights and their pictures": lambda patch: patch(train, "show_best", before=True),
+    "between the pictures and the report": lambda patch: patch(train, "write_report", before=True),
+    "before the report takes its place": lambda patch: patch(os, "replace", nth=3, before=True),
+    "between the report and the state": lambda patch: patch(train, "save_last", before=True),
     "in the middle of the state": lambda patch: patch(torch, "save", nth=2, before=True),
-    "before the state takes its place": lambda patch: patch(os, "replace", nth=3, before=True),
+    "before the state takes its place": lambda patch: patch(os, "replace", nth=4, before=True),
     "after the state": lambda patch: patch(train, "save_last"),
     "after the last state": lambda patch: patch(train, "save_last", nth=3),
     "before the last evaluation": lambda patch: patch(train, "evaluate", nth=3, before=True),
@@ -191,9 +194,8 @@ def test_it_may_be_killed_at_any_moment(moment, whole, monkeypatch):
     every_name_is_whole()
     assert run() == 0
     assert_same(outcome(), whole())
-    assert sorted(os.listdir("output")) == [
-        "a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html",
-    ]  # no temporary  # fmt: skip
+    files = ["a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html"]
+    assert sorted(os.listdir("output")) == files  # no temporary
 
 
 def test_an_evaluation_that_was_stopped_and_then_killed_is_logged_once(whole, monkeypatch):
@@ -299,7 +301,7 @@ def test_a_path_goes_on_under_another_name_with_the_best_weights(update, whole, 
     assert found["lines"] == [line for line in expected["lines"] if line["step"] > saved]
 
 
-ALL_WRONG = Evaluation(1.0, torch.zeros(360, dtype=torch.long), torch.ones(360, dtype=torch.long), torch.ones(360))
+ALL_WRONG = Evaluation(1.0, torch.zeros(360).long(), torch.ones(360).long(), torch.ones(360))
 
 
 def test_a_path_with_better_weights_than_the_rest_of_the_run_finds_keeps_them(monkeypatch):

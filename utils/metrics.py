@@ -62,6 +62,7 @@ class MetricsWriter:
         # TensorBoard, if it is looking, forgets what has been cut off from then on.
         self._events = EventFile(log_dir, purge_step=step + 1 if step else None)
         self._lines = open(os.path.join(log_dir, METRICS_FILE), "ab")  # noqa: SIM115
+        self._end: int | None = None  # of the events that a run that goes on longer keeps
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one line and its scalars, which are in the files when it returns.
@@ -92,8 +93,8 @@ class MetricsWriter:
         tab would then know the values of one run only.
 
         Args:
-            step: the last update.  The entry counts as one later: a run that goes on from there writes its
-                own, and a TensorBoard that is looking forgets this one.
+            step: the last update, of which all else must be written.  The entry counts as one later and is
+                left out of what ``flush`` counts: a run that goes on longer writes its own.
             values: the run's flags.
         """
         if not self.enabled:
@@ -102,6 +103,7 @@ class MetricsWriter:
 
         plain = {name: x if type(x) in (int, float) else str(x) for name, x in values.items()}
         _, begin, end = hparams(plain, {})
+        self._end = self._events.file.tell()
         for summary in (begin, end):
             self._events.add_summary(summary, step + 1)
 
@@ -117,6 +119,8 @@ class MetricsWriter:
             with _named(file.name):
                 os.fsync(file.fileno())
         own = {os.path.basename(file.name): file.tell() for file in (self._lines, self._events.file)}
+        if self._end is not None:
+            own[os.path.basename(self._events.file.name)] = self._end
         return {**self._lengths, **own}
 
     def __enter__(self) -> MetricsWriter:
