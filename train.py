@@ -842,7 +842,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
-        level=logging.INFO if dist_util.is_main() else logging.WARNING,
+        level=logging.INFO if dist_util.is_main() else logging.ERROR,
     )
     with handlers_restored():
         try:

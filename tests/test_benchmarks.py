@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks import common, data, ours, peers, saving, start, step
+from benchmarks import common, communication, data, ours, peers, saving, scaling, start, step
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests import fake_npz
@@ -295,3 +296,39 @@ def test_the_peak_is_that_of_the_best_product():
     a = torch.rand(8, 8)
     tiny = 2 * 8**3 / common.timed(lambda: a @ a, 100, "cpu")
     assert rate > tiny  # the larger squares are faster
+
+
+# ---- communication ----
+
+
+def test_the_bytes_of_gradients_are_those_of_the_published_sizes():
+    assert communication.gradient_bytes("ViT-B_16", "O0") == 4 * 86_567_656
+    half = communication.gradient_bytes("ViT-B_16", "O2")
+    assert 2 * 86_567_656 < half < 2.02 * 86_567_656  # norms and embeddings stay float32
+    assert communication.gradient_bytes("ViT-B_16", "O3") == 2 * 86_567_656
+    assert communication.sent_bytes(1000, 1) == 0
+    assert communication.sent_bytes(1000, 2) == 1000  # half of it there, and half of the sums back
+    assert communication.milliseconds(25e9 / 8, 25) == 1000
+
+
+def test_the_table_of_the_page_is_the_commands(capsys):
+    communication.main([])
+    page = (Path(__file__).resolve().parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert f"<!-- benchmarks.communication -->\n{capsys.readouterr().out}<!-- end -->" in page
+
+
+def test_time_that_is_hidden_is_time_inside_the_backward_pass():
+    backward = [(1.0, 2.0), (2.5, 4.0)]
+    assert scaling.communication([(0.5, 1.5), (1.2, 3.0), (3.5, 5.0)], backward) == pytest.approx((4.0, 1.5))
+    assert scaling.communication([(4.0, 5.0)], backward) == (1.0, 1.0)
+    assert scaling.communication([(2.0, 3.0)], backward) == (1.0, 0.0)
+
+
+def test_scaling_compares_one_process_with_two_and_looks_at_the_reductions(capsys):
+    scaling.main(["--model_type", "testing", "--img_size", "32", "--quick", "--threads", "1", "--updates", "1"])
+    out = capsys.readouterr().out
+    (table,) = tables_of(out)
+    assert [row[""] for row in table] == ["1 process x 1 thread", "2 processes x 1 thread"]
+    assert min(float(row["images/s"].replace(",", "")) for row in table) > 0
+    share = re.search(r"reductions are under way for (\d+) ms of it, (\d+)% of that inside the backward pass", out)
+    assert 0 <= int(share[2]) <= 100

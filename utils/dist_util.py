@@ -15,12 +15,13 @@ import io
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -136,7 +137,8 @@ def _join() -> dist.Store:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(
             f"process {rank()} on {socket.gethostname()} does not reach the others by {where} "
-            f"({str(e).splitlines()[0]}); start {os.environ['WORLD_SIZE']} processes, and let the machines connect"
+            f"({str(e).splitlines()[0]}); start {os.environ['WORLD_SIZE']} processes, let the "
+            "machines connect, and see docs/distributed.md if machines joined later"
         ) from e
     return store
 
@@ -423,11 +425,23 @@ def tells() -> bool:
     if _run is None:
         return is_first_of_machine()
     if _run.tells is None:
-        try:
-            _run.tells = _run.store.add("told", 1) == 1
-        except RuntimeError:  # whoever kept the store is gone
-            _run.tells = is_first_of_machine()
+        store = _run.store
+        _run.tells = _within(3, lambda: store.add("told", 1) == 1, is_first_of_machine())
     return _run.tells
+
+
+def _within(secs: float, ask: Callable[[], T], otherwise: T) -> T:
+    """What a question to the store gives; whoever keeps the store may be gone, or cut off and silent."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(secs)
+    return answers[0] if answers else otherwise
 
 
 def lost_contact(error: BaseException) -> str:
@@ -438,7 +452,10 @@ def lost_contact(error: BaseException) -> str:
     watchdog = threading.Timer(GRACE_SECS, os._exit, [1])
     watchdog.daemon = True
     watchdog.start()
-    reason = re.sub(r"^\[\S*\] ?", "", str(error).strip().splitlines()[0])  # without the place in Gloo's source
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as it has seen the death, too
+    # Without the place in Gloo's source, and its advice.
+    reason = re.sub(r"^\[\S*\] ?", "", str(error).strip().splitlines()[0]).split(". ")[0]
     return (
         f"lost contact with {_who_is_lost()}: ended, cut off, or without an answer "
         f"for {timeout().total_seconds():.0f} s ({reason})"
@@ -446,19 +463,16 @@ def lost_contact(error: BaseException) -> str:
 
 
 def _who_is_lost() -> str:
-    missing = set(range(world_size())) - {rank()}
-    if _run is not None:
-        try:
-            _run.store.set(f"left/{rank()}", "")
-            if not tells():
-                return ""
-            for _ in range(8):  # those of the others that live notice at about the same time
-                time.sleep(0.25)
-                missing = {i for i in missing if not _run.store.check([f"left/{i}"])}
-        except RuntimeError:
-            return "the process that keeps the run together"
+    if _run is None:
+        return "another process"
+    store, others = _run.store, set(range(world_size())) - {rank()}
+    _within(3, lambda: store.set(f"left/{rank()}", ""), None)
+    if not tells():
+        return ""
+    time.sleep(1)  # those of the others that live notice at about the same time
+    missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
     names = [_place(i) for i in sorted(missing)]
-    if not names or len(missing) == world_size() - 1 > 1:
+    if not names or len(names) == len(others) > 1:
         return "the other processes"
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

@@ -1,0 +1,204 @@
+"""Processes and machines that die, hang, leave and join: the run goes on, or ends with a word within a bounded time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import train
+from tests.launching import LAUNCHER, TINY, job, lines_of, ranks, train_main, values_of, wait_for, weights_of
+from utils import checkpoint, dist_util
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
+
+STEPS = 60
+RUN = [
+    *TINY,
+    "--name",
+    "a",
+    "--num_steps",
+    str(STEPS),
+    "--warmup_steps",
+    "2",
+    "--eval_every",
+    "30",
+    "--save_every",
+    "5",
+]
+#: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle.
+SLOW = """
+import os, sys, time
+import train
+from utils import data_utils
+
+def slow(*args, batches=data_utils.train_batches):
+    for batch in batches(*args):
+        with open(os.environ["PACE"]) as f:
+            time.sleep(float(f.read() or "0"))
+        yield batch
+
+data_utils.train_batches = slow
+sys.exit(train.main())
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The path of the slowed train.py."""
+    path = tmp_path / "slow.py"
+    path.write_text(SLOW)
+    monkeypatch.setenv("PACE", str(tmp_path / "pace"))
+    set_pace(tmp_path, 0.05)
+    return str(path)
+
+
+def set_pace(folder, seconds):
+    """How long each update takes from now on, at least."""
+    (folder / "new").write_text(str(seconds))
+    (folder / "new").replace(folder / "pace")
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory):
+    """The folder of the run that nobody hurt, by its number of processes; 16 pictures an update."""
+    folders = {}
+    for number in (1, 2):
+        folders[number] = tmp_path_factory.mktemp(f"unhurt{number}")
+        with ranks(number, train_main, ([*RUN, "--train_batch_size", str(16 // number)],), folders[number]) as run:
+            assert run.results() == [0] * number, run.output()
+    return folders
+
+
+def updates_done(folder):
+    return max((line["step"] for line in lines_of(folder, "a")), default=0)
+
+
+def assert_whole(folder):
+    """One line an update, none twice, although some updates were done twice."""
+    assert [line["step"] for line in lines_of(folder, "a") if "train/loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_after_a_killed_process_torchrun_brings_the_same_weights(unhurt, script, tmp_path):
+    command = [*LAUNCHER, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "--monitor-interval=0.1", script]
+    with job([*command, *RUN, "--train_batch_size", "8"], tmp_path) as run:
+        wait_for(lambda: updates_done(tmp_path) > 12, 60, run.output)
+        os.kill(run.rank(1), signal.SIGKILL)
+        set_pace(tmp_path, 0)
+        assert run.wait(60) == 0, run.output()
+        assert run.output().count("lost contact with process 1 (") == 1
+        assert "Going on after update" in run.output()
+        assert "Traceback" not in run.output()
+    assert_whole(tmp_path)
+    ours, expected = weights_of(tmp_path, "a"), weights_of(unhurt[2], "a")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in ours.items())
+
+
+def test_machines_that_join_and_leave_keep_the_batch_of_all(unhurt, script, tmp_path):
+    """One machine begins alone with 16 pictures an update, shares them with a second, and goes on without it."""
+    # The rendezvous is kept here: neither machine is the one that may not die.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    conf = "is_host=false,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"
+    command = [*LAUNCHER, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--monitor-interval=0.1"]
+    command += [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{store.port}",
+        "--rdzv-id=test",
+        "--local-addr=127.0.0.1",
+    ]
+    command += [f"--rdzv-conf={conf}", script, *RUN, "--train_batch_size", "16"]
+    # Else (PyTorch 2.14) the agent that was the first before the other came stays with its own store.
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with job(command, tmp_path, "first", **env) as first:
+        wait_for(lambda: updates_done(tmp_path) > 2, 60, first.output)
+        set_pace(tmp_path, 2)  # until the second is there
+        with job(command, tmp_path, "second", **env) as second:
+            both = lambda: first.output() + second.output()  # noqa: E731
+            wait_for(lambda: "2 processes share the 16 pictures" in both(), 60, both)
+            before = updates_done(tmp_path)
+            set_pace(tmp_path, 0.05)
+            wait_for(lambda: updates_done(tmp_path) > before + 6, 60, both)
+            assert updates_done(tmp_path) < STEPS
+            second.kill()
+            set_pace(tmp_path, 0)
+            assert first.wait(60) == 0, both()
+            assert both().count("--train_batch_size 8 --gradient_accumulation_steps 1: 2 processes share") == 1
+            assert "Traceback" not in both().split("torch/distributed/elastic")[0]
+    assert_whole(tmp_path)
+    assert values_of(tmp_path, "a", "train/loss") == pytest.approx(values_of(unhurt[1], "a", "train/loss"), abs=1e-5)
+
+
+def test_a_process_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
+    flags = [*RUN, "--num_steps", "100000", "--train_batch_size", "8"]
+    with ranks(3, train_main, (flags,), tmp_path, env={"TRAIN_TIMEOUT_SECS": "3"}) as run:
+        wait_for(lambda: updates_done(tmp_path) > 8, 60, run.output)
+        os.kill(run.processes[1].pid, signal.SIGSTOP)
+        since = time.monotonic()
+        for number in (0, 2):
+            run.processes[number].join(30)
+            assert run.processes[number].exitcode == 0, run.output()  # the wrapper's own
+        assert 2 < time.monotonic() - since < 3 + dist_util.GRACE_SECS
+        run.processes[1].kill()
+        assert run.results() == [1, None, 1]
+        assert len(run.errors()) == 1, run.output()
+        assert "lost contact with process 1 (" in run.errors()[0]
+        assert "without an answer for 3 s" in run.errors()[0]
+        assert "output/a_last.pt" in run.errors()[0]  # where it can go on
+        assert "Traceback" not in run.output()
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "-5", "1e3", ""])
+def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("TRAIN_TIMEOUT_SECS", text)
+    with pytest.raises(ValueError, match=f"TRAIN_TIMEOUT_SECS={text}: expected seconds"):
+        dist_util.timeout()
+
+
+# ---- how processes share the batch ----
+
+
+@pytest.mark.parametrize(
+    ("given", "parts", "began", "now", "expected"),
+    [
+        (8, 1, 2, 1, (16, 2)),  # as much at a time as before
+        (8, 1, 2, 4, (4, 1)),
+        (8, 2, 2, 4, (4, 1)),  # the parts may be larger than half as long as they are no larger than before
+        (6, 1, 4, 3, (8, 2)),
+        (7, 1, 3, 1, (21, 3)),
+        (10, 1, 3, 2, (15, 3)),  # 15 in parts of 5: 10 at most, and all alike
+    ],
+)
+def test_the_same_command_on_other_numbers_of_processes(monkeypatch, given, parts, began, now, expected):
+    args = train.make_parser().parse_args(["--name", "a"])
+    args.train_batch_size, args.gradient_accumulation_steps = given, parts
+    state = checkpoint.TrainingState(
+        {"--train_batch_size of all processes": given * began}, {"--train_batch_size": given, "processes": began}
+    )
+    monkeypatch.setattr(dist_util, "world_size", lambda: now)
+    train.follow_processes(args, state)
+    assert (args.train_batch_size, args.gradient_accumulation_steps) == expected
+    assert args.train_batch_size * now == given * began
+    assert args.train_batch_size // args.gradient_accumulation_steps <= given // parts
+
+
+def test_a_batch_that_was_changed_by_the_user_is_left_alone(monkeypatch):
+    args = train.make_parser().parse_args(["--name", "a", "--train_batch_size", "16"])
+    state = checkpoint.TrainingState(
+        {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
+    )
+    train.follow_processes(args, state)
+    assert args.train_batch_size == 16
+
+
+def test_processes_that_cannot_share_the_batch_hear_which_numbers_can(monkeypatch):
+    args = train.make_parser().parse_args(["--name", "a", "--train_batch_size", "8"])
+    state = checkpoint.TrainingState(
+        {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
+    )
+    monkeypatch.setattr(dist_util, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"3 processes cannot share equally the 16 pictures .*: 1, 2, 4$"):
+        train.follow_processes(args, state)
