@@ -1,11 +1,11 @@
-r"""Fine-tunes a Vision Transformer: flags, wiring, the training loop and the evaluation.
+r"""Fine-tunes a Vision Transformer: the training loop, the evaluation, and their wiring.
 
     python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 \
         --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz
     python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 -v
 
-The flags and their defaults are the reference script's (github.com/jeonsworld/ViT-pytorch).  Only this
-module and the tools see ``args``; everything else takes the values it needs.
+The flags are in flags.py, what a run that goes on needs in resuming.py, what a person looks at in showing.py.
+Only these and the tools see ``args``; everything else takes the values it needs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,33 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from flags import check_args, checkpoint_path, last_path, log_dir, make_parser
 from models import npz
-from models.configs import CONFIGS, ViTConfig, canonical_name
+from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, dist_util, drawing
-from utils import report as page
+from resuming import (
+    begin,
+    check_processes,
+    circumstances,
+    claim,
+    logs_to_keep,
+    restore,
+    resumes_own,
+    settings,
+    take_name,
+)
+from showing import show_batch, show_best, write_report
+from utils import augment, checkpoint, data_utils, dist_util
 from utils.evaluation import Evaluation, Predictions
-from utils.metrics import MetricsWriter, TrainingLog, read_lines
-from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS, ApexPrecision, Precision, import_apex_amp
+from utils.metrics import MetricsWriter, TrainingLog
+from utils.precision import ApexPrecision, Precision, import_apex_amp
 from utils.runs import (
     OutOfMemory,
     Stopped,
@@ -43,9 +53,8 @@ from utils.runs import (
     handlers_restored,
     make_deterministic,
     memory_remedy,
-    only_run,
 )
-from utils.scheduler import DECAY_TYPES, make_schedule
+from utils.scheduler import make_schedule
 
 logger = logging.getLogger("train")
 
@@ -181,16 +190,6 @@ def report(step: int | None, found: Evaluation) -> None:
     logger.info("Valid Accuracy: %.5f", found.accuracy)
 
 
-def checkpoint_path(args: argparse.Namespace) -> str:
-    """Where the run's fine-tuned weights are."""
-    return os.path.join(args.output_dir, f"{args.name}_checkpoint.bin")
-
-
-def log_dir(args: argparse.Namespace) -> str:
-    """Where the run's TensorBoard events and metrics are."""
-    return os.path.join("logs", args.name)
-
-
 def save_best(
     args: argparse.Namespace,
     model: VisionTransformer,
@@ -206,11 +205,6 @@ def save_best(
         )  # fmt: skip
         checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model), description)
         logger.info("Saved model checkpoint to %s", checkpoint_path(args))
-
-
-def last_path(args: argparse.Namespace) -> str:
-    """Where the state is from which the run can go on."""
-    return os.path.join(args.output_dir, f"{args.name}_last.pt")
 
 
 def save_last(
@@ -237,341 +231,6 @@ def save_last(
 
 
 # ---- what a run shows ----
-
-#: So many of the first update's pictures and of the worst mistakes are shown, with so long sides.
-SHOWN_PICTURES, SHOWN_MISTAKES, PICTURE_PX, MISTAKE_PX = 64, 24, 96, 128
-
-
-def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
-    """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
-    if writer.enabled:
-        pictures = drawing.from_tensor(images[:SHOWN_PICTURES])
-        panels = [(classes[label], drawing.scaled(x, PICTURE_PX)) for label, x in zip(labels.tolist(), pictures)]
-        writer.picture(1, "train/pictures", drawing.arrange(panels, columns=8))
-
-
-def show_best(writer: MetricsWriter, found: Evaluation, data: data_utils.DataSets, step: int) -> None:
-    """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
-    if writer.enabled:
-        writer.picture(step, "test/confusion", drawing.confusion(found.confusion(len(data.classes)), data.classes))
-        panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
-        if panels:
-            writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=4))
-
-
-def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[page.Mistake, Image]]:
-    """The mistakes that were made with the most confidence, with their pictures."""
-    mistakes = []
-    for i in found.worst_mistakes(SHOWN_MISTAKES):
-        name, picture = data_utils.picture_at(data.test, i)
-        picture = drawing.scaled(picture, MISTAKE_PX)
-        truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
-        mistakes.append(
-            (page.Mistake(drawing.png(picture), name, truth, predicted, float(found.confidence[i])), picture)
-        )
-    return mistakes
-
-
-def report_path(args: argparse.Namespace) -> str:
-    """Where the run's report is."""
-    return os.path.join(args.output_dir, f"{args.name}_report.html")
-
-
-def write_report(
-    args: argparse.Namespace,
-    state: checkpoint.TrainingState,
-    data: data_utils.DataSets,
-    precision: Precision,
-    speed: float,
-    start: float,
-) -> None:
-    """Writes the run's report as far as it has come; a training does not end for the lack of one."""
-    if not dist_util.is_main():
-        return
-    best, parser = Evaluation(**state.best), make_parser()
-    contents = page.Contents(
-        name=args.name,
-        subject=f"{args.model_type} on {args.dataset}",
-        num_steps=args.num_steps,
-        step=state.step,
-        lines=read_lines(log_dir(args)),
-        classes=data.classes,
-        best_step=state.best_step,
-        confusion=best.confusion(len(data.classes)),
-        mistakes=[mistake for mistake, _ in worst_mistakes(best, data)],
-        settings={f"--{name}": (value, parser.get_default(name)) for name, value in vars(args).items()},
-        facts={
-            **page.versions(),
-            "device": f"{precision.device}, {dist_util.device_name(precision.device)}",
-            "numbers": str(precision),
-            "processes": str(dist_util.world_size()),
-            "threads of each": str(torch.get_num_threads()),
-        },
-        timing={
-            "wall time": f"{time.perf_counter() - start:.1f} s, with evaluations",
-            "images per second while training": f"{speed:.1f}",
-            "pictures": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
-            "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        },
-    )
-    try:
-        checkpoint.write_text(report_path(args), page.render(contents))
-    except OSError as e:
-        logger.warning("The report %s could not be written (%s)", report_path(args), e)
-
-
-# ---- going on from where a run was stopped ----
-
-#: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
-RESULT_FLAGS = (
-    "pretrained_dir", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
-    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
-)  # fmt: skip
-
-
-def settings(
-    args: argparse.Namespace, config: ViTConfig, data: data_utils.DataSets, precision: Precision
-) -> dict[str, Any]:
-    """What decides on a run's result: a run goes on only under the same."""
-    return {
-        "--model_type": canonical_name(args.model_type),
-        "--dataset": f"{args.dataset if args.dataset in data_utils.NAMED_DATASETS else 'folder'} {data.checksum()}",
-        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
-        "--dropout": config.dropout_rate,
-        "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
-        "precision": str(precision),
-    }
-
-
-def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What decides on the last digits of a run's result."""
-    return {
-        "--device": device.type,
-        "--train_batch_size": args.train_batch_size,
-        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "--eval_batch_size": args.eval_batch_size,
-        "--compile": args.compile,
-        "--deterministic": args.deterministic,
-        "processes": dist_util.world_size(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
-
-
-def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
-    """The state that ``--resume`` asks for, or None: a new run.
-
-    Raises:
-        ValueError: there is none, or it cannot be read.
-    """
-    there = os.path.exists(last_path(args))
-    if there and not resumes_own(args):
-        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
-    if args.resume in ("auto", "none"):
-        return checkpoint.load_state(last_path(args)) if there and args.resume == "auto" else None
-    return checkpoint.load_state(args.resume)
-
-
-def resumes_own(args: argparse.Namespace) -> bool:
-    """Whether the state to go on from, if there is one, is of this very run."""
-    return args.resume == "auto" or os.path.realpath(args.resume) == os.path.realpath(last_path(args))
-
-
-def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
-    """Leaves nothing under the run's name that could be taken for its own, and has its best weights there.
-
-    A run that replaces another and is killed before its first save must not go on as the other one.
-    """
-    if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
-        os.unlink(last_path(args))
-    if state.best_accuracy < 0 or (resumes_own(args) and os.path.exists(checkpoint_path(args))):
-        return
-    source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
-    try:
-        weights = checkpoint.load_weights(source)
-        told = checkpoint.read_description(source, weights)
-        if told is None or (told.step > state.step or told.accuracy != state.best_accuracy):
-            raise ValueError(f"{source} is of another evaluation")
-    except ValueError as e:
-        logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
-                       state.best_accuracy, e)  # fmt: skip
-        state.best_accuracy = -1.0
-    else:
-        if dist_util.is_main():
-            checkpoint.save_weights(checkpoint_path(args), weights, told)
-
-
-def begin(
-    args: argparse.Namespace, state: checkpoint.TrainingState | None, now: dict[str, Any], here: dict[str, Any]
-) -> checkpoint.TrainingState:
-    """The state that the run begins with: the one found, if it is of a run with the same settings.
-
-    Raises:
-        ValueError: it is of another run; the message lists every difference.
-    """
-    if state is None:
-        return checkpoint.TrainingState(now, here)
-    was = dict(state.settings)
-    if type(n := was.get("--num_steps")) is int and n < args.num_steps:
-        logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
-                       n, args.num_steps)  # fmt: skip
-        was["--num_steps"] = args.num_steps
-    differences = [
-        f"{name} was {was.get(name)}, is {now.get(name)}" for name in now | was if was.get(name) != now.get(name)
-    ]
-    if differences:
-        path = last_path(args) if args.resume == "auto" else args.resume
-        raise ValueError(
-            f"{path} is of a run with other settings: {'; '.join(differences)}; give it the same, "
-            "or another --name, or start over with --resume none"
-        )
-    if changed := [
-        f"{name} was {x}, is {here.get(name)}" for name, x in state.circumstances.items() if here.get(name) != x
-    ]:
-        logger.warning("%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed))
-    return replace(state, settings=now, circumstances=here, model={})
-
-
-def restore(
-    state: checkpoint.TrainingState, optimizer: torch.optim.Optimizer, precision: Precision, log: TrainingLog
-) -> None:
-    """Gives everything but the model, which has its weights, what the state holds for it."""
-    if state.step:
-        optimizer.load_state_dict(state.optimizer)
-        precision.load_training_state(state.precision)
-        log.load_training_state(state.log, precision.device)
-        state.optimizer = {}  # let go of: it is as large as the model
-        logger.info("Going on after update %d", state.step)
-
-
-def logs_to_keep(args: argparse.Namespace, state: checkpoint.TrainingState) -> dict[str, int] | None:
-    """The bytes of this name's logs that are of the run so far; None if they are of another run."""
-    return state.log.get("files", {}) if resumes_own(args) and state.step else None
-
-
-# ---- flags ----
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the thirty flags are for ``--help``."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_main() else None)
-
-
-def parse_bool(text: str) -> bool:
-    """true/false in the usual spellings."""
-    if text.lower() in ("true", "t", "yes", "y", "1"):
-        return True
-    if text.lower() in ("false", "f", "no", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def make_parser() -> Parser:
-    """Every flag of the command line."""
-    p = Parser(
-        prog="train.py",
-        description="Fine-tune a Vision Transformer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--name", required=True, help="name of this run: of its checkpoint and its logs")
-    p.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, digits, or a folder of pictures")
-    p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are downloaded to")
-    p.add_argument("--model_type", choices=CONFIGS, default="ViT-B_16", metavar="MODEL", help=", ".join(CONFIGS))
-    p.add_argument(
-        "--pretrained_dir",
-        default="checkpoint/ViT-B_16.npz",
-        help="Google's .npz file, or a folder that has it; '' trains from random weights",
-    )
-    p.add_argument("--output_dir", default="output", help="where checkpoints are written")
-    p.add_argument("--img_size", type=int, default=224, help="side of the pictures the model sees, in pixels")
-    p.add_argument("--train_batch_size", type=int, default=512, help="pictures of one update, per process")
-    p.add_argument("--eval_batch_size", type=int, default=64, help="pictures evaluated at once")
-    p.add_argument("--eval_every", type=int, default=100, help="updates between two evaluations")
-    p.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics")
-    p.add_argument("--learning_rate", type=float, default=3e-2, help="of SGD, at its highest")
-    p.add_argument("--weight_decay", type=float, default=0.0, help="of SGD, on all weights")
-    p.add_argument("--num_steps", type=int, default=10000, help="updates")
-    p.add_argument("--decay_type", choices=DECAY_TYPES, default="cosine", help="how the learning rate falls")
-    p.add_argument("--warmup_steps", type=int, default=500, help="updates over which the learning rate rises")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped")
-    p.add_argument("--dropout", type=float, default=None, help="dropout rate, instead of the model's own")
-    p.add_argument("--gelu", choices=("erf", "tanh"), default="erf", help="tanh is what Google's code computes")
-    p.add_argument("--hflip", action="store_true", help="mirror half of the training pictures")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what computes")
-    p.add_argument("--num_workers", type=int, default=None, help="decoding processes, for folders of large pictures")
-    p.add_argument(
-        "--resume", default="auto", metavar="auto|none|PATH",
-        help="auto: go on where a run of this name was stopped; none: start over; or a <name>_last.pt",
-    )  # fmt: skip
-    p.add_argument(
-        "--save_every", type=int, default=None, help="updates between two saved states; default: at each evaluation"
-    )
-    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; costs speed")
-    p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
-    p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
-    p.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="parts into which the batch of an update is split"
-    )
-    p.add_argument("--fp16", action="store_true", help="mixed precision")
-    p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
-    p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
-    p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model, for long runs")
-    p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
-    p.add_argument(
-        "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
-        help="evaluate a fine-tuned checkpoint instead of training",
-    )  # fmt: skip
-    p.add_argument("--load_model_dir", default=None, help="what -v evaluates, if not OUTPUT_DIR/NAME_checkpoint.bin")
-    return p
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for what the types of the flags let through; fills in the defaults that depend on others."""
-    at_least_one = (
-        "img_size", "train_batch_size", "eval_batch_size", "eval_every", "log_every", "num_steps",
-        "gradient_accumulation_steps", "save_every",
-    )  # fmt: skip
-    for name in at_least_one:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "seed", "loss_scale"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    if not args.max_grad_norm > 0:
-        raise ValueError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise ValueError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
-    if os.path.basename(args.name) != args.name or args.name in ("", ".", "..") or not args.name.isprintable():
-        raise ValueError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
-    if len(os.fsencode(args.name)) > 200:
-        raise ValueError(f"--name has {len(args.name)} characters, too many for the names of files")
-    if args.train_batch_size % args.gradient_accumulation_steps:
-        raise ValueError(
-            f"--train_batch_size {args.train_batch_size} is not a multiple of "
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
-        )
-    if args.seed >= 2**63:
-        raise ValueError(f"--seed is {args.seed}, expected less than 2**63")
-    if args.warmup_steps >= args.num_steps and not args.eval_only:
-        logger.warning(
-            "--warmup_steps %d of --num_steps %d: the learning rate does not get to fall",
-            args.warmup_steps,
-            args.num_steps,
-        )
-    half = (args.fp16_opt_level, args.amp_dtype, args.amp_backend, args.loss_scale) != ("O2", "auto", "native", 0)
-    if half and not args.fp16:
-        logger.warning("--fp16_opt_level, --amp_dtype, --amp_backend and --loss_scale have no effect without --fp16")
-    if args.fp16 and args.amp_backend == "apex" and args.amp_dtype == "bfloat16":
-        raise ValueError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
-    if args.load_model_dir is not None and not args.eval_only:
-        raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
-    if args.num_workers is None:
-        args.num_workers = min(8, dist_util.num_cpus())
-    if args.num_workers < 0:
-        raise ValueError(f"--num_workers is {args.num_workers}, expected 0 or more")
 
 
 # ---- what a run needs before it starts ----
@@ -720,79 +379,6 @@ def run(args: argparse.Namespace) -> int:
         except (data_utils.PictureError, FloatingPointError, OSError, RuntimeError) as e:
             return fail_at_work(args, e)
     return 0
-
-
-def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.TrainingState | None:
-    """Makes sure that nobody else trains under this name until ``held`` closes, and finds the state to go on from.
-
-    Raises:
-        ValueError: somebody does, files cannot be written, or the state cannot be read.
-    """
-    checkpoint.check_writable(args.output_dir)
-    checkpoint.check_writable(log_dir(args))
-    if dist_util.is_main():
-        for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
-            held.enter_context(only_run(lock))
-        best = checkpoint_path(args)
-        checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args), report_path(args))
-    state = newest_state(find_state(args))
-    if state is not None:
-        follow_processes(args, state)
-    return state
-
-
-def newest_state(state: checkpoint.TrainingState | None) -> checkpoint.TrainingState | None:
-    """The newest state that any process found: machines may have disks of their own."""
-    version: tuple[int, ...] = (-1,)
-    if state is not None:
-        contents = checkpoint.checksum(state.model) if dist_util.several_machines() else 0
-        version = (state.step, state.evaluated, contents)
-    found = dist_util.newest(state and vars(state), version)
-    return checkpoint.TrainingState(**found) if found else None
-
-
-def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
-    """Keeps the batch of all processes when the same command goes on with more or fewer of them.
-
-    The parts of an update do not grow: what fitted into memory still does.
-
-    Raises:
-        ValueError: so many processes cannot share the batch.
-    """
-    total = state.settings.get("--train_batch_size of all processes", 0)
-    was, now = state.circumstances.get("processes", 1), dist_util.world_size()
-    given = args.train_batch_size
-    if not total or total == given * now or state.circumstances.get("--train_batch_size") != given:
-        return
-    if total % now:
-        fitting = [n for n in range(1, min(total, 2 * max(was, now)) + 1) if total % n == 0]
-        raise ValueError(
-            f"{now} processes cannot share equally the {total} pictures of an update, on which this run began; "
-            f"numbers that can: {', '.join(map(str, fitting))}"
-        )
-    part, batch = given // args.gradient_accumulation_steps, total // now
-    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
-    logger.log(
-        logging.INFO if was == now else logging.WARNING,
-        "--train_batch_size %d --gradient_accumulation_steps %d: %d processes share the %d pictures of an update",
-        batch, parts, now, total,
-    )  # fmt: skip
-    args.train_batch_size, args.gradient_accumulation_steps = batch, parts
-
-
-#: Flags that may differ between processes: folders of their machines, and what does not change the result.
-OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
-
-
-def check_processes(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets) -> None:
-    """Raises ValueError unless all processes have the same flags, data and weights."""
-    if dist_util.world_size() == 1:
-        return
-    same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
-    same["the checksum of --dataset"] = data.checksum()
-    if dist_util.several_machines():
-        same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
-    dist_util.check_same(same, "start every process with the same")
 
 
 def fail_at_work(args: argparse.Namespace, error: Exception) -> int:

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import resuming
 import train
 from tests.launching import LAUNCHER, TINY, job, lines_of, ranks, train_main, values_of, wait_for, weights_of
 from utils import checkpoint, dist_util
@@ -32,6 +33,7 @@ RUN = [
 #: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle.
 SLOW = """
 import os, sys, time
+import resuming
 import train
 from utils import data_utils
 
@@ -179,7 +181,7 @@ def test_the_same_command_on_other_numbers_of_processes(monkeypatch, given, part
         {"--train_batch_size of all processes": given * began}, {"--train_batch_size": given, "processes": began}
     )
     monkeypatch.setattr(dist_util, "world_size", lambda: now)
-    train.follow_processes(args, state)
+    resuming.follow_processes(args, state)
     assert (args.train_batch_size, args.gradient_accumulation_steps) == expected
     assert args.train_batch_size * now == given * began
     assert args.train_batch_size // args.gradient_accumulation_steps <= given // parts
@@ -190,7 +192,7 @@ def test_a_batch_that_was_changed_by_the_user_is_left_alone(monkeypatch):
     state = checkpoint.TrainingState(
         {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
     )
-    train.follow_processes(args, state)
+    resuming.follow_processes(args, state)
     assert args.train_batch_size == 16
 
 
@@ -201,4 +203,4 @@ def test_processes_that_cannot_share_the_batch_hear_which_numbers_can(monkeypatc
     )
     monkeypatch.setattr(dist_util, "world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"3 processes cannot share equally the 16 pictures .*: 1, 2, 4$"):
-        train.follow_processes(args, state)
+        resuming.follow_processes(args, state)

@@ -1,0 +1,161 @@
+"""The command line: every flag, what is wrong with their values, and the files that they name.
+
+The flags and their defaults are the reference script's (github.com/jeonsworld/ViT-pytorch), and this
+project's own.  This module must not know what the flags do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import NoReturn
+
+from models.configs import CONFIGS
+from utils import dist_util
+from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS
+from utils.scheduler import DECAY_TYPES
+
+logger = logging.getLogger("train")
+
+
+def checkpoint_path(args: argparse.Namespace) -> str:
+    """Where the run's fine-tuned weights are."""
+    return os.path.join(args.output_dir, f"{args.name}_checkpoint.bin")
+
+
+def log_dir(args: argparse.Namespace) -> str:
+    """Where the run's TensorBoard events and metrics are."""
+    return os.path.join("logs", args.name)
+
+
+def last_path(args: argparse.Namespace) -> str:
+    """Where the state is from which the run can go on."""
+    return os.path.join(args.output_dir, f"{args.name}_last.pt")
+
+
+def report_path(args: argparse.Namespace) -> str:
+    """Where the run's report is."""
+    return os.path.join(args.output_dir, f"{args.name}_report.html")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the thirty flags are for ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_main() else None)
+
+
+def parse_bool(text: str) -> bool:
+    """true/false in the usual spellings."""
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def make_parser() -> Parser:
+    """Every flag of the command line."""
+    p = Parser(
+        prog="train.py",
+        description="Fine-tune a Vision Transformer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--name", required=True, help="name of this run: of its checkpoint and its logs")
+    p.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, digits, or a folder of pictures")
+    p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are downloaded to")
+    p.add_argument("--model_type", choices=CONFIGS, default="ViT-B_16", metavar="MODEL", help=", ".join(CONFIGS))
+    p.add_argument(
+        "--pretrained_dir",
+        default="checkpoint/ViT-B_16.npz",
+        help="Google's .npz file, or a folder that has it; '' trains from random weights",
+    )
+    p.add_argument("--output_dir", default="output", help="where checkpoints are written")
+    p.add_argument("--img_size", type=int, default=224, help="side of the pictures the model sees, in pixels")
+    p.add_argument("--train_batch_size", type=int, default=512, help="pictures of one update, per process")
+    p.add_argument("--eval_batch_size", type=int, default=64, help="pictures evaluated at once")
+    p.add_argument("--eval_every", type=int, default=100, help="updates between two evaluations")
+    p.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics")
+    p.add_argument("--learning_rate", type=float, default=3e-2, help="of SGD, at its highest")
+    p.add_argument("--weight_decay", type=float, default=0.0, help="of SGD, on all weights")
+    p.add_argument("--num_steps", type=int, default=10000, help="updates")
+    p.add_argument("--decay_type", choices=DECAY_TYPES, default="cosine", help="how the learning rate falls")
+    p.add_argument("--warmup_steps", type=int, default=500, help="updates over which the learning rate rises")
+    p.add_argument("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped")
+    p.add_argument("--dropout", type=float, default=None, help="dropout rate, instead of the model's own")
+    p.add_argument("--gelu", choices=("erf", "tanh"), default="erf", help="tanh is what Google's code computes")
+    p.add_argument("--hflip", action="store_true", help="mirror half of the training pictures")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what computes")
+    p.add_argument("--num_workers", type=int, default=None, help="decoding processes, for folders of large pictures")
+    p.add_argument(
+        "--resume", default="auto", metavar="auto|none|PATH",
+        help="auto: go on where a run of this name was stopped; none: start over; or a <name>_last.pt",
+    )  # fmt: skip
+    p.add_argument(
+        "--save_every", type=int, default=None, help="updates between two saved states; default: at each evaluation"
+    )
+    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; costs speed")
+    p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
+    p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
+    p.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="parts into which the batch of an update is split"
+    )
+    p.add_argument("--fp16", action="store_true", help="mixed precision")
+    p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
+    p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
+    p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model, for long runs")
+    p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
+    p.add_argument(
+        "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
+        help="evaluate a fine-tuned checkpoint instead of training",
+    )  # fmt: skip
+    p.add_argument("--load_model_dir", default=None, help="what -v evaluates, if not OUTPUT_DIR/NAME_checkpoint.bin")
+    return p
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for what the types of the flags let through; fills in the defaults that depend on others."""
+    at_least_one = (
+        "img_size", "train_batch_size", "eval_batch_size", "eval_every", "log_every", "num_steps",
+        "gradient_accumulation_steps", "save_every",
+    )  # fmt: skip
+    for name in at_least_one:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "seed", "loss_scale"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    if not args.max_grad_norm > 0:
+        raise ValueError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
+    if os.path.basename(args.name) != args.name or args.name in ("", ".", "..") or not args.name.isprintable():
+        raise ValueError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
+    if len(os.fsencode(args.name)) > 200:
+        raise ValueError(f"--name has {len(args.name)} characters, too many for the names of files")
+    if args.train_batch_size % args.gradient_accumulation_steps:
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} is not a multiple of "
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
+        )
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed is {args.seed}, expected less than 2**63")
+    if args.warmup_steps >= args.num_steps and not args.eval_only:
+        logger.warning(
+            "--warmup_steps %d of --num_steps %d: the learning rate does not get to fall",
+            args.warmup_steps,
+            args.num_steps,
+        )
+    half = (args.fp16_opt_level, args.amp_dtype, args.amp_backend, args.loss_scale) != ("O2", "auto", "native", 0)
+    if half and not args.fp16:
+        logger.warning("--fp16_opt_level, --amp_dtype, --amp_backend and --loss_scale have no effect without --fp16")
+    if args.fp16 and args.amp_backend == "apex" and args.amp_dtype == "bfloat16":
+        raise ValueError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
+    if args.load_model_dir is not None and not args.eval_only:
+        raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
+    if args.num_workers is None:
+        args.num_workers = min(8, dist_util.num_cpus())
+    if args.num_workers < 0:
+        raise ValueError(f"--num_workers is {args.num_workers}, expected 0 or more")

@@ -1,0 +1,228 @@
+"""Going on from where a run was stopped: whose state it is, whether it fits, and who shares the work now.
+
+A run goes on only under the settings that decide on its result.  This module must not know how an update
+is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flags import checkpoint_path, last_path, log_dir, report_path
+from models.configs import ViTConfig, canonical_name
+from utils import checkpoint, data_utils, dist_util
+from utils.metrics import TrainingLog
+from utils.precision import Precision
+from utils.runs import (
+    only_run,
+)
+
+logger = logging.getLogger("train")
+
+
+#: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
+RESULT_FLAGS = (
+    "pretrained_dir", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
+    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
+)  # fmt: skip
+
+
+def settings(
+    args: argparse.Namespace, config: ViTConfig, data: data_utils.DataSets, precision: Precision
+) -> dict[str, Any]:
+    """What decides on a run's result: a run goes on only under the same."""
+    return {
+        "--model_type": canonical_name(args.model_type),
+        "--dataset": f"{args.dataset if args.dataset in data_utils.NAMED_DATASETS else 'folder'} {data.checksum()}",
+        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
+        "--dropout": config.dropout_rate,
+        "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
+        "precision": str(precision),
+    }
+
+
+def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What decides on the last digits of a run's result."""
+    return {
+        "--device": device.type,
+        "--train_batch_size": args.train_batch_size,
+        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "--eval_batch_size": args.eval_batch_size,
+        "--compile": args.compile,
+        "--deterministic": args.deterministic,
+        "processes": dist_util.world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
+    """The state that ``--resume`` asks for, or None: a new run.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    there = os.path.exists(last_path(args))
+    if there and not resumes_own(args):
+        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
+    if args.resume in ("auto", "none"):
+        return checkpoint.load_state(last_path(args)) if there and args.resume == "auto" else None
+    return checkpoint.load_state(args.resume)
+
+
+def resumes_own(args: argparse.Namespace) -> bool:
+    """Whether the state to go on from, if there is one, is of this very run."""
+    return args.resume == "auto" or os.path.realpath(args.resume) == os.path.realpath(last_path(args))
+
+
+def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
+    """Leaves nothing under the run's name that could be taken for its own, and has its best weights there.
+
+    A run that replaces another and is killed before its first save must not go on as the other one.
+    """
+    if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
+        os.unlink(last_path(args))
+    if state.best_accuracy < 0 or (resumes_own(args) and os.path.exists(checkpoint_path(args))):
+        return
+    source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
+    try:
+        weights = checkpoint.load_weights(source)
+        told = checkpoint.read_description(source, weights)
+        if told is None or (told.step > state.step or told.accuracy != state.best_accuracy):
+            raise ValueError(f"{source} is of another evaluation")
+    except ValueError as e:
+        logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
+                       state.best_accuracy, e)  # fmt: skip
+        state.best_accuracy = -1.0
+    else:
+        if dist_util.is_main():
+            checkpoint.save_weights(checkpoint_path(args), weights, told)
+
+
+def begin(
+    args: argparse.Namespace, state: checkpoint.TrainingState | None, now: dict[str, Any], here: dict[str, Any]
+) -> checkpoint.TrainingState:
+    """The state that the run begins with: the one found, if it is of a run with the same settings.
+
+    Raises:
+        ValueError: it is of another run; the message lists every difference.
+    """
+    if state is None:
+        return checkpoint.TrainingState(now, here)
+    was = dict(state.settings)
+    if type(n := was.get("--num_steps")) is int and n < args.num_steps:
+        logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
+                       n, args.num_steps)  # fmt: skip
+        was["--num_steps"] = args.num_steps
+    differences = [
+        f"{name} was {was.get(name)}, is {now.get(name)}" for name in now | was if was.get(name) != now.get(name)
+    ]
+    if differences:
+        path = last_path(args) if args.resume == "auto" else args.resume
+        raise ValueError(
+            f"{path} is of a run with other settings: {'; '.join(differences)}; give it the same, "
+            "or another --name, or start over with --resume none"
+        )
+    if changed := [
+        f"{name} was {x}, is {here.get(name)}" for name, x in state.circumstances.items() if here.get(name) != x
+    ]:
+        logger.warning("%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed))
+    return replace(state, settings=now, circumstances=here, model={})
+
+
+def restore(
+    state: checkpoint.TrainingState, optimizer: torch.optim.Optimizer, precision: Precision, log: TrainingLog
+) -> None:
+    """Gives everything but the model, which has its weights, what the state holds for it."""
+    if state.step:
+        optimizer.load_state_dict(state.optimizer)
+        precision.load_training_state(state.precision)
+        log.load_training_state(state.log, precision.device)
+        state.optimizer = {}  # let go of: it is as large as the model
+        logger.info("Going on after update %d", state.step)
+
+
+def logs_to_keep(args: argparse.Namespace, state: checkpoint.TrainingState) -> dict[str, int] | None:
+    """The bytes of this name's logs that are of the run so far; None if they are of another run."""
+    return state.log.get("files", {}) if resumes_own(args) and state.step else None
+
+
+def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.TrainingState | None:
+    """Makes sure that nobody else trains under this name until ``held`` closes, and finds the state to go on from.
+
+    Raises:
+        ValueError: somebody does, files cannot be written, or the state cannot be read.
+    """
+    checkpoint.check_writable(args.output_dir)
+    checkpoint.check_writable(log_dir(args))
+    if dist_util.is_main():
+        for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
+            held.enter_context(only_run(lock))
+        best = checkpoint_path(args)
+        checkpoint.remove_stale(best, checkpoint.description_path(best), last_path(args), report_path(args))
+    state = newest_state(find_state(args))
+    if state is not None:
+        follow_processes(args, state)
+    return state
+
+
+def newest_state(state: checkpoint.TrainingState | None) -> checkpoint.TrainingState | None:
+    """The newest state that any process found: machines may have disks of their own."""
+    version: tuple[int, ...] = (-1,)
+    if state is not None:
+        contents = checkpoint.checksum(state.model) if dist_util.several_machines() else 0
+        version = (state.step, state.evaluated, contents)
+    found = dist_util.newest(state and vars(state), version)
+    return checkpoint.TrainingState(**found) if found else None
+
+
+def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
+    """Keeps the batch of all processes when the same command goes on with more or fewer of them.
+
+    The parts of an update do not grow: what fitted into memory still does.
+
+    Raises:
+        ValueError: so many processes cannot share the batch.
+    """
+    total = state.settings.get("--train_batch_size of all processes", 0)
+    was, now = state.circumstances.get("processes", 1), dist_util.world_size()
+    given = args.train_batch_size
+    if not total or total == given * now or state.circumstances.get("--train_batch_size") != given:
+        return
+    if total % now:
+        fitting = [n for n in range(1, min(total, 2 * max(was, now)) + 1) if total % n == 0]
+        raise ValueError(
+            f"{now} processes cannot share equally the {total} pictures of an update, on which this run began; "
+            f"numbers that can: {', '.join(map(str, fitting))}"
+        )
+    part, batch = given // args.gradient_accumulation_steps, total // now
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
+    logger.log(
+        logging.INFO if was == now else logging.WARNING,
+        "--train_batch_size %d --gradient_accumulation_steps %d: %d processes share the %d pictures of an update",
+        batch, parts, now, total,
+    )  # fmt: skip
+    args.train_batch_size, args.gradient_accumulation_steps = batch, parts
+
+
+#: Flags that may differ between processes: folders of their machines, and what does not change the result.
+OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
+
+
+def check_processes(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets) -> None:
+    """Raises ValueError unless all processes have the same flags, data and weights."""
+    if dist_util.world_size() == 1:
+        return
+    same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    same["the checksum of --dataset"] = data.checksum()
+    if dist_util.several_machines():
+        same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
+    dist_util.check_same(same, "start every process with the same")
