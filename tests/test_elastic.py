@@ -33,7 +33,6 @@ RUN = [
 #: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle.
 SLOW = """
 import os, sys, time
-import resuming
 import train
 from utils import data_utils
 
