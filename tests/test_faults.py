@@ -497,7 +497,9 @@ def test_a_folder_that_vanishes(monkeypatch, capfd, record_fault):
 
 def test_a_limit_to_the_size_of_files(monkeypatch, capfd, record_fault):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at_update(monkeypatch, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1])))
+    at_update(
+        monkeypatch, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))
+    )  # between the logs and the weights
     try:
         message = fails(capfd, 1)
     finally:
