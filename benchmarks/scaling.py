@@ -32,35 +32,35 @@ Span = tuple[float, float]
 
 
 class Member:
-    """One process of several that train together.
+    """One process of several that train together; after its turns, one more looks at the updates by the profiler.
 
     Args:
         setting: of the measurement; ``batch_size`` is this process's.
         env: what a launcher would set.
-        updates: of one turn.
+        turns, updates: how many, and the updates of each.
     """
 
-    def __init__(self, setting: peers.Setting, env: dict[str, str], updates: int) -> None:
+    def __init__(self, setting: peers.Setting, env: dict[str, str], turns: int, updates: int) -> None:
         os.environ.update(env)
         model, precision = ours.build(setting.model_type, setting.img_size, setting.dropout, "cpu", "O0")
         self._model, self._parts, self._steps = ours.Updates(model, precision), setting.parts(), itertools.count(1)
         self.note: tuple[str, ...] = ("as train.py",)
-        self._updates = updates
-        for _ in range(3):
+        self._turns, self._updates = turns, updates
+        for _ in range(2):  # PyTorch groups the gradients anew after the first
             self._update()
 
     def _update(self) -> None:
         self._model.update(next(self._steps), peers.LEARNING_RATE, self._parts, 1)
 
-    def run(self) -> float:
-        """Seconds of one update."""
+    def run(self) -> Any:
+        """Seconds of one update; in the last turn what ``_profile`` gives."""
+        self._turns -= 1
+        if self._turns < 0:
+            return self._profile()
         return common.timed(self._update, self._updates, "cpu")
 
-
-class Profiled(Member):
-    """The same under the profiler: a turn gives seconds of reductions and of those outside the backward pass, too."""
-
-    def run(self) -> Any:
+    def _profile(self) -> tuple[float, ...]:
+        """Seconds of an update, of reductions in it, and of those outside the backward pass: medians."""
         totals = []
         for _ in range(self._updates):
             with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
@@ -77,7 +77,7 @@ class Profiled(Member):
 class Team:
     """Several members that take their turns at the same time; a turn takes as long as the slowest's."""
 
-    def __init__(self, kind: type[Member], setting: peers.Setting, processes: int, threads: int, updates: int) -> None:
+    def __init__(self, setting: peers.Setting, processes: int, threads: int, turns: int, updates: int) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pool = ThreadPoolExecutor(processes)
         jobs = []
@@ -85,7 +85,7 @@ class Team:
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE":
                    str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                    "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": str(threads)}  # fmt: skip
-            build = functools.partial(kind, setting, env if processes > 1 else {}, updates)
+            build = functools.partial(Member, setting, env if processes > 1 else {}, turns, updates)
             jobs.append(common.Job(build, ("torch",), "cpu", threads))
         self._members = list(self._pool.map(common.Remote, jobs))
         self.note = self._members[0].note
@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--img_size", type=int, default=64, help="side of the pictures in pixels")
     p.add_argument("--batch_size", type=int, default=16, help="pictures of one update, of all processes")
     p.add_argument("--processes", type=int, default=2, help="of the second side")
-    p.add_argument("--updates", type=int, default=5, help="of one turn")
+    p.add_argument("--updates", type=int, default=3, help="of one turn")
     common.add_flags(p, rounds=5)
     p.set_defaults(threads=dist_util.num_cpus())
     return p
@@ -166,29 +166,23 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.model_type}, {args.img_size} px, {args.batch_size} pictures an update, float32, dropout 0, "
           f"{args.rounds} rounds of {args.updates} updates", flush=True)  # fmt: skip
 
-    def make(kind: type[Member], processes: int, threads: int) -> Team:
-        setting = peers.Setting(args.model_type, args.img_size, args.batch_size // processes, 1, 0.0, "cpu")
-        return Team(kind, setting, processes, threads, args.updates)
-
     with contextlib.ExitStack() as held:
         teams = {}
-        for name, side in sides.items():
-            teams[name] = make(Member, *side)
+        for name, (processes, threads) in sides.items():
+            setting = peers.Setting(args.model_type, args.img_size, args.batch_size // processes, 1, 0.0, "cpu")
+            team = teams[name] = Team(setting, processes, threads, args.rounds, args.updates)
             held.callback(teams[name].close)
         secs = common.take_turns({name: team.run for name, team in teams.items()}, args.rounds)
+        profiled = team.all() if args.processes > 1 else []
     speeds = {name: common.Speed(taken, args.batch_size) for name, taken in secs.items()}
     first = next(iter(speeds.values())).median
     common.print_table(
         ["", "images/s", "slowest - fastest", "of the first"],
         [[name, common.number(s.median), s.spread, f"{s.median / first:.2f}"] for name, s in speeds.items()],
     )
-    if args.processes == 1:
+    if not profiled:
         return
-    team = make(Profiled, args.processes, share)
-    try:
-        update, reduced, outside = (statistics.median(column) for column in zip(*team.all()))
-    finally:
-        team.close()
+    update, reduced, outside = (statistics.median(column) for column in zip(*profiled))
     print(f"under the profiler: an update takes {update * 1e3:.0f} ms; reductions are under way for "
           f"{reduced * 1e3:.0f} ms of it, {(1 - outside / reduced):.0%} of that inside the backward pass")  # fmt: skip
 
