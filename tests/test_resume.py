@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import resuming
 import train
 from tests.runs import (
     ROOT,
@@ -521,7 +522,7 @@ def test_a_second_run_of_the_name_is_refused_while_the_first_lives(tmp_path, cap
 def test_settings_hold_every_flag_that_decides_on_the_result():
     """A new flag must be put somewhere: among the settings, the circumstances, or here as without influence."""
     names = {action.dest for action in train.make_parser()._actions} - {"help"}
-    told = set(train.RESULT_FLAGS) | {"model_type", "dataset", "dropout", "train_batch_size"}
+    told = set(resuming.RESULT_FLAGS) | {"model_type", "dataset", "dropout", "train_batch_size"}
     told |= {"fp16", "fp16_opt_level", "amp_dtype", "amp_backend"}  # the precision's text
     told |= {"device", "gradient_accumulation_steps", "eval_batch_size", "compile", "deterministic"}
     without = {"name", "data_dir", "output_dir", "log_every", "num_workers", "resume", "save_every", "local_rank",
