@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 DEMO := --name demo --dataset digits --model_type ViT-demo --img_size 32
-DEMO_TRAINING := --train_batch_size 64 --num_steps 1200 --warmup_steps 60 --learning_rate 0.05 --eval_every 400
+DEMO_TRAINING := --resume none --train_batch_size 64 --num_steps 1200 --warmup_steps 60 --learning_rate 0.05 --eval_every 400
 
 .PHONY: demo test lint format test-gpu soak faults clean
 

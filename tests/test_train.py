@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import showing
 import train
 from models import npz
 from models.configs import CONFIGS
@@ -100,7 +101,7 @@ def pictures_of(name):
 
 def test_the_report_and_the_pictures_tell_of_the_best_evaluation(monkeypatch):
     shown = []
-    best = train.show_best
+    best = showing.show_best
     monkeypatch.setattr(
         train, "show_best", lambda writer, found, *rest: (shown.append(found), best(writer, found, *rest))
     )
@@ -151,8 +152,8 @@ def test_the_first_pictures_are_those_that_the_model_sees():
         def picture(self, step, tag, picture):
             shown.append((step, tag, np.asarray(picture)))
 
-    train.show_batch(Writer(), images, torch.arange(70) % 10, [str(i) for i in range(10)])
-    (step, tag, pixels), side = shown[0], train.PICTURE_PX
+    showing.show_batch(Writer(), images, torch.arange(70) % 10, [str(i) for i in range(10)])
+    (step, tag, pixels), side = shown[0], showing.PICTURE_PX
     assert (step, tag) == (1, "train/pictures")
     for i in (0, 9, 63):  # the 10th is the second of the second row
         x, y = i % 8 * (side + drawing.GAP_PX), i // 8 * (drawing.TITLE_PX + side + drawing.GAP_PX) + drawing.TITLE_PX
