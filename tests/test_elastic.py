@@ -99,6 +99,7 @@ def test_after_a_killed_process_torchrun_brings_the_same_weights(unhurt, script,
     assert all(torch.equal(x, expected[name]) for name, x in ours.items())
 
 
+@pytest.mark.soak  # half a minute of launchers that wait for one another; tight on a loaded machine
 def test_machines_that_join_and_leave_keep_the_batch_of_all(unhurt, script, tmp_path):
     """One machine begins alone with 16 pictures an update, shares them with a second, and goes on without it."""
     # The rendezvous is kept here: neither machine is the one that may not die.
