@@ -83,6 +83,24 @@ def test_parameters_are_as_many_as_the_papers_dimensions_make(model_type):
     assert count_parameters(model_type, img_size=224, num_classes=1000) == total
 
 
+HEADS = {
+    192: 3,
+    384: 6,
+    768: 12,
+    1024: 16,
+    1280: 16,
+}  # by the width: Dosovitskiy et al., table 1; Touvron et al., table 1
+
+
+@pytest.mark.parametrize("model_type", PAPERS)
+def test_heads_activation_and_dropout_are_those_documented(model_type):
+    config = CONFIGS[model_type]
+    assert config.num_heads == HEADS[PAPERS[model_type][1]]
+    assert config.gelu == "erf"
+    dropped = {"ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50-ViT-B_16", "R50-ViT-L_32"}
+    assert config.dropout_rate == (0.1 if model_type in dropped else 0.0)
+
+
 def test_small_model_has_the_shape_of_its_real_weights():
     config = CONFIGS["ViT-S_14"]
     assert (config.patch_size, config.hidden_size, config.mlp_dim) == (14, 384, 1536)

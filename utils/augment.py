@@ -159,7 +159,8 @@ def _weigh_rows(x: Tensor, pixel: Tensor, weights: Tensor) -> Tensor:
 def resize(pictures: Tensor, out_size: int) -> Tensor:
     """Resizes whole pictures: (B, 3, H, W) uint8 -> (B, 3, out_size, out_size) float32 in [-1, 1].
 
-    Unlike crops, which training draws anew each time, these are Pillow's to the bit.
+    Enlarged pictures are Pillow's to the bit; reduced ones, too, but where Pillow 13 takes the passes in the other
+    order: there one grey level off at most, 0.26 on average at the most seen.
     """
     if pictures.shape[2:] == (out_size, out_size):
         return normalize(pictures.float())
