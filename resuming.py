@@ -21,12 +21,9 @@ from models.configs import ViTConfig, canonical_name
 from utils import checkpoint, data_utils, dist_util
 from utils.metrics import TrainingLog
 from utils.precision import Precision
-from utils.runs import (
-    only_run,
-)
+from utils.runs import only_run
 
 logger = logging.getLogger("train")
-
 
 #: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
 RESULT_FLAGS = (

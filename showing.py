@@ -22,7 +22,6 @@ from utils.precision import Precision
 
 logger = logging.getLogger("train")
 
-
 #: So many of the first update's pictures and of the worst mistakes are shown, with so long sides.
 SHOWN_PICTURES, SHOWN_MISTAKES, PICTURE_PX, MISTAKE_PX = 64, 24, 96, 128
 

@@ -230,9 +230,6 @@ def save_last(
     log.restart_clock()
 
 
-# ---- what a run shows ----
-
-
 # ---- what a run needs before it starts ----
 
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,18 @@ def outcome(name: str = "a") -> dict[str, Any]:
         **{key: flat(getattr(state, key)) for key in ("model", "optimizer", "precision")},
         "found": (state.best_step, flat(state.best)),
     }
+
+
+def undisturbed(folder: Path, *flags: str, prepare: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """What a run in the folder leaves that nothing stops; ``prepare`` makes there what it needs."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        prepare()
+        assert run(*flags) == 0
+        return outcome()
+    finally:
+        os.chdir(before)
 
 
 def flat(value: Any) -> Any:

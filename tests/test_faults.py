@@ -34,6 +34,7 @@ from tests.runs import (
     outcome,
     run,
     several_sizes,
+    undisturbed,
     write_pictures,
 )
 from utils import checkpoint, precision
@@ -427,13 +428,7 @@ def fails(capfd, status, *words, at=5):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """What the run leaves that nothing befalls."""
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("whole"))
-    try:
-        assert run() == 0
-        return outcome()
-    finally:
-        os.chdir(before)
+    return undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 def test_a_full_disk_and_then_room(monkeypatch, capfd, record_fault, whole):

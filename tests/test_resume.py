@@ -27,6 +27,7 @@ from tests.runs import (
     outcome,
     run,
     several_sizes,
+    undisturbed,
     write_pictures,
 )
 from utils import checkpoint, precision
@@ -48,14 +49,7 @@ def whole(tmp_path_factory):
     def make(flags: tuple[str, ...] = (), prepare: Callable[[], None] = lambda: None):
         key = (flags, prepare)
         if key not in known:
-            before, folder = os.getcwd(), tmp_path_factory.mktemp("whole")
-            os.chdir(folder)
-            try:
-                prepare()
-                assert run(*flags) == 0
-                known[key] = outcome()
-            finally:
-                os.chdir(before)
+            known[key] = undisturbed(tmp_path_factory.mktemp("whole"), *flags, prepare=prepare)
         return known[key]
 
     return make

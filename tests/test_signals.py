@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from tests.runs import ROOT, RUN, assert_same, every_name_is_whole, last_state, outcome, run, several_sizes
+from tests.runs import ROOT, RUN, assert_same, every_name_is_whole, last_state, outcome, run, several_sizes, undisturbed
 from tests.runs import write_pictures as write
 from utils import checkpoint
 from utils.metrics import TrainingLog
@@ -49,13 +49,7 @@ def signalled(monkeypatch, where, name, number, nth=1, times=1, flags=()):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """What the run leaves that nobody stops."""
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("whole"))
-    try:
-        assert run() == 0
-        return outcome()
-    finally:
-        os.chdir(before)
+    return undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 @SIGNALS

@@ -230,7 +230,7 @@ class ApexPrecision(Precision):
         return self._amp._amp_state.loss_scalers[0]
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        state = {name: p.detach().float() for name, p in model.state_dict().items()}
+        state = super().state_dict(model)
         if self._optimizer is not None:
             masters = self._amp.master_params(self._optimizer)
             state |= {name: p.detach().float() for (name, _), p in zip(model.named_parameters(), masters)}
