@@ -19,7 +19,7 @@ from torch import Tensor
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
-CHUNK = 16  # pictures that a CPU resizes at once: what stays in its cache
+CHUNK_VALUES = 600_000  # of the pictures that a CPU finishes at once: what stays in its cache
 PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
 #: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
 NUM_DRAWS = 4 * NUM_TRIES + 1
@@ -133,7 +133,7 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
     if mirrored is not None:
         cols = torch.where(mirrored[:, None, None], cols.flip(1), cols)
     out = torch.empty(len(pictures), 3, out_size, out_size, device=pictures.device)
-    size = CHUNK if pictures.device.type == "cpu" else len(pictures)
+    size = max(1, CHUNK_VALUES // (3 * out_size**2)) if out.device.type == "cpu" else len(out)
     for part in zip(*(x.split(size) for x in (out, pictures, cols, pixel, weights))):
         _crop_into(*part)
     return out
@@ -141,9 +141,10 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
 
 def _crop_into(out: Tensor, pictures: Tensor, cols: Tensor, pixel: Tensor, weights: Tensor) -> None:
     x = pictures.to(cols.dtype).flatten(1, 2) @ cols.transpose(1, 2)  # (B, 3 * H, out)
-    x = whole_levels(x).float().unflatten(1, (3, -1))  # (B, 3, H, out)
+    # Halves for the second rounding, as in whole_levels, are added where there are fewer values: the weights sum to 1.
+    x = whole_levels(x).add_(0.5).float().unflatten(1, (3, -1))  # (B, 3, H, out)
     x = _weigh_rows(x, pixel, weights.float())  # (B, 3, out, out)
-    torch.sub(whole_levels(x).mul_(1 / 127.5), 1, out=out)  # normalize, and in the right place
+    torch.sub(x.floor_().mul_(1 / 127.5), 1, out=out)  # normalize, and in the right place
 
 
 def _weigh_rows(x: Tensor, pixel: Tensor, weights: Tensor) -> Tensor:
