@@ -16,11 +16,13 @@ same for all of them.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
@@ -84,11 +86,7 @@ class Precision:
     def make_optimizer(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
         """Instead of ``prepare``, for training: prepares the model, and makes the reference's optimizer of it."""
         self.prepare(model)
-        optimizer = torch.optim.SGD(self._parameters, lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay, fused=True)
-        for p in self._parameters:
-            # Left to itself, a fused optimizer whose first update is skipped goes on with whatever was in memory.
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return optimizer
+        return SGD(self._parameters, weight_decay)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state_dict in float32, from the masters where there are any."""
@@ -151,6 +149,55 @@ class Precision:
             FloatingPointError: the last ``MAX_SKIPPED_IN_A_ROW`` all were.
         """
         return self._skipped.count()
+
+
+class SGD(torch.optim.Optimizer):
+    """v <- momentum * v + g + weight_decay * p;  p <- p - lr * v: the reference's optimizer, over torch's fused kernel.
+
+    Arithmetic and state_dict are those of ``torch.optim.SGD(fused=True)``.  Two things differ: the momentum is there,
+    and zero, from the start, so that a first update that is skipped leaves no garbage behind; and nothing here imports
+    ``torch._dynamo``, as torch's own optimizers do; that takes a second of a training's start.
+
+    Args:
+        params: what to update, all on one device.
+        weight_decay: added to the gradients, times the parameters.
+
+    Whoever trains sets ``lr`` in ``param_groups`` before each step; it begins with 0.
+    """
+
+    #: torch.amp.GradScaler then leaves ``found_inf`` here: the device itself skips the step, and nobody waits for it.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[nn.Parameter], weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": 0.0, "momentum": MOMENTUM, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Takes more parameters, ``param_group["params"]``, with what else is in it instead of the defaults."""
+        params = list(param_group["params"])
+        self.param_groups.append({**self.defaults, **param_group, "params": params})
+        for p in params:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Lets go of the gradients, or fills them with zeros."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of what has gradients."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            sgd(
+                params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params],
+                fused=True, grad_scale=grad_scale, found_inf=found_inf, lr=group["lr"],
+                momentum=group["momentum"], weight_decay=group["weight_decay"],
+                dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
 
 
 class SkippedSteps:
