@@ -19,7 +19,7 @@ from torch import Tensor
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
-CHUNK_VALUES = 600_000  # of the pictures that a CPU finishes at once: what stays in its cache
+CHUNK_VALUES = 2_400_000  # of the pictures that a CPU finishes at once: what stays in its cache
 PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
 #: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
 NUM_DRAWS = 4 * NUM_TRIES + 1
