@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 import zlib
 from typing import Any
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import hardware
 from models import npz
 from models.configs import CONFIGS, PUBLISHED, ViTConfig
 from models.modeling import VisionTransformer
@@ -154,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description="Agreement with timm, and cost, of the published models.")
     p.add_argument("--models", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED), metavar="MODEL")
     args = p.parse_args(argv)
-    import timm
-
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, timm {timm.__version__}")
+    print(hardware(torch.get_num_threads(), "cpu") + "\n")
     print("| model | parameters | GFLOPs | 224 px, float32 | 224 px, float64 | 384 px, float32 | 384 px, float64 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for model_type in args.models:

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from benchmarks import recipes
 from benchmarks.agreement import NUM_CLASSES, random_checkpoint
+from benchmarks.common import hardware, version
 from models import modeling_resnet, npz
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
@@ -105,7 +105,7 @@ def gelu(model_type: str) -> str:
     return change(logits(replace(config, gelu="erf"), arrays), logits(config, arrays))
 
 
-def stem(patch: Callable) -> str:
+def stem(patch: Callable[[], AbstractContextManager]) -> str:
     config = replace(CONFIGS["R50-ViT-B_16"], gelu="tanh")
     arrays = checkpoint(config)
     expected = logits(config, arrays)
@@ -123,14 +123,16 @@ def positions(model_type: str, img_size: int, deviation: float) -> str:
         return change(logits(config, arrays, img_size), expected)
 
 
+#: The reference's ways of computing the hybrids' stem, each by a context in which models compute so.
+STEMS: dict[str, Callable[[], AbstractContextManager]] = {
+    "symmetric padding": partial(mock.patch.object, modeling_resnet, "pad_same", symmetric_padding),
+    "sqrt(var + eps)": partial(mock.patch.object, modeling_resnet.StdConv2d, "forward", sqrt_standardisation),
+    "gn_proj of a group per channel": a_group_per_channel,
+}
 MODELS: dict[str, Callable[[], str]] = {
     "erf GELU, ViT-B_32": lambda: gelu("ViT-B_32"),
     "erf GELU, R50-ViT-B_16": lambda: gelu("R50-ViT-B_16"),
-    "symmetric padding": lambda: stem(lambda: mock.patch.object(modeling_resnet, "pad_same", symmetric_padding)),
-    "sqrt(var + eps)": lambda: stem(
-        lambda: mock.patch.object(modeling_resnet.StdConv2d, "forward", sqrt_standardisation)
-    ),
-    "gn_proj of a group per channel": lambda: stem(a_group_per_channel),
+    **{name: partial(stem, patch) for name, patch in STEMS.items()},
     "scipy's positions 28 -> 48, ViT-B_8, 0.02": lambda: positions("ViT-B_8", 384, 0.02),
     "scipy's positions 28 -> 48, ViT-B_8, 0.5": lambda: positions("ViT-B_8", 384, 0.5),
     "scipy's positions 16 -> 30, ViT-S_14, 0.02": lambda: positions("ViT-S_14", 420, 0.02),
@@ -258,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     lines |= {f"arithmetic: {name}": run for name, run in ARITHMETIC.items()}
     lines |= {f"training: {name}": partial(run, seeds) for name, run in EVALUATIONS.items()}
     lines |= {f"training: {name}": partial(training, *pair, seeds) for name, pair in recipes.EXPERIMENTS.items()}
-    print(f"{platform.machine()}, torch {torch.__version__}, float32, {torch.get_num_threads()} threads")
+    print(f"{hardware(torch.get_num_threads(), 'cpu')}, scipy {version('scipy')}; float32\n", flush=True)
     for name, run in lines.items():
         if any(word in name for word in args.only):
             print(f"{name}: {run()}", flush=True)

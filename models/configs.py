@@ -136,7 +136,8 @@ _ALIASES = {alias: name for names in (GOOGLE_NAMES, _AUGREG_NAMES) for name, ali
 CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name in _ALIASES.items()}
 
 #: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
-#: Of the AugReg files, those that Google's README recommends; it has others, listed in augreg/index.csv.
+#: Of the AugReg files, those that Google's README recommends (B_8: google-research/big_vision, ``models/vit.py``);
+#: there are others, listed in augreg/index.csv.
 PUBLISHED: dict[str, str] = {
     "ViT-B_16": "imagenet21k/ViT-B_16",
     "ViT-B_32": "imagenet21k/ViT-B_32",
@@ -159,18 +160,25 @@ PUBLISHED: dict[str, str] = {
 UPSTREAMS: dict[str, dict[str, str]] = {
     upstream: {name: path for name, path in PUBLISHED.items() if path.startswith(f"{upstream}/")} | others
     for upstream, others in {
-        "imagenet21k": {},
+        "imagenet21k": {"R50-ViT-L_32": "imagenet21k/R50+ViT-L_32"},
         "imagenet21k+imagenet2012": {
             name: f"imagenet21k+imagenet2012/{name}"
             for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
         },
         "augreg": {
+            "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
             "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
             "ViT-B_32": "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
             "ViT-L_16": "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",
         },
     }.items()
 }
+
+
+def upstreams(name: str) -> list[str]:
+    """The upstreams that have a file of a model; that of ``PUBLISHED``, which is meant where none is named, first."""
+    having = [upstream for upstream, files in UPSTREAMS.items() if name in files]
+    return sorted(having, key=lambda upstream: UPSTREAMS[upstream][name] != PUBLISHED.get(name))
 
 
 def file_name(upstream: str, name: str) -> str:

@@ -252,7 +252,8 @@ class VisionTransformer(nn.Module):
         A model made under ``torch.device("meta")``, which takes no time for it has no weights, has them afterwards.
 
         Args:
-            weights: arrays by Google's names, such as ``np.load(path)`` or ``npz.read(path)`` give.
+            weights: arrays by Google's names, such as ``np.load(path)`` or ``npz.read(path)`` give; what ``npz.load``
+                gives has been checked, and is not again.
 
         Raises:
             ValueError: an array is missing, or has another shape than this model's; the message

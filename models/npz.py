@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -24,16 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import (
-    CONFIGS,
-    DEMO,
-    GOOGLE_NAMES,
-    PUBLISHED,
-    UPSTREAMS,
-    ViTConfig,
-    canonical_name,
-    file_name,
-)
+from models.configs import CONFIGS, ViTConfig
+from models.files import find
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +38,6 @@ _OLD_NUMBERING = {old: new for new, old in _NEW_NUMBERING.items()}
 #: Where files keep their weights, and what else is in a train state.
 _PREFIXES = ("", "opt/target/", "opt/target/params/", "params/", "target/")
 _OPTIMIZER_STATE = ("opt/state/", "opt_state/", "state/")
-BUCKET = "https://storage.googleapis.com/vit_models"
 #: Weights hardly compress: what unpacks to more than both is no checkpoint, but made to fill the memory.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**28, 20
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -169,7 +159,7 @@ def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[Entry, None, 
     return channels
 
 
-def load(path: str, model_type: str) -> dict[str, np.ndarray]:
+def load(path: str, model_type: str) -> Matched:
     """Finds, reads and checks the pretrained weights that ``path`` means for a model.
 
     Args:
@@ -185,58 +175,6 @@ def load(path: str, model_type: str) -> dict[str, np.ndarray]:
         return match(read(path), CONFIGS[model_type])
     except ValueError as e:
         raise ValueError(f"{path} cannot be loaded as {model_type}: {e}") from e
-
-
-def find(path: str, model_type: str) -> str:
-    """The .npz file that a file's or a folder's path means.
-
-    Raises:
-        ValueError: there is none; the message has the command that downloads it.
-    """
-    if os.path.isfile(path):
-        return path
-    name = canonical_name(model_type)
-    own_names = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
-    folder, file = os.path.split(path)
-    problem = f"there is no file {path}"
-    if os.path.isdir(path):
-        folder, file = path, ""
-        candidates = [f"{upstream}{own}.npz" for upstream in ("", "imagenet21k_", "augreg_") for own in own_names]
-        if name in PUBLISHED and os.path.basename(PUBLISHED[name]) not in own_names:
-            candidates.append(os.path.basename(PUBLISHED[name]) + ".npz")
-        for candidate in candidates:
-            if os.path.isfile(os.path.join(folder, candidate)):
-                return os.path.join(folder, candidate)
-        problem = f"{path} has none of {', '.join(candidates)}"
-    if name == DEMO:
-        raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
-    if name not in PUBLISHED:
-        raise ValueError(
-            f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
-        )
-    remedy = ""
-    if not any(own in file for own in own_names):
-        path = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
-        remedy = f" and give --pretrained_dir {shlex.quote(path)}"
-        problem += f", and --model_type {name} needs its own" if file else ""
-    raise ValueError(f"{problem}; download it with: {download_command(path, name)}{remedy}")
-
-
-def download_command(path: str, name: str) -> str:
-    """The command that fetches a model's published file to ``path``, whose name may tell from which upstream."""
-    folder, file = os.path.split(path)
-    upstreams = [upstream for upstream, files in UPSTREAMS.items() if name in files]
-    upstream = next((u for u in upstreams if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
-    if upstream is not None:
-        name = next((other for other in UPSTREAMS[upstream] if file == file_name(upstream, other)), name)  # "-224"
-    words = ["python", "-m", "tools.download", name]
-    if upstream is not None and upstream != upstreams[0]:
-        words += ["--upstream", upstream]
-    if upstream is None or file != file_name(upstream, name):
-        words += ["--to", path]
-    elif folder != "checkpoint":
-        words += ["--to", folder or "."]
-    return shlex.join(words)
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -310,13 +248,31 @@ def _renumber(name: str, numbering: Mapping[str, str]) -> str:
     return "/".join(parts)
 
 
-def match(
-    weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int | None = None
-) -> dict[str, np.ndarray]:
+class Matched(Mapping[str, np.ndarray]):
+    """Arrays that ``match`` found to be all that a model needs, by their historical names.
+
+    They need not be looked through again for a model of the same ``entries``.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], entries: list[Entry]) -> None:
+        self._arrays, self.entries = arrays, entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int | None = None) -> Matched:
     """The arrays of a checkpoint that a model needs, by their historical names, all there and well-shaped.
 
     Args:
         weights: arrays by Google's names, of any float type; what is not needed is named in a warning.
+            What was matched with such a model before comes back as it is.
         config: the architecture.
         num_classes: outputs of the head, or None to leave the head out.
 
@@ -324,11 +280,14 @@ def match(
         ValueError: an array is missing, has the wrong shape or holds a NaN; the message names it as the
             file does.
     """
+    # Position embeddings may have any grid, so any picture's size will do here.
+    entries = list(layout(config, config.stride, num_classes))
+    if isinstance(weights, Matched) and weights.entries == entries:
+        return weights
     spelling = Spelling.of(weights)
     arrays: dict[str, np.ndarray] = {}
     wrong = []
-    # Position embeddings may have any grid, so any picture's size will do here.
-    for entry in layout(config, config.stride, num_classes):
+    for entry in entries:
         name = spelling.spell(entry.google)
         expected = f"(1, 1 + n * n, {config.hidden_size})" if entry.google == POSITIONS else str(entry.shape)
         if name not in weights:
@@ -349,7 +308,7 @@ def match(
     own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
     if extra := sorted(name for name in own if spelling.historical(name) not in known):
         logger.warning("The .npz holds arrays that the model has no place for: %s", ", ".join(extra))
-    return arrays
+    return Matched(arrays, entries)
 
 
 def first_faults(faults: list[str]) -> str:
@@ -381,7 +340,7 @@ def to_state_dict(
     Raises:
         ValueError: an array is missing or has the wrong shape.
     """
-    arrays = match(weights, config, num_classes)
+    arrays = dict(match(weights, config, num_classes))
     arrays[POSITIONS] = resize_positions(arrays[POSITIONS].astype(np.float32), config.grid_size(img_size))
     return {entry.ours: entry.to_tensor(arrays[entry.google]) for entry in layout(config, img_size, num_classes)}
 

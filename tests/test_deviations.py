@@ -6,15 +6,19 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from benchmarks import deviations, recipes
+from benchmarks.common import hardware, version
 from models.configs import CONFIGS
 from models.modeling import Attention, VisionTransformer
+from models.modeling_resnet import ResNetV2
 from tests.conftest import REPOSITORY
 from utils import augment
 from utils.scheduler import make_schedule
@@ -148,10 +152,66 @@ def test_the_references_random_weights():
     assert torch.equal(model.transformer.encoder.layer[0].ffn.fc1.weight, mlp)
 
 
+def recomputed_stem(stem, x, by):
+    """A hybrid's stem by torch's functions alone: Google's, but the reference's way of what ``by`` names."""
+
+    def conv(module, x, stride):
+        w = module.weight
+        mean, var = w.mean((1, 2, 3), keepdim=True), w.var((1, 2, 3), keepdim=True, correction=0)
+        w = (w - mean) / ((var + 1e-5).sqrt() if by == "sqrt(var + eps)" else var.sqrt() + 1e-5)
+        if by == "symmetric padding":
+            return F.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
+        before = (w.shape[-1] - stride) // 2 if w.shape[-1] > 1 else 0  # sides are even
+        after = max(w.shape[-1] - stride, 0) - before
+        return F.conv2d(F.pad(x, (before, after, before, after)), w, stride=stride)
+
+    def norm(module, x, groups=32, eps=1e-6):
+        return F.group_norm(x, groups, module.weight, module.bias, eps)
+
+    x = norm(stem.root.gn, conv(stem.root.conv, x, 2)).relu()
+    if by != "symmetric padding":
+        x = F.pad(x, (0, 1, 0, 1))  # zeros do as well as -inf: after relu nothing is below
+    x = F.max_pool2d(x, 3, 2)
+    for unit in (unit for block in stem.body for unit in block):
+        stride = unit.conv2.stride[0]
+        shortcut = x
+        if unit.has_projection:
+            shortcut = conv(unit.downsample, x, stride)
+            per_channel = (len(unit.gn_proj.weight), 1e-5) if by == "gn_proj of a group per channel" else ()
+            shortcut = norm(unit.gn_proj, shortcut, *per_channel)
+        y = norm(unit.gn1, conv(unit.conv1, x, 1)).relu()
+        y = norm(unit.gn2, conv(unit.conv2, y, stride)).relu()
+        x = (shortcut + norm(unit.gn3, conv(unit.conv3, y, 1))).relu()
+    return x
+
+
+@pytest.mark.parametrize("by", deviations.STEMS)
+def test_each_way_of_the_references_stem_is_switched_on_alone_and_off_again(by):
+    config, img_size = CONFIGS["testing-hybrid"], 64
+    arrays = deviations.checkpoint(config)
+
+    def recomputed(by):
+        with mock.patch.object(ResNetV2, "forward", lambda self, x: recomputed_stem(self, x, by)):
+            return deviations.logits(config, arrays, img_size)
+
+    def off(got, expected):
+        return ((got - expected).abs().max() / expected.abs().max()).item()
+
+    exact = deviations.logits(config, arrays, img_size)
+    assert off(exact, recomputed("Google's")) < 1e-4
+    with deviations.STEMS[by]():
+        otherwise = deviations.logits(config, arrays, img_size)
+    assert off(otherwise, recomputed(by)) < 1e-4
+    assert off(otherwise, exact) > 5e-3
+    assert torch.equal(deviations.logits(config, arrays, img_size), exact)
+
+
 def test_the_command_prints_the_lines_asked_for(capsys):
     deviations.main(["--only", "arithmetic: schedule"])
-    first, line = capsys.readouterr().out.splitlines()
-    assert torch.__version__ in first
+    *machine, blank, line = capsys.readouterr().out.splitlines()
+    versions = f", scipy {version('scipy')}; float32"
+    assert "\n".join(machine) == hardware(torch.get_num_threads(), "cpu") + versions
+    assert not blank
     assert line.startswith("arithmetic: schedule from 0: cosine: at most 6.0e-05 in the warm-up")
 
 

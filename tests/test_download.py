@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from models.configs import CONFIGS, PUBLISHED, UPSTREAMS
-from models.npz import find
+from models.files import find
 from tools import download
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +149,9 @@ def test_a_file_gets_the_name_that_is_asked_for(server, tmp_path):
         ("R50+ViT-B_16", None, "/imagenet21k/R50+ViT-B_16.npz", "imagenet21k_R50-ViT-B_16.npz"),
         ("ViT-B_16-224", None, "/imagenet21k+imagenet2012/ViT-B_16-224.npz", "imagenet2012_ViT-B_16-224.npz"),
         ("ViT-B_32", "imagenet21k+imagenet2012", "/imagenet21k+imagenet2012/ViT-B_32.npz", "imagenet2012_ViT-B_32.npz"),
+        ("R50-ViT-L_32", "imagenet21k", "/imagenet21k/R50+ViT-L_32.npz", "imagenet21k_R50-ViT-L_32.npz"),
+        ("ViT-B_8", "augreg", "/augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz",
+         "augreg_ViT-B_8.npz"),
         ("ViT-B_32", "augreg", "/augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0.npz",
          "augreg_ViT-B_32.npz"),
     ],
@@ -390,6 +393,10 @@ def test_the_list_names_every_file_and_those_that_are_there(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + sum(map(len, UPSTREAMS.values()))
     assert [line.split()[:2] for line in lines if line.endswith("there")] == [["ViT-B_32", "imagenet21k"]]
+    rows = [line.split() for line in lines[1:]]
+    models = [model for model, *_ in rows]
+    for model in models:  # README.md: the first is taken
+        assert download.choose(model, None) == (rows[models.index(model)][1], model)
 
 
 def test_every_listed_file_is_of_a_known_model_and_the_published_ones_come_first():

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import re
-import shlex
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +354,30 @@ def test_load_reads_a_whole_file(make_npz, caplog):
     assert not caplog.records
 
 
+def test_what_was_found_whole_is_not_looked_through_again(make_npz, monkeypatch):
+    arrays = npz.load(make_npz("testing"), "testing")
+    looked = []
+    isfinite = np.isfinite
+    monkeypatch.setattr(np, "isfinite", lambda x: looked.append(x.shape) or isfinite(x))
+    flags = {"gelu": "tanh", "dropout_rate": 0.5}  # of which no array depends
+    model = build(replace(PLAIN, **flags), img_size=48, zero_head=True)
+    model.load_from(arrays)
+    assert not looked
+    assert arrays[POSITIONS].shape == (1, 5, 32)  # and resizing them has left the file's alone
+    again = build(PLAIN, img_size=48, zero_head=True)
+    again.load_from(dict(arrays))
+    assert len(looked) == len(arrays)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_what_was_found_whole_for_another_model_is_looked_through(make_npz):
+    arrays = npz.load(make_npz("testing"), "testing")
+    with pytest.raises(ValueError, match=r"head/kernel: expected .*, not in the file"):
+        build(PLAIN).load_from(arrays)
+    with pytest.raises(ValueError, match=r"encoderblock_2/.*not in the file.*it fits --model_type testing"):
+        build(replace(PLAIN, num_layers=3), zero_head=True).load_from(arrays)
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99, "all but one byte"])
 def test_a_truncated_file_is_refused(make_npz, kept):
     path = make_npz("testing")
@@ -545,111 +568,6 @@ def test_arrays_made_from_a_model_do_not_follow_its_training():
         for p in model.parameters():
             p.fill_(torch.nan)
     assert [name for name, x in arrays.items() if np.isnan(x).any()] == []
-
-
-# Where the file is.
-
-
-def test_a_file_is_found_whatever_its_name(tmp_path):
-    path = tmp_path / "anything.bin"
-    path.touch()
-    assert npz.find(str(path), "ViT-B_16") == str(path)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "name"),
-    [
-        ("ViT-B_16", "ViT-B_16.npz"),
-        ("ViT-B_32", "imagenet21k_ViT-B_32.npz"),
-        ("R50-ViT-B_16", "R50-ViT-B_16.npz"),
-        ("R50-ViT-B_16", "R50+ViT-B_16.npz"),
-        ("R50-ViT-B_16", "imagenet21k_R50-ViT-B_16.npz"),
-        ("R50-ViT-B_16", "imagenet21k_R50+ViT-B_16.npz"),
-        ("ViT-demo", "ViT-demo.npz"),
-    ],
-)
-def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
-    (tmp_path / "ViT-L_16.npz").touch()
-    (tmp_path / name).touch()
-    assert npz.find(str(tmp_path), model_type) == str(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "upstream"),
-    [
-        ("ViT-B_16", "imagenet21k"),
-        ("ViT-H_14", "imagenet21k"),
-        ("R50-ViT-B_16", "imagenet21k"),
-        ("ViT-S_16", "augreg"),
-        ("ViT-B_8", "imagenet21k"),
-        ("R26-ViT-B_32", "imagenet21k"),
-        ("R26-ViT-S_32", "augreg"),
-    ],
-)
-@pytest.mark.parametrize("given", ["missing/{}.npz", "missing/imagenet21k_{}.npz", "ViT-L_32.npz", ".", "{}"])
-def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model_type, upstream, given):
-    path = tmp_path / given.format(model_type)
-    if path.suffix != ".npz":
-        path.mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match=r"python -m tools\.download") as e:
-        npz.find(str(path), model_type)
-    message = str(e.value)
-    assert str(path) in message
-    words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
-    assert words[0] == model_type
-    target = Path(words[words.index("--to") + 1])
-    if target.suffix != ".npz":
-        target = target / f"{upstream}_{model_type}.npz"
-    if "{}.npz" in given:
-        assert target == path
-    else:  # not into a folder's own name, nor under another model's
-        assert target.parent == (path if path.is_dir() else tmp_path)
-        assert f"give --pretrained_dir {target}" in message
-    target.parent.mkdir(exist_ok=True)
-    target.touch()  # what the command would leave is found the next time
-    assert npz.find(str(path if path.is_dir() else target), model_type) == str(target)
-
-
-@pytest.mark.parametrize(
-    ("path", "name", "command"),
-    [
-        ("checkpoint/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32"),
-        ("checkpoint/ViT-B_16.npz", "ViT-B_16", "ViT-B_16 --to checkpoint/ViT-B_16.npz"),
-        ("checkpoint/R50+ViT-B_16.npz", "R50-ViT-B_16", "R50-ViT-B_16 --to checkpoint/R50+ViT-B_16.npz"),
-        ("checkpoint/augreg_ViT-B_16.npz", "ViT-B_16", "ViT-B_16 --upstream augreg"),
-        ("checkpoint/augreg_ViT-S_16.npz", "ViT-S_16", "ViT-S_16"),
-        ("checkpoint/imagenet2012_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --upstream imagenet21k+imagenet2012"),
-        ("checkpoint/imagenet2012_ViT-B_16-224.npz", "ViT-B_16", "ViT-B_16-224 --upstream imagenet21k+imagenet2012"),
-        ("my files/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to 'my files'"),
-        ("imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to ."),
-    ],
-)
-def test_the_command_fetches_what_the_files_name_tells(path, name, command):
-    assert npz.download_command(path, name) == f"python -m tools.download {command}"
-
-
-@pytest.mark.parametrize("name", ["R26-ViT-S_32.npz", "R26+ViT-S_32.npz", "augreg_R26-ViT-S_32.npz"])
-@pytest.mark.parametrize("model_type", ["R26-ViT-S_32", "R26+ViT-S_32", "R26_S_32"])
-def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
-    (tmp_path / name).touch()
-    assert npz.find(str(tmp_path), model_type) == str(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "advice"),
-    [
-        ("ViT-demo", "comes with checkpoint/ViT-demo.npz"),
-        (
-            "ViT-S_14",
-            "no file of ViT-S_14 is known here, give its path; --pretrained_dir '' starts from random weights",
-        ),
-        ("testing", "no file of testing is known here"),
-    ],
-)
-def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model_type, advice):
-    with pytest.raises(ValueError, match=f"there is no file .*{re.escape(advice)}") as e:
-        npz.find(str(tmp_path / "weights.npz"), model_type)
-    assert "tools.download" not in str(e.value)
 
 
 def test_real_float16_weights_load(shared_data, caplog):

@@ -1,7 +1,8 @@
-"""Full-size models against timm's, both loaded from the same file."""
+"""Models against timm's, both loaded from the same file."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 
 from benchmarks.agreement import timm_logits
 from models import npz
-from models.configs import CONFIGS
+from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
 from tests import fake_npz
 
 pytest.importorskip("timm", reason="timm is the independent implementation")
 
 NUM_CLASSES = 10
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 @pytest.fixture(scope="module", params=["ViT-B_16", "ViT-B_32", "R26-ViT-S_32", "R-ViT-Ti_16"])
@@ -27,11 +29,7 @@ def checkpoint(request, tmp_path_factory):
     Path(path).unlink()  # pytest would keep some hundred megabytes
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("img_size", [224, 384])
-def test_logits_are_timms(checkpoint, img_size, dtype, tolerance):
-    model_type, path = checkpoint
-    config = CONFIGS[model_type]
+def check_logits(path: str, config: ViTConfig, img_size: int, dtype: torch.dtype) -> None:
     x = torch.rand(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
     with torch.device("meta"):
         model = VisionTransformer(config, img_size, NUM_CLASSES)
@@ -40,7 +38,23 @@ def test_logits_are_timms(checkpoint, img_size, dtype, tolerance):
     with torch.no_grad():
         logits, _ = model.to(dtype)(x)
     expected = timm_logits(path, config, img_size, NUM_CLASSES, x)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@DTYPES
+@pytest.mark.parametrize("img_size", [224, 384])
+def test_logits_are_timms(checkpoint, img_size, dtype):
+    model_type, path = checkpoint
+    check_logits(path, CONFIGS[model_type], img_size, dtype)
+
+
+@DTYPES
+def test_logits_behind_the_stem_of_r50_b_16_are_timms(tmp_path, dtype):
+    """The stem as it is published, before a small transformer: ``benchmarks.agreement`` compares the whole model."""
+    config = replace(CONFIGS["R50-ViT-B_16"], hidden_size=96, mlp_dim=384, num_heads=3, num_layers=2)
+    path = fake_npz.save(tmp_path / "weights.npz", fake_npz.arrays(config, img_size=224, num_classes=NUM_CLASSES))
+    check_logits(path, config, 224, dtype)
 
 
 def test_features_of_real_weights_are_timms(shared_data):

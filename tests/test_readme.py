@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from models.configs import CONFIGS
+from models.configs import CONFIGS, PUBLISHED, UPSTREAMS
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
@@ -101,6 +101,24 @@ def test_every_flag_and_model_is_explained(readme):
     for model_type in CONFIGS:
         if not model_type.startswith("testing"):
             assert model_type in text
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_table_of_models_names_the_files_that_can_be_downloaded(readme):
+    told = {}
+    for model, files, upstreams in re.findall(
+        r"^\| (\S+) \| [\d,]+ \| (`.+?) \| (`.+?) \| [\d.]+ \|", text_of(readme), re.MULTILINE
+    ):
+        lines = zip(upstreams.split("<br>"), files.split("<br>"), strict=True)
+        told[model] = {upstream.strip("`"): set(re.findall("`(.+?)`", names)) for upstream, names in lines}
+    expected = {model: {} for model in PUBLISHED}
+    for upstream, files in UPSTREAMS.items():
+        for name, path in files.items():
+            file = path.removeprefix(f"{upstream}/")
+            if upstream == "augreg":
+                file = file.split("-")[0] + "-..."
+            expected[name.removesuffix("-224")].setdefault(upstream, set()).add(file)
+    assert told == expected
 
 
 def test_both_languages_give_the_same_commands_and_numbers():

@@ -31,8 +31,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from models.configs import UPSTREAMS, canonical_name, file_name
-from models.npz import BUCKET
+from models.configs import UPSTREAMS, canonical_name, file_name, upstreams
+from models.files import BUCKET
 from tools import cli
 from utils import checkpoint, dist_util
 
@@ -268,7 +268,7 @@ def choose(name: str, upstream: str | None) -> tuple[str, str]:
         ValueError: there is none.
     """
     name = canonical_name(name)
-    having = [u for u, files in UPSTREAMS.items() if name in files]
+    having = upstreams(name)
     if not having:
         every = dict.fromkeys(model for files in UPSTREAMS.values() for model in files)
         raise ValueError(f"no file of {name} is known; there are {', '.join(every)} (--list shows where)")
@@ -287,8 +287,8 @@ def destination(to: str, upstream: str, name: str) -> str:
 def print_list(to: str) -> None:
     """Prints every file: the model, the upstream, what it is called here, and whether it is there."""
     rows = [("MODEL", "UPSTREAM", "FILE", "")]
-    for upstream, files in UPSTREAMS.items():
-        for name in files:
+    for name in dict.fromkeys(name for files in UPSTREAMS.values() for name in files):
+        for upstream in upstreams(name):
             path = destination(to, upstream, name)
             rows.append((name, upstream, path, "there" if os.path.isfile(path) else ""))
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -1,0 +1,116 @@
+"""models/files.py: where a model's pretrained file is, and how to get it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from models import files
+
+
+def test_a_file_is_found_whatever_its_name(tmp_path):
+    path = tmp_path / "anything.bin"
+    path.touch()
+    assert files.find(str(path), "ViT-B_16") == str(path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("ViT-B_16", "ViT-B_16.npz"),
+        ("ViT-B_32", "imagenet21k_ViT-B_32.npz"),
+        ("R50-ViT-B_16", "R50-ViT-B_16.npz"),
+        ("R50-ViT-B_16", "R50+ViT-B_16.npz"),
+        ("R50-ViT-B_16", "imagenet21k_R50-ViT-B_16.npz"),
+        ("R50-ViT-B_16", "imagenet21k_R50+ViT-B_16.npz"),
+        ("ViT-demo", "ViT-demo.npz"),
+    ],
+)
+def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
+    (tmp_path / "ViT-L_16.npz").touch()
+    (tmp_path / name).touch()
+    assert files.find(str(tmp_path), model_type) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "upstream"),
+    [
+        ("ViT-B_16", "imagenet21k"),
+        ("ViT-H_14", "imagenet21k"),
+        ("R50-ViT-B_16", "imagenet21k"),
+        ("ViT-S_16", "augreg"),
+        ("ViT-B_8", "imagenet21k"),
+        ("R26-ViT-B_32", "imagenet21k"),
+        ("R26-ViT-S_32", "augreg"),
+    ],
+)
+@pytest.mark.parametrize("given", ["missing/{}.npz", "missing/imagenet21k_{}.npz", "ViT-L_32.npz", ".", "{}"])
+def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model_type, upstream, given):
+    path = tmp_path / given.format(model_type)
+    if path.suffix != ".npz":
+        path.mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=r"python -m tools\.download") as e:
+        files.find(str(path), model_type)
+    message = str(e.value)
+    assert str(path) in message
+    words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
+    assert words[0] == model_type
+    target = Path(words[words.index("--to") + 1])
+    if target.suffix != ".npz":
+        target = target / f"{upstream}_{model_type}.npz"
+    if "{}.npz" in given:
+        assert target == path
+    else:  # not into a folder's own name, nor under another model's
+        assert target.parent == (path if path.is_dir() else tmp_path)
+        assert f"give --pretrained_dir {target}" in message
+    target.parent.mkdir(exist_ok=True)
+    target.touch()  # what the command would leave is found the next time
+    assert files.find(str(path if path.is_dir() else target), model_type) == str(target)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "command"),
+    [
+        ("checkpoint/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32"),
+        ("checkpoint/ViT-B_16.npz", "ViT-B_16", "ViT-B_16 --to checkpoint/ViT-B_16.npz"),
+        ("checkpoint/R50+ViT-B_16.npz", "R50-ViT-B_16", "R50-ViT-B_16 --to checkpoint/R50+ViT-B_16.npz"),
+        ("checkpoint/augreg_ViT-B_16.npz", "ViT-B_16", "ViT-B_16 --upstream augreg"),
+        ("checkpoint/augreg_ViT-S_16.npz", "ViT-S_16", "ViT-S_16"),
+        ("checkpoint/imagenet2012_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --upstream imagenet21k+imagenet2012"),
+        ("checkpoint/imagenet2012_ViT-B_16-224.npz", "ViT-B_16", "ViT-B_16-224 --upstream imagenet21k+imagenet2012"),
+        ("checkpoint/augreg_ViT-B_8.npz", "ViT-B_8", "ViT-B_8 --upstream augreg"),
+        ("checkpoint/augreg_R50-ViT-L_32.npz", "R50-ViT-L_32", "R50-ViT-L_32"),
+        ("checkpoint/imagenet21k_R50-ViT-L_32.npz", "R50-ViT-L_32", "R50-ViT-L_32 --upstream imagenet21k"),
+        ("my files/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to 'my files'"),
+        ("imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to ."),
+    ],
+)
+def test_the_command_fetches_what_the_files_name_tells(path, name, command):
+    assert files.download_command(path, name) == f"python -m tools.download {command}"
+
+
+@pytest.mark.parametrize("name", ["R26-ViT-S_32.npz", "R26+ViT-S_32.npz", "augreg_R26-ViT-S_32.npz"])
+@pytest.mark.parametrize("model_type", ["R26-ViT-S_32", "R26+ViT-S_32", "R26_S_32"])
+def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
+    (tmp_path / name).touch()
+    assert files.find(str(tmp_path), model_type) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "advice"),
+    [
+        ("ViT-demo", "comes with checkpoint/ViT-demo.npz"),
+        (
+            "ViT-S_14",
+            "no file of ViT-S_14 is known here, give its path; --pretrained_dir '' starts from random weights",
+        ),
+        ("testing", "no file of testing is known here"),
+    ],
+)
+def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model_type, advice):
+    with pytest.raises(ValueError, match=f"there is no file .*{re.escape(advice)}") as e:
+        files.find(str(tmp_path / "weights.npz"), model_type)
+    assert "tools.download" not in str(e.value)
