@@ -84,12 +84,13 @@ def filter_taps(start: Tensor, length: Tensor, size: int, out_size: int) -> tupl
     centre = (torch.arange(out_size, dtype=dtype, device=start.device) + 0.5) * scale - 0.5
     num_taps = 2 if size <= out_size else 2 * math.ceil(size / out_size) + 1  # no more lie within the support
     first = (centre - support).floor() + 1
-    tap = first[..., None] + torch.arange(num_taps, dtype=dtype, device=start.device)
-    weights = (1 - (tap - centre[..., None]).abs() / support[..., None]).clamp_(min=0)
-    weights.mul_((tap >= 0) & (tap < length[..., None]))
-    weights.div_(weights.sum(dim=-1, keepdim=True)).mul_(PILLOW_ONE).add_(0.5).floor_().div_(PILLOW_ONE)
-    pixel = torch.minimum(tap.clamp_(min=0), length[..., None] - 1).add_(start[..., None]).long()
-    return pixel, weights
+    # Taps lie before pixels in memory, (B, taps, out_size): long rows are what vector instructions are for.
+    tap = first[:, None] + torch.arange(num_taps, dtype=dtype, device=start.device)[:, None]
+    weights = (1 - (tap - centre[:, None]).abs_().div_(support[:, None])).clamp_(min=0)
+    weights.mul_((tap >= 0) & (tap < length[:, None]))
+    weights.div_(weights.sum(dim=1, keepdim=True)).mul_(PILLOW_ONE).add_(0.5).floor_().div_(PILLOW_ONE)
+    pixel = torch.minimum(tap.clamp_(min=0), length[:, None] - 1).add_(start[:, None]).long()
+    return pixel.mT, weights.mT
 
 
 def as_matrix(pixel: Tensor, weights: Tensor, size: int) -> Tensor:
