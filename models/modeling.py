@@ -35,7 +35,9 @@ LAYER_NORM_EPS = 1e-6
 def for_product(x: Tensor) -> Tensor:
     """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which knows no "meta"
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
+from benchmarks.agreement import cost
 from models.configs import CONFIGS, PUBLISHED, UPSTREAMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,16 @@ def test_the_table_of_models_names_the_files_that_can_be_downloaded(readme):
                 file = file.split("-")[0] + "-..."
             expected[name.removesuffix("-224")].setdefault(upstream, set()).add(file)
     assert told == expected
+
+
+def test_the_table_of_models_has_the_cost_that_is_counted():
+    rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| `.+?` \| ([\d.]+) \|", text_of("README.md"), re.MULTILINE)
+    assert [model for model, *_ in rows] == list(PUBLISHED)
+    for model, parameters, gflops in rows:
+        if model not in ("ViT-B_32", "R-ViT-Ti_16", "R50-ViT-B_16"):  # all would take ten seconds
+            continue
+        counted = cost(CONFIGS[model])
+        assert (f"{counted[0]:,}", f"{counted[1]:.1f}") == (parameters, gflops), model
 
 
 def test_both_languages_give_the_same_commands_and_numbers():
