@@ -67,13 +67,18 @@ def write_report(
     """Writes the run's report as far as it has come; a training does not end for the lack of one."""
     if not dist_util.is_main():
         return
+    try:
+        lines = read_lines(log_dir(args))
+    except (OSError, ValueError) as e:
+        logger.warning("The report %s could not be written, for the logs cannot be read (%s)", report_path(args), e)
+        return
     best, parser = Evaluation(**state.best), make_parser()
     contents = page.Contents(
         name=args.name,
         subject=f"{args.model_type} on {args.dataset}",
         num_steps=args.num_steps,
         step=state.step,
-        lines=read_lines(log_dir(args)),
+        lines=lines,
         classes=data.classes,
         best_step=state.best_step,
         confusion=best.confusion(len(data.classes)),
@@ -87,7 +92,7 @@ def write_report(
             "threads of each": str(torch.get_num_threads()),
         },
         timing={
-            "wall time": f"{time.perf_counter() - start:.1f} s, with evaluations",
+            "wall time since the last start": f"{time.perf_counter() - start:.1f} s, with evaluations",
             "images per second while training": f"{speed:.1f}",
             "pictures": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -123,7 +123,7 @@ def train(
             if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
                 save_last(args, state, model, optimizer, precision, writer, log)
             if signal_number:
-                how = "the same command" if resumes_own(args) else "it, but with --resume auto,"
+                how = "the same command" if resumes_own(args) else "the same command, but with --resume auto,"
                 raise Stopped(signal_number, f"stopped after update {step}; {how} goes on from there")
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)

@@ -83,8 +83,9 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Opens a page, and waits until it is loaded."""
+        earlier = len(self.events)
         self.call("Page.navigate", url=url)
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events[earlier:]):
             self.events.append(self._receive())
 
     def value(self, script: str) -> Any:

@@ -168,6 +168,7 @@ def test_a_checkpoint_without_names_of_classes_will_do(finetuned_any, draw, tmp_
         (["a.png", "--output", "map.jpg"], ["map.jpg", ".png"]),
         (["a.png", "--output", "text.png/map.png"], ["the folder text.png cannot be written"]),
         (["."], ["there is no picture ."]),
+        (["a.png", "--output", "a.png"], ["--output a.png would replace a file that is read"]),
         (["a.png", "--classes", "x"], ["has 10 classes", "the flags name 1"]),
     ],
 )

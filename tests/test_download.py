@@ -30,7 +30,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     A fault is a dict: ``drop`` (bytes after which the connection breaks), ``status``, ``ignore_range``,
     ``corrupt`` (position of a byte that is changed), ``headers`` (to replace or, if None, leave out),
-    ``slow`` (seconds between the pieces), ``replace`` (new content of the file from this request on).
+    ``slow`` (seconds between the pieces), ``replace`` (new content of the file from this request on),
+    ``split`` (headers of several values are sent in as many lines, as the store does).
     """
 
     daemon_threads = True
@@ -78,8 +79,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         self.send_response(206 if start else 200)
         for name, value in headers.items():
-            if value is not None:
-                self.send_header(name, value)
+            if value is None:
+                continue
+            for line in value.split(",") if fault.get("split") else [value]:
+                self.send_header(name, line)
         self.end_headers()
         self.send(body[: fault.get("drop", len(body))], fault.get("slow", 0))
 
@@ -176,7 +179,7 @@ def test_another_run_goes_on_with_the_part_that_the_first_left(server, tmp_path,
     assert fetch(server, tmp_path) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "503" in error
-    assert FILE in error
+    assert f"{FILE}.part stays, and the same command goes on with it" in error
     assert names_in(tmp_path) == [f"{FILE}.part", f"{FILE}.part.json"]
     del server.requests[:]
     assert fetch(server, tmp_path) == 0
@@ -273,6 +276,15 @@ def test_bytes_that_stay_corrupt_are_refused_also_without_an_md5(server, tmp_pat
     assert names_in(tmp_path) == []
 
 
+def test_an_md5_in_a_line_of_its_own_is_read(server, tmp_path, capsys):
+    server.every = {"corrupt": 70_000, "split": True}
+    assert fetch(server, tmp_path) == 1
+    assert "has the md5" in capsys.readouterr().err.splitlines()[-1]
+    server.every = {"split": True}
+    assert fetch(server, tmp_path) == 0
+    assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
+
+
 def test_a_page_instead_of_the_file_is_refused(server, tmp_path, capsys):
     server.files[REMOTE] = b"<html>Please log in</html>"
     server.every = {"headers": {"x-goog-hash": None}}
@@ -295,6 +307,7 @@ def test_an_answer_of_the_server_is_told_in_one_line(server, tmp_path, capsys, s
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(status) in error
     assert server.url + REMOTE in error
+    assert "stays" not in error  # nothing came
     assert len(server.requests) == tries
     assert names_in(tmp_path) == []
 
@@ -361,6 +374,34 @@ def test_ctrl_c_leaves_the_part_for_the_next_time(server, tmp_path):
     assert (tmp_path / FILE).read_bytes() == server.files[REMOTE]
 
 
+def test_ctrl_c_before_anything_came_promises_nothing(server, tmp_path, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download.Download, "fetch_once", interrupted)
+    assert fetch(server, tmp_path) == 130
+    assert capsys.readouterr().err == "tools.download: error: interrupted\n"
+
+
+def test_one_process_at_a_time_downloads_a_file(server, tmp_path, capsys):
+    pytest.importorskip("fcntl", reason="this system has no locks")
+    code = ("import sys; from utils.runs import only_run\n"
+            "with only_run(sys.argv[1], 'busy'): print('held', flush=True); sys.stdin.read()")  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / FILE}.part.lock"], cwd=ROOT, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert fetch(server, tmp_path) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert f"process {holder.pid} is downloading {tmp_path / FILE}; wait for it, or stop it" in error
+        assert server.requests == []
+    finally:
+        holder.communicate(timeout=60)
+    assert fetch(server, tmp_path) == 0
+    assert names_in(tmp_path) == [FILE]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -368,7 +409,17 @@ def test_ctrl_c_leaves_the_part_for_the_next_time(server, tmp_path):
         (["ViT-B_33"], ["ViT-B_33", "ViT-B_32"]),
         (["ViT-H_14", "--upstream", "augreg"], ["--upstream augreg", "imagenet21k"]),
         (["ViT-B_32", "--upstream", "sam"], ["sam", "augreg"]),
-        (["ViT-B_32", "--base_url", "ftp://host"], ["ftp://host", "https://"]),
+        *(
+            (["ViT-B_32", "--base_url", url], [f"--base_url {url} is no address", "https://"])
+            for url in (
+                "ftp://host",
+                "localhost:8000",
+                "https:///vit",
+                "http://host:port",
+                "http://ho st",
+                "http://[::",
+            )
+        ),
         (["ViT-B_32", "ViT-B_16", "--to", "one.npz"], ["one.npz", "folder"]),
         (["ViT-B_32", "--to", "taken/deeper"], ["taken/deeper", "cannot be written"]),
     ],

@@ -305,6 +305,14 @@ def test_only_the_main_process_shows_a_bar(capsys, monkeypatch):
     assert "loss=0.2500" in shown
 
 
+def test_a_bar_that_goes_to_a_file_does_not_fill_it(capsys):
+    log = TrainingLog(Recorder(), 50, 8, log_every=1)
+    for step in range(1, 51):
+        log.update(step, torch.tensor(0.25), 0.1, DONE)
+    log.close()
+    assert capsys.readouterr().err.count("Training:") <= 3
+
+
 def test_a_disk_that_takes_no_line_is_told_of_at_once(tmp_path):
     full = "/dev/full"
     if not os.path.exists(full):

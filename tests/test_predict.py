@@ -125,6 +125,18 @@ def test_an_unreadable_picture_is_named_and_the_others_are_classified(finetuned_
     assert (status, json.loads(out)) == (2, [])
 
 
+def test_too_many_pictures_at_once_are_one_line(finetuned_any, draw, monkeypatch, capsys):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VisionTransformer, "forward", forward)
+    status, out, err = run(capsys, "--load_model_dir", finetuned_any, "--batch_size", "77", draw())
+    assert (status, out) == (1, "")
+    assert err == [
+        "tools.predict: error: out of memory classifying 77 pictures at once; give a smaller --batch_size"
+    ]  # fmt: skip
+
+
 # ---- checkpoints without a description ----
 
 

@@ -52,6 +52,14 @@ def test_sketches_are_grey_and_nearly_black_and_white():
 
 def test_pictures_that_differ_in_size_are_refused(folder, capsys):
     Image.new("RGB", (20, 20)).save(folder / "train" / "a" / "small.png")
-    with pytest.raises(SystemExit, match="2"):
-        pretrain_demo.main(["--dataset", str(folder), "--output", str(folder / "demo.npz")])
-    assert "all of one size" in capsys.readouterr().err
+    assert pretrain_demo.main(["--dataset", str(folder), "--output", str(folder / "demo.npz")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # after the bar of the decoding
+    assert error.startswith("tools.pretrain_demo: error: ")
+    assert "all of one size" in error
+
+
+def test_where_nothing_can_be_written_nothing_is_trained(folder, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain_demo, "pretrain", None)
+    (folder / "file").touch()
+    assert pretrain_demo.main(["--dataset", str(folder), "--output", str(folder / "file" / "demo.npz")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

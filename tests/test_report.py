@@ -1,9 +1,12 @@
 """The page that a run leaves: right numbers, whole in itself, harmless whatever the names, fine in a browser."""
 
 import base64
+import http.server
 import io
 import re
+import threading
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,6 +296,63 @@ def test_a_browser_renders_it_without_a_request_or_a_complaint(count, chromium, 
         assert (ground > ink) == (scheme == "light")
     assert chromium.requests() == [path.as_uri()]
     assert chromium.complaints() == []
+
+
+def test_the_page_of_a_training_renders_in_the_same_way(finetuned_digits, chromium):
+    path = Path(finetuned_digits).with_name("digits_report.html")
+    chromium.open(path.as_uri())
+    assert chromium.value("document.querySelector('h1').textContent") == "digits"
+    assert chromium.value("document.querySelectorAll('figure svg').length") == 5
+    widths = chromium.value("[...document.images].map(i => i.naturalWidth)")
+    assert widths == [128] * 24
+    assert chromium.requests() == [path.as_uri()]
+    assert chromium.complaints() == []
+
+
+#: Ways in which a page may ask for something, by what the server then hears.
+REFERENCES = {
+    "/picture": '<img src="/picture">',
+    "/background": '<p style="background: url(/background)">x</p>',
+    "/sheet": '<link rel="stylesheet" href="/sheet">',
+    "/import": "<style>@import '/import';</style>",
+    "/script": '<script src="/script"></script>',
+    "/fetch": "<script>fetch('/fetch')</script>",
+    "/frame": '<iframe src="/frame"></iframe>',
+}
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """Serves the server's ``pages``, and notes every path that is asked for."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        body = self.server.pages.get(self.path, b"")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_the_page_forbids_what_may_sneak_into_it_to_fetch_anything(chromium):
+    text = report.render(make()).replace("</main>", "".join(REFERENCES.values()) + "</main>")
+    free, count = re.subn('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert count == 1
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        server.daemon_threads = True
+        server.asked, server.pages = [], {"/report": text.encode(), "/free": free.encode()}
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        try:
+            chromium.open(f"http://127.0.0.1:{server.server_port}/report")
+            assert set(server.asked) - {"/favicon.ico"} == {"/report"}
+            assert "Content Security Policy" in str(chromium.complaints())
+            chromium.open(f"http://127.0.0.1:{server.server_port}/free")  # what would be asked for without it
+            chromium.wait_for("1", lambda _: set(REFERENCES) <= set(server.asked))
+        finally:
+            server.shutdown()
 
 
 def test_the_browser_of_these_tests_hears_complaints_and_sees_requests(chromium, tmp_path):

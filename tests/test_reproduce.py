@@ -17,6 +17,7 @@ import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
+from tools import published as published_rows
 from tools import reproduce
 
 #: Rows like the published ones, of a training of a second; what comes of "slow" takes minutes.
@@ -49,9 +50,8 @@ def _folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def published(monkeypatch):
     """The real rows, each of which begins with the same call."""
-    rows = {row.name: row for row in reproduce._published()}
-    monkeypatch.setattr(reproduce, "ROWS", rows)
-    return rows
+    monkeypatch.setattr(reproduce, "ROWS", published_rows.ROWS)
+    return published_rows.ROWS
 
 
 def run(capfd, *args):
@@ -64,6 +64,23 @@ def run(capfd, *args):
     return status, out, (err.splitlines() or [""])[-1]
 
 
+def record_of(name, **changes):
+    """What is kept of a row that is done."""
+    row = TINY[name]
+    published = {"source": row.source, **{k: getattr(row, k) for k in (
+        "name", "model_type", "dataset", "img_size", "num_steps", "batch_size", "accuracy", "secs")}}  # fmt: skip
+    return {
+        "status": "done", "accuracy": 61.25, "last_accuracy": 60.5, "secs": 3.0, "command": "python train.py",
+        "hardware": "a processor", "versions": {}, "published": published, **changes,
+    }  # fmt: skip
+
+
+def write_results(**records):
+    os.makedirs("output", exist_ok=True)
+    rows = {name.replace("_", "-"): record for name, record in records.items()}
+    Path("output/results.json").write_text(json.dumps({"rows": rows}))
+
+
 def results():
     return json.loads(Path("output/results.json").read_text())["rows"]
 
@@ -72,9 +89,9 @@ def results():
 
 
 def test_the_published_figures_are_those_of_the_readme(published):
-    text = (
-        (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### Published by others")[1].split("## How to")[0]
-    )
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = readme.split("### Published by others")[1].split("## How to")[0]
+    assert f"Without `--rows` all {len(published)}\n" in readme
     tables = {}
     for head, body in re.findall(r"^(\| model \|.*)\n\|[ \-|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
         tables[head] = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
@@ -160,9 +177,7 @@ def test_rows_are_chosen_by_name_and_pattern_in_their_own_order(published):
 
 
 def test_list_prints_every_row_and_what_is_known(capfd):
-    os.makedirs("output")
-    record = {"status": "done", "accuracy": 61.25, "secs": 3.0}
-    Path("output/results.json").write_text(json.dumps({"rows": {"predecessor-a": record}}))
+    write_results(predecessor_a=record_of("predecessor-a"))
     status, out, _ = run(capfd, "--list")
     assert status == 0
     lines = [line.split() for line in out.splitlines()]
@@ -203,6 +218,8 @@ def test_rows_are_trained_kept_and_not_trained_again(capfd):
         assert record["versions"]["torch"]
         assert record["published"]["accuracy"] == row.accuracy
         assert record["command"] in out
+        shown = f"{name}: {record['accuracy']:.2f} %, published {row.accuracy:.2f} %; see output/results.md"
+        assert shown in out
 
     text = Path("output/results.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| testing" in line]
@@ -229,9 +246,40 @@ def test_again_trains_a_row_that_is_done(capfd):
     assert os.path.isdir("logs/reproduce-predecessor-a/earlier-1")
 
 
+def test_rows_that_another_process_trains_meanwhile_are_kept_and_not_trained(capfd, monkeypatch):
+    real = reproduce.Child.run
+
+    def train_beside(self, words):
+        write_results(predecessor_b=record_of("predecessor-b"))
+        return real(self, words)
+
+    monkeypatch.setattr(reproduce.Child, "run", train_beside)
+    status, out, _ = run(capfd, "--rows", "predecessor-*", *CPU)
+    assert status == 0
+    assert "predecessor-b is done: 61.25 %" in out
+    assert {name: record["status"] for name, record in results().items()} == {
+        "predecessor-a": "done", "predecessor-b": "done",
+    }  # fmt: skip
+    assert results()["predecessor-b"] == record_of("predecessor-b")
+
+
+def test_a_training_whose_logs_are_gone_is_not_called_done(capfd):
+    assert run(capfd, "--rows", "predecessor-a", *CPU)[0] == 0
+    os.remove("output/results.json")
+    shutil.rmtree("logs")
+    status, _, error = run(capfd, "--rows", "predecessor-a", *CPU)
+    assert status == 1
+    assert "logs/reproduce-predecessor-a cannot be read" in error
+    assert "--again" in error
+    assert results()["predecessor-a"]["status"] == "failed"
+    assert run(capfd, "--rows", "predecessor-a", "--again", *CPU)[0] == 0
+    assert results()["predecessor-a"]["status"] == "done"
+
+
 def start(*args):
     """The tool as a process of its own, with the rows of this module."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from tests import test_reproduce as t"
+            "; [t.signal.signal(n, t.signal.SIG_DFL) for n in t.reproduce.SIGNALS]"  # these tests may be under nohup
             "; t.reproduce.ROWS = t.TINY; sys.exit(t.reproduce.main(sys.argv[2:]))")  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", code, str(REPOSITORY), *args],
@@ -306,10 +354,12 @@ def test_a_row_that_fails_is_kept_as_such_and_the_others_go_on(capfd, monkeypatc
     assert "| failed |" in Path("output/results.md").read_text()
 
 
-def test_what_train_py_does_not_take_ends_it(capfd):
-    status, _, error = run(capfd, "--rows", "predecessor-*", *CPU, "--turbo")
+@pytest.mark.parametrize("flags", [["--turbo"], ["--device", "tpu"], ["--device"]])
+def test_what_train_py_does_not_take_ends_it(capfd, flags):
+    status, _, error = run(capfd, "--rows", "predecessor-*", "--", *flags)
     assert status == 2
-    assert "--turbo" in error
+    assert error.startswith("train.py: error: ")
+    assert flags[0] in error
     assert list(results()) == ["predecessor-a"]
 
 
@@ -354,8 +404,13 @@ def test_wrong_input_is_one_line_and_status_2(args, words, capfd):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"rows": []}', '{"rows": {"a": {"status": "done"}}}', '{"rows": {"a": 3}}']
-)
+    "text",
+    [
+        "", "[]", '{"rows": []}', '{"rows": {"a": {"status": "done"}}}', '{"rows": {"a": 3}}',
+        *(json.dumps({"rows": {"predecessor-a": record_of("predecessor-a", **change)}})
+          for change in ({"accuracy": None}, {"published": {}}, {"secs": "long"})),
+    ],
+)  # fmt: skip
 def test_a_file_that_holds_no_results_is_not_replaced(text, capfd):
     os.makedirs("output")
     Path("output/results.json").write_text(text)
@@ -363,9 +418,3 @@ def test_a_file_that_holds_no_results_is_not_replaced(text, capfd):
     assert status == 2
     assert "output/results.json does not hold results" in error
     assert Path("output/results.json").read_text() == text
-
-
-def test_help_has_an_example(capfd):
-    status, out, _ = run(capfd, "--help")
-    assert status == 0
-    assert "python -m tools.reproduce --rows demo" in out

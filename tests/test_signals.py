@@ -104,7 +104,7 @@ def test_two_stop_at_once_and_leave_the_last_state_whole(number, where, monkeypa
 
 def test_the_message_names_the_flag_where_the_command_would_start_over(monkeypatch, capfd):
     assert signalled(monkeypatch, TrainingLog, "update", signal.SIGINT, flags=("--resume", "none")) == 130
-    assert "it, but with --resume auto, goes on from there" in capfd.readouterr().err
+    assert "the same command, but with --resume auto, goes on from there" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -187,6 +187,18 @@ def test_a_report_that_cannot_be_written_does_not_end_a_training(caplog):
     assert os.path.isfile("output/a_checkpoint.bin")
 
 
+def test_logs_that_are_gone_do_not_end_a_training_for_the_report(caplog, monkeypatch):
+    def write_report(*args):
+        os.remove("logs/a/metrics.jsonl")
+        showing.write_report(*args)
+        Path("logs/a/metrics.jsonl").touch()
+
+    monkeypatch.setattr(train, "write_report", write_report)
+    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH]) == 0
+    assert "The report output/a_report.html could not be written, for the logs cannot be read" in caplog.text
+    assert not os.path.exists("output/a_report.html")
+
+
 @pytest.fixture
 def checkpoint():
     """A checkpoint of the testing model at 32 px with ten classes, where -v looks for it."""

@@ -107,14 +107,14 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isfile(args.picture):
         raise ValueError(f"there is no picture {args.picture}")
     picture = data_utils.read_picture(args.picture)
-    checkpoint.check_writable(os.path.dirname(args.output) or ".")
+    cli.check_output(args.output, args.picture, args.load_model_dir)
     device = dist_util.setup(args.device, -1)
     loaded = finetuned.load(args, vis=True)
     maps, probabilities = attend(loaded.model.to(device), picture, device)
     best = int(probabilities.argmax())
     name = f"class {best}" if loaded.classes is None else loaded.classes[best]
     shown = picture.resize(panel_size(*picture.size), Image.Resampling.BICUBIC)
-    panels = [(f"{name} {100 * probabilities[best]:.1f} %", shown), ("attention rollout", shade(shown, maps[-1]))]
+    panels = [(f"{name}, {100 * probabilities[best]:.1f} %", shown), ("attention rollout", shade(shown, maps[-1]))]
     if args.layers:
         panels += [(f"up to block {i}", shade(shown, layer)) for i, layer in enumerate(maps, 1)]
     with checkpoint.atomic_write(args.output) as f:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from utils import checkpoint, runs
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -50,6 +52,23 @@ def parse_positive(text: str) -> int:
 parse_positive.__name__ = "int"  # argparse's message on a word in its place names the type
 
 
+def check_output(path: str, *sources: str) -> None:
+    """Makes the folder of a file that is to be written, if need be.
+
+    Args:
+        path: what ``--output`` gives.
+        sources: the files that are read.
+
+    Raises:
+        ValueError: the file cannot be written there, or would replace what is read.
+    """
+    if os.path.realpath(path) in map(os.path.realpath, sources):
+        raise ValueError(f"--output {path} would replace a file that is read; give another name")
+    if os.path.isdir(path):
+        raise ValueError(f"--output {path} is a folder; give the name of a file in it")
+    checkpoint.check_writable(os.path.dirname(path) or ".")
+
+
 def fail(name: str, message: object, status: int) -> int:
     """Says what went wrong in one line, whatever the message; returns the exit status."""
     print(f"tools.{name}: error:", " ".join(str(message).split()), file=sys.stderr)
@@ -71,7 +90,7 @@ def run(name: str, body: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as e:
+    except (OSError, runs.OutOfMemory) as e:
         return fail(name, e, 1)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 128 + signal.SIGINT)

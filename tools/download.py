@@ -34,7 +34,7 @@ from tqdm import tqdm
 from models.configs import UPSTREAMS, canonical_name, file_name, upstreams
 from models.files import BUCKET
 from tools import cli
-from utils import checkpoint, dist_util
+from utils import checkpoint, dist_util, runs
 
 TIMEOUT_SECS = 30.0
 #: Waits after failures in a row; one more ends the download.  Bytes that arrive start the row anew.
@@ -261,6 +261,17 @@ def check_space(path: str, size: int | None) -> None:
 # ---- which file ----
 
 
+def check_address(url: str) -> None:
+    """Raises ValueError unless files can be below such an address."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of the port
+        fits = False
+    if not fits or not all("!" <= letter <= "~" for letter in url):
+        raise ValueError(f"--base_url {url} is no address; expected https://HOST/FOLDER, or http://")
+
+
 def choose(name: str, upstream: str | None) -> tuple[str, str]:
     """The upstream and the name in ``UPSTREAMS`` of a model's file.
 
@@ -320,8 +331,7 @@ def download(args: argparse.Namespace) -> int:
         return 0
     if not args.models:
         raise ValueError("name a model, such as ViT-B_32; --list prints them")
-    if urllib.parse.urlsplit(args.base_url).scheme not in ("http", "https"):
-        raise ValueError(f"--base_url {args.base_url} does not begin with https:// or http://")
+    check_address(args.base_url)
     chosen = dict.fromkeys(choose(name, args.upstream) for name in args.models)
     if len(chosen) > 1 and destination(args.to, "", "") == args.to:
         raise ValueError(f"--to {args.to} is one file, for {len(chosen)} models; give a folder")
@@ -332,13 +342,17 @@ def download(args: argparse.Namespace) -> int:
             continue
         checkpoint.check_writable(os.path.dirname(path) or ".")
         remote = urllib.parse.quote(f"{UPSTREAMS[upstream][name]}.npz", safe="/+")
-        try:
-            Download(f"{args.base_url.rstrip('/')}/{remote}", path).fetch()
-        except OSError as e:
-            raise OSError(f"{path} could not be downloaded: {e}") from e
-        except KeyboardInterrupt:
-            print(f"{path}.part stays; the same command goes on with it", file=sys.stderr)
-            raise
+        with runs.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
+            file = Download(f"{args.base_url.rstrip('/')}/{remote}", path)
+            try:
+                file.fetch()
+            except OSError as e:
+                stays = f"; {file.part} stays, and the same command goes on with it" if file.offset() else ""
+                raise OSError(f"{path} could not be downloaded: {e}{stays}") from e
+            except KeyboardInterrupt:
+                if file.offset():
+                    print(f"{file.part} stays; the same command goes on with it", file=sys.stderr)
+                raise
         print(f"{path}: {os.path.getsize(path):,} bytes")
     return 0
 

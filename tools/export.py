@@ -305,11 +305,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the user got something wrong.
         OSError: the file could not be written.
     """
-    own = (args.load_model_dir, checkpoint.description_path(args.load_model_dir))
-    if os.path.realpath(args.output) in map(os.path.realpath, own):
-        raise ValueError(f"--output {args.output} is the checkpoint's own file; give another name")
     loaded = finetuned.load(args)
-    checkpoint.check_writable(os.path.dirname(args.output) or ".")
+    cli.check_output(args.output, args.load_model_dir, checkpoint.description_path(args.load_model_dir))
     lines = FORMATS[args.format](loaded, args.output)
     print(f"# {args.output}: {os.path.getsize(args.output):,} bytes; to load it:\n{lines}")
     return 0

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
-from utils import augment, data_utils, dist_util
+from utils import augment, data_utils, dist_util, runs
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
 Prediction = tuple[str, Tensor | data_utils.PictureError]
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: the user got something wrong.
         OSError: the classes of a data set could not be downloaded.
+        OutOfMemory: a smaller ``--batch_size`` may do.
     """
     paths = find_pictures(args.pictures)
     device = dist_util.setup(args.device, -1)
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     status, objects = 0, []
     options = dist_util.bar_options()
     options["disable"] |= len(paths) <= args.batch_size  # it would only flicker
-    with tqdm(total=len(paths), desc="Predicting", unit="picture", leave=False, **options) as bar:
+    remedy = runs.memory_remedy(f"classifying {args.batch_size} pictures at once; give a smaller --batch_size")
+    with remedy, tqdm(total=len(paths), desc="Predicting", unit="picture", leave=False, **options) as bar:
         for path, result in predict(model, paths, args.batch_size, device):
             bar.update()
             if isinstance(result, data_utils.PictureError):

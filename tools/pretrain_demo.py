@@ -24,6 +24,7 @@ from tqdm import tqdm
 from models import npz
 from models.configs import CONFIGS, DEMO
 from models.modeling import VisionTransformer
+from tools import cli
 from utils import augment, checkpoint, data_utils
 from utils.precision import Precision
 from utils.scheduler import make_schedule
@@ -80,27 +81,31 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
     return model
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    p = argparse.ArgumentParser(
-        description="Pretrain ViT-demo.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def make_parser() -> cli.Parser:
+    """Every flag of the command line."""
+    p = cli.Parser("pretrain_demo", __doc__)
     p.add_argument("--dataset", required=True, help="a folder with train/<class>/* and test/<class>/*")
-    p.add_argument("--output", default=f"checkpoint/{DEMO}.npz")
-    p.add_argument("--num_steps", type=int, default=12000)
-    p.add_argument("--batch_size", type=int, default=128)
-    p.add_argument("--learning_rate", type=float, default=1e-3)
-    p.add_argument("--weight_decay", type=float, default=0.05)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--output", default=f"checkpoint/{DEMO}.npz", metavar="FILE", help="the .npz to write")
+    p.add_argument("--num_steps", type=cli.parse_positive, default=12000, help="updates")
+    p.add_argument("--batch_size", type=cli.parse_positive, default=128, help="pictures of one update")
+    p.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW, at its highest")
+    p.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
+    p.add_argument("--seed", type=int, default=0, help="of the weights, the order and the crops")
     p.add_argument("--fp16", action="store_true", help="bfloat16 autocast")
-    args = p.parse_args(argv)
-    logging.basicConfig(level=logging.INFO)
-    try:
-        pictures = data_utils.load_datasets(args.dataset, "./data", num_workers=2).train
-    except ValueError as e:
-        p.error(str(e))
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pretrains and writes the file; returns the exit status.
+
+    Raises:
+        ValueError: the user got something wrong.
+        OSError: the file could not be written.
+    """
+    cli.check_output(args.output)
+    pictures = data_utils.load_datasets(args.dataset, "./data", num_workers=2).train
     if not isinstance(pictures, data_utils.MemoryPictures):
-        p.error(f"--dataset {args.dataset}: expected small pictures, all of one size")
+        raise ValueError(f"--dataset {args.dataset}: expected small pictures, all of one size")
     model = pretrain(args, pictures.images, Precision(torch.device("cpu"), "O1" if args.fp16 else "O0"))
     state = model.state_dict()
     state["head.weight"], state["head.bias"] = (
@@ -110,6 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     with checkpoint.atomic_write(args.output) as f:
         npz.write(f, npz.from_state_dict(state, model.config, IMG_SIZE, np.float16))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
+    return cli.run("pretrain_demo", lambda: run(args))
 
 
 if __name__ == "__main__":

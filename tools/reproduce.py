@@ -20,8 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 
 from models.configs import DEMO, GOOGLE_NAMES, file_name
 from tools import cli
+from tools.published import ROWS, SOURCES, Row
 from utils import checkpoint, dist_util, metrics, report
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
@@ -41,105 +41,9 @@ OWN_FLAGS = (
     "--dropout", "--gelu", "--hflip", "--resume", "--eval_only", "--load_model_dir", "--help",
 )  # fmt: skip
 
-#: Who published a figure, by the beginning of its row's name.
-SOURCES = {
-    "demo": "this project's README, measured on two cores",
-    "predecessor": "the script this project replaces, as its users measured it",
-    "reference": "github.com/jeonsworld/ViT-pytorch, README (apex O2)",
-    "google": "github.com/google-research/vision_transformer, README",
-}
+#: What results.json has of each row.
+KEYS = {"status", "accuracy", "last_accuracy", "secs", "command", "hardware", "published"}
 CIFAR = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "digits"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training of somebody's, and what came of it.
-
-    Attributes:
-        name: of the row, which begins with a key of ``SOURCES``.
-        model_type, dataset, img_size, num_steps, batch_size: as the flags.
-        accuracy: the published one, in percent.
-        secs: the published time, None where none is.
-        flags: of train.py, besides those above.
-    """
-
-    name: str
-    model_type: str
-    dataset: str
-    img_size: int
-    num_steps: int
-    batch_size: int
-    accuracy: float
-    secs: float | None = None
-    flags: tuple[str, ...] = ()
-
-    @property
-    def source(self) -> str:
-        """Who published it."""
-        return SOURCES[self.name.split("-")[0]]
-
-
-# ---- the rows ----
-
-#: The flags of `make demo`; the figures are from a machine with two cores.
-DEMO_ROW = Row(
-    "demo", DEMO, "digits", 32, 1200, 64, 97.78, 66,
-    ("--warmup_steps", "60", "--learning_rate", "0.05", "--eval_every", "400"),
-)  # fmt: skip
-
-_PREDECESSOR = (  # model, data set, resolution, steps, accuracy, seconds, batch
-    ("ViT-B_32", "cifar10", 224, 1000, 98.89, 2107.74, 512),
-    ("ViT-B_32", "cifar10", 384, 1000, 98.65, 3346.43, 512),
-    ("ViT-B_32", "cifar10", 384, 10000, 99.00, 32593.36, 512),
-    ("ViT-L_32", "cifar10", 224, 1000, 98.83, 4039.10, 512),
-    ("ViT-L_32", "cifar10", 384, 1000, 98.72, 4487.46, 256),
-    ("ViT-B_32", "cifar100", 224, 1000, 90.74, 1270.46, 512),
-    ("ViT-B_32", "cifar100", 384, 1000, 90.61, 3340.64, 512),
-    ("ViT-L_32", "cifar100", 224, 1000, 91.95, 2970.06, 512),
-    ("ViT-L_32", "cifar100", 384, 10000, 93.39, 45135.64, 256),
-)
-_REFERENCE = (  # model, data set, resolution, steps, steps of warm-up, accuracy, seconds
-    ("ViT-B_16", "cifar10", 224, 10000, 500, 99.08, 11580),
-    ("ViT-B_16", "cifar100", 224, 10000, 500, 92.30, 11340),
-    ("ViT-L_32", "cifar10", 224, 10000, 500, 99.03, 7860),
-    ("ViT-L_32", "cifar100", 224, 10000, 500, 92.76, 7740),
-    ("R50-ViT-B_16", "cifar10", 224, 10000, 500, 98.92, None),
-    ("R50-ViT-B_16", "cifar100", 224, 10000, 500, 92.31, None),
-    ("ViT-B_16", "cifar10", 384, 10000, 500, 99.06, None),
-    ("ViT-B_16", "cifar100", 384, 10000, 500, 92.28, None),
-    ("R50-ViT-B_16", "cifar10", 384, 10000, 500, 99.04, None),
-    ("R50-ViT-B_16", "cifar100", 384, 10000, 500, 91.97, None),
-    ("ViT-B_16", "cifar10", 224, 500, 100, 98.59, None),
-    ("ViT-B_16", "cifar100", 224, 500, 100, 90.72, None),
-    ("ViT-B_16", "cifar10", 224, 1000, 100, 98.78, None),
-    ("ViT-B_16", "cifar100", 224, 1000, 100, 92.16, None),
-)
-_GOOGLE = (  # model; accuracy on CIFAR-10 with dropout 0 and 0.1, on CIFAR-100 with dropout 0 and 0.1
-    ("ViT-B_16", 99.02, 98.76, 92.06, 91.92),
-    ("ViT-B_32", 98.88, 98.75, 92.31, 92.05),
-    ("ViT-L_16", 99.13, 99.14, 92.91, 93.22),
-    ("ViT-L_32", 99.06, 99.09, 93.29, 93.34),
-    ("R50-ViT-B_16", 98.72, 98.94, 90.88, 92.30),
-)
-
-
-def _published() -> Iterable[Row]:
-    yield DEMO_ROW
-    for model, data, px, steps, accuracy, secs, batch in _PREDECESSOR:
-        yield Row(f"predecessor-{data}-{model}-{px}-{steps}", model, data, px, steps, batch, accuracy, secs)
-    for model, data, px, steps, warmup, accuracy, time_taken in _REFERENCE:
-        name, flags = f"reference-{data}-{model}-{px}-{steps}", ("--warmup_steps", str(warmup))
-        yield Row(name, model, data, px, steps, 512, accuracy, time_taken, flags)
-    for model, *accuracies in _GOOGLE:
-        kinds = [(data, dropout) for data in ("cifar10", "cifar100") for dropout in ("0", "0.1")]
-        for (data, dropout), accuracy in zip(kinds, accuracies):
-            as_google = ("--dropout", dropout, "--hflip", "--gelu", "tanh")
-            yield Row(
-                f"google-{data}-{model}-dropout{dropout}", model, data, 384, 10000, 512, accuracy, None, as_google
-            )
-
-
-ROWS = {row.name: row for row in _published()}
 
 
 def choose(patterns: list[str] | None) -> list[Row]:
@@ -244,10 +148,10 @@ class Child:
 def reproduce(args: argparse.Namespace, rows: list[Row], extra: list[str]) -> int:
     """Trains the rows that are not done; returns the exit status: the worst of all."""
     path = os.path.join(args.output_dir, "results.json")
-    results, worst = read_results(path), 0
+    worst = 0
     with Child() as child:
         for number, row in enumerate(rows, 1):
-            record = results.get(row.name, {})
+            record = read_results(path).get(row.name, {})  # another process may be at other rows
             if record.get("status") == "done" and not args.again:
                 print(f"[{number}/{len(rows)}] {row.name} is done: {record['accuracy']:.2f} % (--again trains it anew)")
                 continue
@@ -257,13 +161,18 @@ def reproduce(args: argparse.Namespace, rows: list[Row], extra: list[str]) -> in
             start = time.perf_counter()
             status = child.run([sys.executable, TRAIN, *words])
             secs = None if spent is None else round(spent + time.perf_counter() - start, 2)
-            results[row.name] = outcome(row, args, words, status, child.signal, secs)
-            write_results(args.output_dir, results)
+            record = outcome(row, args, words, status, child.signal, secs)
+            write_results(args.output_dir, {**read_results(path), row.name: record})
+            found = record["status"] if record["accuracy"] is None else f"{record['accuracy']:.2f} %"
+            beside = os.path.join(args.output_dir, "results.md")
+            print(
+                f"[{number}/{len(rows)}] {row.name}: {found}, published {row.accuracy:.2f} %; see {beside}", flush=True
+            )
             if child.signal:
                 return 128 + child.signal
             if status == 2:  # the other rows' flags are wrong in the same way
                 return 2
-            worst = max(worst, 1 if status else 0)
+            worst = max(worst, 0 if record["status"] == "done" else 1)
     return worst
 
 
@@ -280,24 +189,33 @@ def outcome(
     row: Row, args: argparse.Namespace, words: list[str], status: int, number: int, secs: float | None
 ) -> dict[str, Any]:
     """What is kept of a row's training."""
-    accuracies = []
-    if status == 0:
-        lines = metrics.read_lines(os.path.join("logs", run_name(row)))
-        accuracies = [round(100 * line["test/accuracy"], 4) for line in lines if "test/accuracy" in line]
-    state = "done" if status == 0 else "stopped" if number else "failed"
-    p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--device", default="auto")
-    device = torch.device(dist_util.device_type(p.parse_known_args(words)[0].device))
+    accuracies = read_accuracies(row) if status == 0 else []
+    hardware = ""
+    if status != 2:  # else --device may be what is wrong
+        p = argparse.ArgumentParser(add_help=False)
+        p.add_argument("--device", default="auto")
+        hardware = dist_util.device_name(torch.device(dist_util.device_type(p.parse_known_args(words)[0].device)))
     return {
-        "status": state,
+        "status": "done" if accuracies else "stopped" if number else "failed",
         "accuracy": max(accuracies, default=None),
         "last_accuracy": accuracies[-1] if accuracies else None,
         "secs": secs,
         "command": f"python train.py {shlex.join(words)}",
-        "hardware": dist_util.device_name(device),
+        "hardware": hardware,
         "versions": report.versions(),
         "published": {"source": row.source, **{k: v for k, v in asdict(row).items() if k != "flags"}},
     }
+
+
+def read_accuracies(row: Row) -> list[float]:
+    """What the evaluations of a finished training found, in percent; nothing, and a word why, without its logs."""
+    folder = os.path.join("logs", run_name(row))
+    try:
+        lines = metrics.read_lines(folder)
+        return [round(100 * line["test/accuracy"], 4) for line in lines if "test/accuracy" in line]
+    except (OSError, ValueError) as e:
+        cli.fail("reproduce", f"{row.name} is trained, but {folder} cannot be read ({e}); --again trains it anew", 1)
+        return []
 
 
 # ---- results ----
@@ -314,10 +232,15 @@ def read_results(path: str) -> dict[str, dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as f:
             rows = json.load(f)["rows"]
-        for record in rows.values():
-            record["status"], record["accuracy"], record["secs"]
+        for name, record in rows.items():
+            if missing := KEYS - record.keys():
+                raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+            if record["status"] == "done":
+                float(record["accuracy"])
+        as_markdown(rows)  # this tool did not write what it cannot show
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} does not hold results of this tool ({e!r}); remove or rename it") from e
+        reason = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path} does not hold results of this tool ({reason}); remove or rename it") from e
     return rows
 
 
@@ -344,8 +267,8 @@ def as_markdown(results: dict[str, dict[str, Any]]) -> str:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Rows of Markdown."""
     lines = [
-        "| model | data set | px | steps | batch | accuracy | last | published | difference | time (s) | published "
-        "| hardware | command |",
+        "| model | data set | px | steps | batch | accuracy | last | published | difference | time (s) "
+        "| published (s) | hardware | command |",
         "| --- " * 13 + "|",
     ]
     for record in results.values():

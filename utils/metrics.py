@@ -302,7 +302,7 @@ class TrainingLog:
         self._total_steps += self._steps_timed
         self.restart_clock()
         loss_text = "".join(f"loss={mean:.4f}, " for mean in values.values())
-        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s")
+        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s", refresh=False)  # shown with the next update
         self._writer.write(step, {**values, "train/lr": learning_rate, "images_per_sec": speed})
 
     def _read_losses(self, step: int) -> list[float]:

@@ -128,17 +128,21 @@ def handlers_restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+TRAINING = "training under this name; wait for it, stop it, or give another --name"
+
+
 @contextlib.contextmanager
-def only_run(path: str) -> Iterator[None]:
+def only_run(path: str, busy: str = TRAINING) -> Iterator[None]:
     """Holds a lock while the block runs; the system takes it away from a process that dies.
 
     Args:
         path: of the lock's file, which goes with the lock but stays behind a process that is killed.
+        busy: what the other process is at, and what to do about it.
 
     Raises:
         ValueError: another process holds it.
     """
-    with contextlib.closing(_locked(path)) as f:
+    with contextlib.closing(_locked(path, busy)) as f:
         f.truncate(0)
         f.write(f"{os.getpid()}\n")
         f.flush()
@@ -149,7 +153,7 @@ def only_run(path: str) -> Iterator[None]:
                 os.unlink(path)
 
 
-def _locked(path: str) -> IO[str]:
+def _locked(path: str, busy: str) -> IO[str]:
     """The file, open and locked; open only, where the system or the file system has no locks."""
     while True:
         f = open(path, "a+", encoding="ascii")  # noqa: SIM115
@@ -164,10 +168,7 @@ def _locked(path: str) -> IO[str]:
                 return f
             with f:
                 f.seek(0)
-                raise ValueError(
-                    f"process {f.read().strip() or 'unknown'} is training under this name; "
-                    "wait for it, stop it, or give another --name"
-                ) from e
+                raise ValueError(f"process {f.read().strip() or 'unknown'} is {busy}") from e
         if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
             return f
         f.close()  # whoever held it has just removed it: lock the file that others will find
