@@ -98,7 +98,7 @@ def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None
     except ValueError as e:
         logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
                        state.best_accuracy, e)  # fmt: skip
-        state.best_accuracy = -1.0
+        state.best_accuracy, state.best_step = -1.0, 0
     else:
         if dist_util.is_main():
             checkpoint.save_weights(checkpoint_path(args), weights, told)
@@ -141,7 +141,7 @@ def restore(
     """Gives everything but the model, which has its weights, what the state holds for it."""
     if state.step:
         optimizer.load_state_dict(state.optimizer)
-        precision.load_training_state(state.precision)
+        precision.load_training_state(state.precision, state.step)
         log.load_training_state(state.log, precision.device)
         state.optimizer = {}  # let go of: it is as large as the model
         logger.info("Going on after update %d", state.step)

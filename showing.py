@@ -68,17 +68,32 @@ def write_report(
     if not dist_util.is_main():
         return
     try:
-        lines = read_lines(log_dir(args))
-    except (OSError, ValueError) as e:
-        logger.warning("The report %s could not be written, for the logs cannot be read (%s)", report_path(args), e)
-        return
+        contents = report_contents(args, state, data, precision, speed, start)
+        checkpoint.write_text(report_path(args), page.render(contents))
+    except (OSError, ValueError) as e:  # no room, or somebody removed or edited the logs
+        logger.warning("The report %s could not be written (%s)", report_path(args), e)
+
+
+def report_contents(
+    args: argparse.Namespace,
+    state: checkpoint.TrainingState,
+    data: data_utils.DataSets,
+    precision: Precision,
+    speed: float,
+    start: float,
+) -> page.Contents:
+    """What the report tells of a run.
+
+    Raises:
+        OSError, ValueError: the logs or the pictures cannot be read.
+    """
     best, parser = Evaluation(**state.best), make_parser()
-    contents = page.Contents(
+    return page.Contents(
         name=args.name,
         subject=f"{args.model_type} on {args.dataset}",
         num_steps=args.num_steps,
         step=state.step,
-        lines=lines,
+        lines=read_lines(log_dir(args)),
         classes=data.classes,
         best_step=state.best_step,
         confusion=best.confusion(len(data.classes)),
@@ -98,7 +113,3 @@ def write_report(
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         },
     )
-    try:
-        checkpoint.write_text(report_path(args), page.render(contents))
-    except OSError as e:
-        logger.warning("The report %s could not be written (%s)", report_path(args), e)

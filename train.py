@@ -51,6 +51,7 @@ from utils.runs import (
     Stopped,
     StopSignal,
     handlers_restored,
+    leave,
     make_deterministic,
     memory_remedy,
 )
@@ -374,11 +375,11 @@ def run(args: argparse.Namespace) -> int:
                 RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
             )
         except (data_utils.PictureError, FloatingPointError, OSError, RuntimeError) as e:
-            return fail_at_work(args, e)
+            return fail_at_work(args, e, state.best_step if state else 0)
     return 0
 
 
-def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
+def fail_at_work(args: argparse.Namespace, error: Exception, best_step: int = 0) -> int:
     """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
     text = str(error)
     if dist_util.is_lost_contact(error):
@@ -390,6 +391,8 @@ def fail_at_work(args: argparse.Namespace, error: Exception) -> int:
         text = data_utils.WORKER_DIED
     if os.path.exists(last_path(args)) and not args.eval_only:
         text += f"; the run up to its last save is in {last_path(args)}"
+    elif best_step and os.path.exists(checkpoint_path(args)):  # saved less often than it was evaluated
+        text += f"; the best weights so far, of step {best_step}, are in {checkpoint_path(args)}"
     return fail(RuntimeError(text), 2 if isinstance(error, data_utils.PictureError) else 1)
 
 
@@ -440,4 +443,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -32,7 +32,7 @@ class Digits(Dataset):
     """The training digits as PIL pictures of 32 px, transformed one by one."""
 
     def __init__(self, path: str, img_size: int) -> None:
-        with np.load(path) as f:
+        with np.load(path, allow_pickle=False) as f:
             grey = np.round(f["train_images"] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
             self.labels = f["train_labels"].astype(np.int64).tolist()
         self.pictures = [Image.fromarray(x).resize((32, 32)).convert("RGB") for x in grey]
@@ -72,7 +72,7 @@ def main() -> None:
         args.img_size, c.patch_size, c.hidden_size, c.mlp_dim, c.num_heads, c.num_layers, NUM_CLASSES, c.dropout_rate
     )
     mark("model")
-    model.load_from(np.load(args.pretrained_dir))
+    model.load_from(np.load(args.pretrained_dir, allow_pickle=False))
     model.to(args.device)
     mark("weights")
     writer = SummaryWriter("logs")

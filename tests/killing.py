@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import glob
+import importlib
 import os
 import random
 import select
@@ -30,13 +30,21 @@ from typing import Any
 import torch
 
 from tests import runs
+from utils import checkpoint
 
 FLAGS = [
     "--name", "a", *runs.TINY, "--pretrained_dir", "", "--train_batch_size", "16", "--gradient_accumulation_steps", "2",
     "--num_steps", "40", "--warmup_steps", "5", "--log_every", "4", "--eval_every", "10", "--save_every", "3",
     "--learning_rate", "0.1", "--eval_batch_size", "90", "--num_workers", "0",
 ]  # fmt: skip
-TIMEOUT_SECS = 120.0
+#: A run hangs if no file of its folder has changed at so many looks, a second apart, however long it takes in all.
+#: A machine that sleeps meanwhile, or stops both processes, does not count.
+MAX_IDLE_LOOKS = 120
+#: What train.py imports when it needs it: loaded once, before the forks, it is not part of each run.
+LATE_IMPORTS = (
+    "torch._dynamo", "torch.utils.tensorboard.summary", "tensorboard.compat.proto.event_pb2",
+    "tensorboard.summary.writer.record_writer",
+)  # fmt: skip
 
 
 @dataclass
@@ -62,12 +70,12 @@ class Starter:
         self._server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=runs.ROOT,
             bufsize=0,  # else a line could wait in the buffer, where ``select`` does not see it
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.kill()
+        os.killpg(self._server.pid, signal.SIGKILL)  # a run that hangs, too
         self._server.communicate()
 
     def start(self, folder: str) -> Process:
@@ -83,6 +91,7 @@ class Process:
     def __init__(self, server: subprocess.Popen, folder: str) -> None:
         self._server, self._folder = server, folder
         self._pid = int(server.stdout.readline())
+        self._seen, self._idle_looks = traces(folder), 0
         self.status: int | None = None
 
     def poll(self, timeout: float = 0) -> int | None:
@@ -91,21 +100,47 @@ class Process:
             self.status = int(self._server.stdout.readline())
         return self.status
 
+    def wait(self) -> int:
+        """Its status, when it is over.
+
+        Raises:
+            TimeoutError: it does not come any further.
+        """
+        while self.poll(timeout=1) is None:
+            self.check_progress()
+        return self.status
+
+    def check_progress(self) -> None:
+        """To be called once a second; raises TimeoutError with what its threads are at, if the run hangs."""
+        before, self._seen = self._seen, traces(self._folder)
+        self._idle_looks = self._idle_looks + 1 if self._seen == before else 0
+        if self._idle_looks > MAX_IDLE_LOOKS:
+            os.kill(self._pid, signal.SIGUSR1)
+            time.sleep(1)  # it writes down where it is
+            raise TimeoutError(f"no progress for {self._idle_looks} s: {self.errors()}")
+
     def kill(self) -> int:
         """Ends it as hard as the system can; returns its status, which may be that of a process that was done."""
         if self.status is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
-            self.poll(TIMEOUT_SECS)
-        assert self.status in (0, -signal.SIGKILL), Path(self._folder, "stderr").read_text()[-2000:]
+            self.wait()
+        assert self.status in (0, -signal.SIGKILL), self.errors()
         return self.status
 
-    def where_it_is(self) -> str:
-        """What its threads are at, for a run that hangs."""
-        if self.status is None:
-            os.kill(self._pid, signal.SIGUSR1)
-            time.sleep(2)
+    def errors(self) -> str:
+        """The end of what it printed."""
         return Path(self._folder, "stderr").read_text()[-5000:]
+
+
+def traces(folder: str) -> dict[str, tuple[int, int]]:
+    """What shows that a run goes on: the sizes and times of its files."""
+    found = {}
+    for parent, _, files in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in files):
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+    return found
 
 
 def serve(flags: list[str]) -> None:
@@ -113,6 +148,8 @@ def serve(flags: list[str]) -> None:
     import train
 
     torch.set_num_threads(1)
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
     while folder := sys.stdin.readline().rstrip("\n"):
         if not (pid := os.fork()):
             os.chdir(folder)
@@ -127,27 +164,35 @@ def serve(flags: list[str]) -> None:
 
 def is_saving(folder: str) -> bool:
     """Whether a file has a temporary name at this moment."""
-    return bool(glob.glob(os.path.join(glob.escape(folder), "output", ".*.tmp")))
+    with contextlib.suppress(FileNotFoundError):
+        return any(name.endswith(checkpoint.TEMPORARY) for name in os.listdir(os.path.join(folder, "output")))
+    return False
 
 
-def kill_once(starter: Starter, folder: str, moments: random.Random) -> tuple[bool, bool]:
-    """Starts the run and kills it.
+def kill_once(starter: Starter, folder: str, moments: random.Random, secs: float) -> tuple[bool, bool]:
+    """Starts the run, which takes about so many seconds if nothing stops it, and kills it.
+
+    Half the time that is as soon as it begins to save a file, the n-th from now; else some time after it did, or
+    after the start.  Counted in saves a slow machine is killed as often as a fast one.
 
     Returns:
         Whether it was killed before it was done, and whether in the middle of a save.
     """
-    at_a_save, which, delay = moments.random() < 0.5, moments.randint(1, 4), moments.uniform(0, 1.5)
-    process, begin, saving = starter.start(folder), time.monotonic(), False
-    while process.poll() is None:
-        if time.monotonic() > begin + TIMEOUT_SECS:
-            raise TimeoutError(process.where_it_is())
-        time.sleep(0.0005)
-        if at_a_save:
+    at_a_save = moments.random() < 0.5
+    saves = moments.randint(1, 4) if at_a_save else moments.randint(0, 3)
+    delay = 0 if at_a_save else moments.uniform(0, secs / 8)
+    process, saving = starter.start(folder), False
+    since = looked = time.monotonic()
+    while process.poll(timeout=0.0005) is None:
+        now = time.monotonic()
+        if now > looked + 1:
+            process.check_progress()
+            looked = now
+        if saves:
             before, saving = saving, is_saving(folder)
-            which -= saving and not before
-            if which == 0:
-                break
-        elif time.monotonic() > begin + delay:
+            if saving and not before:
+                saves, since = saves - 1, now
+        if not saves and now >= since + delay:
             break
     killed = process.kill() < 0
     return killed, killed and is_saving(folder)
@@ -164,10 +209,16 @@ def working_in(folder: str) -> Iterator[None]:
         os.chdir(before)
 
 
-def run_to_the_end(starter: Starter, folder: str) -> dict[str, Any]:
-    """What the run leaves when it is let alone from now on."""
+def run_to_the_end(starter: Starter, folder: str) -> float:
+    """Lets the run alone from now on; returns the seconds that it takes."""
+    begin = time.monotonic()
     process = starter.start(folder)
-    assert process.poll(TIMEOUT_SECS) == 0, process.where_it_is()
+    assert process.wait() == 0, process.errors()
+    return time.monotonic() - begin
+
+
+def outcome_in(folder: str) -> dict[str, Any]:
+    """What a run left in a folder."""
     with working_in(folder):
         return runs.outcome()
 
@@ -178,18 +229,19 @@ def harness(root: str, num_runs: int, kills_per_run: int, seed: int, extra: tupl
     count, moments = Count(), random.Random(seed)
     with Starter(extra) as starter:
         os.makedirs(peace := os.path.join(root, "peace"))
-        expected = run_to_the_end(starter, peace)
+        secs, expected = run_to_the_end(starter, peace), outcome_in(peace)
         for number in range(num_runs):
             os.makedirs(folder := os.path.join(root, f"run-{number}"))
             for _ in range(kills_per_run):
-                killed, saving = kill_once(starter, folder, moments)
+                killed, saving = kill_once(starter, folder, moments, secs)
                 count.kills += killed
                 count.while_saving += saving
                 with working_in(folder):
                     runs.every_name_is_whole()
                 if not killed:
                     break
-            runs.assert_same(run_to_the_end(starter, folder), expected)
+            run_to_the_end(starter, folder)
+            runs.assert_same(outcome_in(folder), expected)
             assert not is_saving(folder), "a temporary file was left behind"
             count.runs += 1
             print(f"{count}: all whole, all the same", flush=True)

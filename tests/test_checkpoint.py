@@ -89,6 +89,32 @@ def test_an_interrupted_write_leaves_what_was_there_and_no_temporary(tmp_path, e
     assert not existed or path.read_bytes() == b"old"
 
 
+class Interrupted(io.RawIOBase):
+    """A file whose n-th write raises what a signal's handler would."""
+
+    def __init__(self, f, error, nth):
+        self.f, self.error, self.left = f, error, nth
+
+    def write(self, data):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.f.write(data)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, RuntimeError])  # the last: a worker has died
+@pytest.mark.parametrize("nth", [1, 2, 7, 12])
+def test_what_a_signal_raises_while_torch_writes_comes_out_as_it_is(tmp_path, kind, nth):
+    """torch.save makes a RuntimeError of it that says no more than that the file is incomplete."""
+    path, error = tmp_path / "a", kind("DataLoader worker (pid 1) is killed by signal: Killed. ")
+    path.write_bytes(b"old")
+    with pytest.raises(kind) as e, checkpoint.atomic_write(str(path)) as f:
+        torch.save(make_state(), Interrupted(f, error, nth))
+    assert e.value is error
+    assert os.listdir(tmp_path) == ["a"]
+    assert path.read_bytes() == b"old"
+
+
 def test_a_failed_replacement_leaves_no_temporary(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="a"), checkpoint.atomic_write(str(tmp_path / "a")) as f:

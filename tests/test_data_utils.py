@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import pickle
+import signal
 import socket
 import struct
 import tarfile
@@ -463,6 +464,23 @@ def test_an_unreadable_picture_is_named_while_decoding_into_memory(folder, how, 
     with pytest.raises(PictureError, match="cannot be read as a picture") as e:
         load_datasets(str(folder), "", 2)
     assert str(path) in str(e.value)
+
+
+@pytest.mark.usefixtures("decode_late")
+def test_a_signal_to_a_worker_that_has_just_started_does_not_end_it(folder, monkeypatch):
+    """A scheduler's SIGTERM reaches every process, and evaluations start new ones."""
+    data = load_datasets(str(folder), "", 1)
+    ready = data_utils._outlive_signals
+
+    def signalled(worker):
+        os.kill(os.getpid(), signal.SIGTERM)
+        ready(worker)
+
+    monkeypatch.setattr(data_utils, "_outlive_signals", signalled)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = list(data_utils.eval_batches(data.test, 2, augment.EvalTransform(9), CPU, 2))
+    assert sum(len(labels) for _, labels in batches) == len(data.test)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 @pytest.mark.usefixtures("decode_late")

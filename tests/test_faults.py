@@ -490,6 +490,14 @@ def test_a_folder_that_vanishes(monkeypatch, capfd, record_fault):
     record_fault(DISK, "the folder vanishes", told(capfd), 1)
 
 
+def test_logs_that_vanish_cost_no_more_than_the_report(monkeypatch, caplog):
+    at_update(monkeypatch, 7, lambda: shutil.rmtree("logs"))
+    assert run() == 0
+    assert "The report output/a_report.html could not be written (" in caplog.text
+    every_name_is_whole()
+    assert last_state().step == 13
+
+
 def test_a_limit_to_the_size_of_files(monkeypatch, capfd, record_fault):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_update(
@@ -607,13 +615,36 @@ def test_losses_that_are_not_finite(capfd, record_fault):
         assert not os.path.exists(f"output/{name}_checkpoint.bin")
 
 
+@pytest.mark.parametrize(
+    ("what", "save_every"),
+    [("the training diverges after a save", "5"), ("the same after an evaluation, before the first save", "100")],
+)
+def test_the_last_good_file_is_named(what, save_every, monkeypatch, capfd, record_fault):
+    functional = torch.nn.functional
+    real, calls = functional.cross_entropy, 0
+
+    def cross_entropy(*args, **kwargs):  # ten parts of updates, an evaluation in four, and update 7 begins
+        nonlocal calls
+        calls += 1
+        return real(*args, **kwargs) * (float("nan") if calls == 17 else 1)
+
+    monkeypatch.setattr(functional, "cross_entropy", cross_entropy)
+    assert run("--save_every", save_every) == 1
+    every_name_is_whole()
+    assert os.path.exists("output/a_last.pt") == (save_every == "5")
+    record_fault(LOSS, what, told(capfd), 1)
+
+
 def test_no_loss_scale_fits(monkeypatch, capfd, record_fault):
     monkeypatch.setattr(precision, "MAX_SKIPPED_IN_A_ROW", 5)
     real = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, init_scale=2.0**60, **k))
-    status = run("--fp16", "--fp16_opt_level", "O1", "--amp_dtype", "float16", "--save_every", "3")
-    record_fault(LOSS, "float16 gradients overflow again and again (after 50 times; here 5)", told(capfd), status)
+    words = ["--fp16", "--fp16_opt_level", "O1", "--amp_dtype", "float16", "--save_every", "3"]
+    status, message = run(*words), told(capfd)
+    record_fault(LOSS, "float16 gradients overflow again and again (after 50 times; here 5)", message, status)
     assert status == 1
+    assert run(*words) == 1  # goes on after the third update
+    assert told(capfd) == message
 
 
 # ---- signals ----

@@ -30,7 +30,7 @@ from tests.runs import (
     undisturbed,
     write_pictures,
 )
-from utils import checkpoint, precision
+from utils import checkpoint, precision, runs
 from utils.evaluation import Evaluation
 from utils.metrics import TrainingLog
 
@@ -176,6 +176,7 @@ MOMENTS = {
     "after the state": lambda patch: patch(train, "save_last"),
     "after the last state": lambda patch: patch(train, "save_last", nth=3),
     "before the last evaluation": lambda patch: patch(train, "evaluate", nth=3, before=True),
+    "between two parts of an update": lambda patch: patch(torch.nn.functional, "cross_entropy", nth=15),
     "while a loss is logged": lambda patch: patch(TrainingLog, "_read_losses", nth=2),
 }  # fmt: skip
 
@@ -455,6 +456,7 @@ DAMAGED = {
     "another version": (_edited(format=99), "no training state of this version"),
     "a field more": (_edited(more=1), "no training state of this version"),
     "a step of another kind": (_edited(step="5"), "no training state of this version"),
+    "no evaluation": (_edited(best=3), "no training state of this version"),
     "an impossible step": (_edited(step=-1), "no training state of this version"),
     "an absurd shape": (
         _edited(model={"cls": torch.zeros(1).expand(10**6, 10**6)}), "no training state of this version",
@@ -462,6 +464,16 @@ DAMAGED = {
     "no settings": (_edited(settings={}), "of a run with other settings"),
     "other weights": (_edited(model={"cls": torch.zeros(3)}), "cannot be loaded as testing"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_state_of_somebody_elses_cuts_no_other_files(absolute, stopped, tmp_path, caplog):
+    Path("precious").write_text("precious")
+    name = str(tmp_path / "precious") if absolute else "../../precious"
+    _edited(log={**last_state().log, "files": {name: 0}})(Path("output/a_last.pt"))
+    assert run() == 0
+    assert Path("precious").read_text() == "precious"
+    assert "does not hold the logs of the run up to update 5" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["auto", "output/a_last.pt"])
@@ -511,6 +523,26 @@ def test_a_second_run_of_the_name_is_refused_while_the_first_lives(tmp_path, cap
         assert os.path.exists(lock)
     assert run() == 0
     assert not os.path.exists("output/.a.lock")
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_path, monkeypatch):
+    path, real, looks = str(tmp_path / "lock"), os.stat, 0
+
+    def stat(name, *args, **kwargs):
+        nonlocal looks
+        looks += name == path
+        if name == path and looks == look:
+            os.unlink(path)
+        return real(name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        held = runs.only_run(path)
+        held.__enter__()
+    assert os.path.exists(path)
+    held.__exit__(None, None, None)
+    assert not os.path.exists(path)
 
 
 def test_settings_hold_every_flag_that_decides_on_the_result():

@@ -98,6 +98,39 @@ def test_training_needs_only_the_runtime_packages(path):
     assert third_party - set(sys.stdlib_module_names) <= RUNTIME
 
 
+def calls(source: str) -> list[tuple[str, dict[str, object]]]:
+    """Every call of a module's source: what is called as it stands there, and the constants it is given by name."""
+    return [
+        (ast.unparse(x.func), {k.arg: k.value.value for k in x.keywords if k.arg and isinstance(k.value, ast.Constant)})
+        for x in ast.walk(ast.parse(source))
+        if isinstance(x, ast.Call)
+    ]
+
+
+SAFE = {"torch.load": {"weights_only": True}, "np.load": {"allow_pickle": False}, "read_array": {"allow_pickle": False}}
+
+
+def unsafe(source: str) -> list[str]:
+    """The calls that could run what a file holds."""
+    found = []
+    for name, given in calls(source):
+        needed = next((x for known, x in SAFE.items() if f".{name}".endswith(f".{known}")), {})
+        if not needed.items() <= given.items() or name in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_that_a_file_holds_is_run(path):
+    assert not unsafe(path.read_text(encoding="utf-8"))
+
+
+def test_what_could_run_is_found():
+    careless = "torch.load(p)\nx = np.load(p, allow_pickle=True)\nnp.lib.format.read_array(f)\npickle.load(f)"
+    assert unsafe(careless) == ["torch.load", "np.load", "np.lib.format.read_array", "pickle.load"]
+    assert not unsafe("torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\ntorch.export.load(p)")
+
+
 def test_configs_describe_without_torch_or_numpy():
     source = (REPOSITORY / "models" / "configs.py").read_text(encoding="utf-8")
     assert {name.split(".")[0] for name in imports(source)} <= {"__future__", "dataclasses"}

@@ -127,7 +127,7 @@ def write_timm(loaded: finetuned.Finetuned, path: str) -> str:
     model = loaded.model
     lines = timm_lines(loaded.model_type, model.config, model.img_size, model.num_classes)
     checkpoint.save_weights(path, to_timm(model.state_dict()))
-    return f"{lines}\nmodel.load_state_dict(torch.load({path!r}))"
+    return f"{lines}\nmodel.load_state_dict(torch.load({path!r}, weights_only=True))"
 
 
 def write_hf(loaded: finetuned.Finetuned, path: str) -> str:
@@ -149,7 +149,7 @@ def write_hf(loaded: finetuned.Finetuned, path: str) -> str:
         f"num_hidden_layers={config.num_layers}, num_attention_heads={config.num_heads}, hidden_act={act!r}, "
         f"layer_norm_eps={LAYER_NORM_EPS}, num_labels={model.num_classes})\n"
         "model = ViTForImageClassification(config).eval()\n"
-        f"model.load_state_dict(torch.load({path!r}))"
+        f"model.load_state_dict(torch.load({path!r}, weights_only=True))"
     )
 
 

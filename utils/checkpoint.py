@@ -52,9 +52,11 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if (cause := _system_error(e)) is not None:
+        if isinstance(cause := _cause(e), OSError):
             raise _cannot_write(path, cause) from e
-        raise
+        if cause is e:
+            raise
+        raise cause from e
     with contextlib.suppress(OSError):  # not every system lets a folder be synced; the file itself is
         folder_fd = os.open(folder, os.O_RDONLY)
         try:
@@ -73,11 +75,11 @@ class NotWritten(OSError):
     """A file could not be written; the message is for the user."""
 
 
-def _system_error(error: BaseException) -> OSError | None:
-    """What the system said: torch.save reports a full disk as a RuntimeError that came of it."""
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        return error.__context__
-    return error if isinstance(error, OSError) else None
+def _cause(error: BaseException) -> BaseException:
+    """What happened: torch.save reports a full disk, and a signal in the middle, as RuntimeErrors that came of it."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _cannot_write(path: str, error: OSError) -> OSError:
@@ -305,6 +307,8 @@ _STATE_KINDS: dict[str, type] = {
     "step": int,
     "evaluated": int,
     "best_accuracy": float,
+    "best_step": int,
+    "best": dict,
     "model": dict,
     "optimizer": dict,
     "precision": dict,

@@ -11,9 +11,11 @@ not know models, and reads flags from nobody: functions take the values they nee
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -41,6 +43,8 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 MEMORY_PICTURE_PX = 256 * 256
 MEMORY_LIMIT_BYTES = 2**30
 DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits.npz")
+#: How often a process that decodes looks whether its run is still there.
+LOOK_SECS = 0.5
 
 
 class Transform(Protocol):
@@ -442,17 +446,34 @@ def _batches(
         yield transform.complete(x), y
 
 
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Holds back what stops a run while worker processes start: they inherit that, and would die of it until ready."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlive_signals(worker: int) -> None:
     """Ctrl-C, and many a scheduler's SIGTERM, reach every process; the update in hand still needs its pictures."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+        threading.Thread(target=_end_with_the_run, daemon=True).start()
 
 
-def _end_when_the_parent_asks() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with_the_run() -> None:
+    """Ends this process when the run's asks for it, and soon after that one's end: torch looks every five seconds."""
+    run, parent = multiprocessing.parent_process(), os.getppid()  # these differ where a server forks the workers
+    while os.getppid() == parent:
+        asked = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECS)
+        if asked is not None and run is not None and asked.si_pid == run.pid:
+            break
     os._exit(0)
 
 
@@ -466,7 +487,9 @@ WORKER_DIED = "a process that decodes pictures was killed, perhaps for lack of m
 
 def _worker_errors(loader: DataLoader) -> Iterator[Any]:
     try:
-        yield from loader
+        with _signals_later():
+            batches = iter(loader)  # starts the workers
+        yield from batches
     except RuntimeError as e:
         if not worker_died(e):
             raise

@@ -213,6 +213,8 @@ def check_finite(step: int, values: dict[str, float]) -> None:
 
 def _cut_off(log_dir: str, lengths: Mapping[str, int]) -> bool:
     """Brings a run's files back to what they were; False, and nothing done, if these are not they."""
+    if any(os.path.basename(name) != name for name in lengths):
+        return False  # only a file that somebody made up names others, and they would be cut
     paths = {os.path.join(log_dir, name): length for name, length in lengths.items()}
     if not all(os.path.isfile(path) and os.path.getsize(path) >= length for path, length in paths.items()):
         return False

@@ -136,17 +136,17 @@ class Precision:
         """What a resumed run needs beside the optimizer's state."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.num_skipped(), "in_a_row": self._skipped.in_a_row}
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``training_state`` gave."""
+    def load_training_state(self, state: dict[str, Any], step: int) -> None:
+        """Goes on from what ``training_state`` gave after update ``step``."""
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self._skipped.total, self._skipped.in_a_row = state["skipped"], state["in_a_row"]
+        self._skipped.total, self._skipped.in_a_row, self._skipped.step = state["skipped"], state["in_a_row"], step
 
     def num_skipped(self) -> int:
         """Updates that were skipped so far.
 
         Raises:
-            FloatingPointError: the last ``MAX_SKIPPED_IN_A_ROW`` all were.
+            FloatingPointError: the last ``MAX_SKIPPED_IN_A_ROW`` all were; names the last.
         """
         return self._skipped.count()
 
@@ -208,7 +208,7 @@ class SkippedSteps:
     """
 
     def __init__(self) -> None:
-        self.total = self.in_a_row = 0
+        self.total = self.in_a_row = self.step = 0
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, applied: Tensor) -> None:
@@ -218,6 +218,7 @@ class SkippedSteps:
             applied, arrived = applied.to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record()
         self._pending = (applied, arrived)
+        self.step += 1
 
     def count(self) -> int:
         """All skipped updates so far; raises FloatingPointError if there is no end to them."""
@@ -230,7 +231,8 @@ class SkippedSteps:
             self.total += not applied
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"the gradients overflowed in {self.in_a_row} updates in a row, however small the loss scale; "
+                f"the gradients overflowed in {self.in_a_row} updates in a row, up to step {self.step}, "
+                "however small the loss scale; "
                 "a lower --learning_rate or --amp_dtype bfloat16 may help"
             )
         return self.total
@@ -286,8 +288,8 @@ class ApexPrecision(Precision):
     def training_state(self) -> dict[str, Any]:
         return {**super().training_state(), "scaler": self._amp.state_dict()}
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        super().load_training_state(state)
+    def load_training_state(self, state: dict[str, Any], step: int) -> None:
+        super().load_training_state(state, step)
         self._amp.load_state_dict(state["scaler"])
 
     def autocast(self) -> contextlib.AbstractContextManager:
