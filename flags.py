@@ -40,10 +40,10 @@ def report_path(args: argparse.Namespace) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the thirty flags are for ``--help``."""
+    """Says what is wrong in one line, once a machine: each has its own command line; the flags are for ``--help``."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_main() else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_first_of_machine() else None)
 
 
 def parse_bool(text: str) -> bool:

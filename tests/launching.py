@@ -89,7 +89,7 @@ class Ranks:
                 "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             }  # fmt: skip
             values = args if isinstance(args, tuple) else args[rank]
-            full = clean_environment(**mine, **(env or {}))
+            full = clean_environment(**{**mine, **(env or {})})
             process = context.Process(
                 target=_enter, args=(body, values, full, str(folder / f"{rank}.txt")), daemon=True
             )

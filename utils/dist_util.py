@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -47,10 +47,10 @@ class _Run:
     """The processes that a launcher started together: where they meet, and which machines they are on."""
 
     store: dist.Store
-    hosts: list[str]  # by rank, their names for messages
-    machines: list[str]  # by rank, what tells one machine from another
-    device_group: Any  # process groups
-    host_group: Any
+    hosts: list[str] = field(default_factory=list)  # by rank, their names for messages; empty until all have met
+    machines: list[str] = field(default_factory=list)  # by rank, what tells one machine from another
+    device_group: Any = None  # process groups, once ``setup`` is through
+    host_group: Any = None
     tells: bool | None = None  # once ``tells`` was asked
 
 
@@ -87,24 +87,21 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         ConnectionError: the other processes cannot be reached.
         FailedElsewhere: another process raised one of these.
     """
-    global _run
     if "WORLD_SIZE" not in os.environ:
         return _pick_device(device_name, local_rank)
-    longest = timeout()
-    store = _join()
+    longest, run = timeout(), _join()
     with together():
         device = _pick_device(device_name, local_rank)
+        found = _exchange((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
+        run.hosts, run.machines = [host for _, host in found], ["/".join(pair) for pair in found]
+        # Groups of NCCL and of Gloo would wait for each other.
+        check_same({f"--device {device_name}": device.type}, "let every process compute on the same kind of device")
     _share_processors()
-    me = (os.environ.get("GROUP_RANK", ""), socket.gethostname())
-    found = _exchange(me)
+    run.host_group = run.device_group = dist.new_group(backend="gloo", timeout=longest)
     if device.type == "cuda":
         # Its own watchdog, which ends the process with a stack, must not be faster than our message.
         later = longest + timedelta(minutes=1)
-        device_group = dist.new_group(backend="nccl", timeout=later, device_id=device)
-        host_group = dist.new_group(backend="gloo", timeout=longest)
-    else:
-        device_group = host_group = dist.new_group(backend="gloo", timeout=longest)
-    _run = _Run(store, [host for _, host in found], ["/".join(pair) for pair in found], device_group, host_group)
+        run.device_group = dist.new_group(backend="nccl", timeout=later, device_id=device)
     return device
 
 
@@ -120,16 +117,20 @@ def timeout() -> timedelta:
     return timedelta(seconds=int(text))
 
 
-def _join() -> dist.Store:
+def _join() -> _Run:
     """Meets the other processes and makes them the default group, of hosts.
 
     Raises:
         ValueError, ConnectionError: as ``setup``.
     """
+    global _run
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timeout()))
-        store = _fresh(store, number, size)
-        dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=number, world_size=size,
+        # Who fails before all have met tells for its machine, in each of the launcher's attempts once.
+        machine, attempt = (os.environ.get(name, "") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
+        _run = _Run(dist.PrefixStore(f"alone/{machine or socket.gethostname()}/{attempt}", store))
+        _run.store = _fresh(store, number, size)
+        dist.init_process_group("gloo", store=dist.PrefixStore("group", _run.store), rank=number, world_size=size,
                                 timeout=max(timeout(), PATIENCE))  # fmt: skip
     except ValueError as e:
         raise ValueError(f"what the launcher set cannot be used: {e}") from e
@@ -140,7 +141,7 @@ def _join() -> dist.Store:
             f"({str(e).splitlines()[0]}); start {os.environ['WORLD_SIZE']} processes, let the "
             "machines connect, and see docs/distributed.md if machines joined later"
         ) from e
-    return store
+    return _run
 
 
 def _fresh(store: dist.Store, number: int, size: int) -> dist.Store:
@@ -244,7 +245,13 @@ def _set_by_torchrun() -> bool:
 
 def rank() -> int:
     """This process's number among all, from 0.  Known from the launcher before ``setup``."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else _number("RANK", 0)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """What a launcher set; whether it makes sense is for ``setup`` to say."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 def world_size() -> int:
@@ -258,9 +265,9 @@ def is_main() -> bool:
 
 
 def is_first_of_machine() -> bool:
-    """Whether this process is the one that downloads what its machine lacks."""
-    if _run is None:
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    """Whether this process is the one that downloads what its machine lacks.  A guess before ``setup``."""
+    if _run is None or not _run.machines:
+        return _number("LOCAL_RANK", rank()) == 0
     return _run.machines.index(_run.machines[rank()]) == rank()
 
 
@@ -383,7 +390,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
 
 
 def _place(number: int) -> str:
-    host = f" ({_run.hosts[number]})" if _run else ""
+    host = f" ({_run.hosts[number]})" if _run and _run.hosts else ""
     return f"process {number}{host}"
 
 
@@ -422,7 +429,7 @@ def is_lost_contact(error: BaseException) -> bool:
 
 def tells() -> bool:
     """Whether this process is the one that tells the user how the run ended: the first of all that asks."""
-    if _run is None:
+    if _run is None:  # alone, or it met nobody
         return is_first_of_machine()
     if _run.tells is None:
         store = _run.store
@@ -465,12 +472,15 @@ def lost_contact(error: BaseException) -> str:
 def _who_is_lost() -> str:
     if _run is None:
         return "another process"
-    store, others = _run.store, set(range(world_size())) - {rank()}
-    _within(3, lambda: store.set(f"left/{rank()}", ""), None)
+    store, others, missing = _run.store, set(range(world_size())) - {rank()}, set()
+    here = _within(3, lambda: store.add(f"left/{rank()}", 1), 0)
+    if not here:  # it went with the others
+        _run.tells, missing = is_first_of_machine() if _run.tells is None else _run.tells, others
     if not tells():
         return ""
-    time.sleep(1)  # those of the others that live notice at about the same time
-    missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
+    if here:
+        time.sleep(1)  # those of the others that live notice at about the same time
+        missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
     names = [_place(i) for i in sorted(missing)]
     if not names or len(names) == len(others) > 1:
         return "the other processes"
