@@ -26,6 +26,18 @@ from tests.conftest import REPOSITORY
 TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu",
         "--pretrained_dir", "", "--dropout", "0", "--log_every", "1"]  # fmt: skip
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+#: torchrun that imports everything before its turn comes, and forks its processes: each is there at once, not
+#: after the seconds of another interpreter's start, which depend on what else the machine does.
+READY = """
+import os, sys, time
+import torch, torch.utils.tensorboard, train
+from torch.distributed.run import main
+torch.set_num_threads(1)
+turn = sys.argv.pop(1)
+while not os.path.exists(turn):
+    time.sleep(0.05)
+main(["--run-path", "--start-method=fork", *sys.argv[1:]])
+"""
 MARK = "TRAIN_TEST_JOB"  # in the environment of all that a test starts, torchrun's own children included
 
 
@@ -207,6 +219,11 @@ def job(command: Sequence[str], folder: Path, name: str = "job", **env: str) -> 
         yield made
     finally:
         made.kill()
+
+
+def ready_torchrun(turn: Path, flags: Sequence[str]) -> list[str]:
+    """A command line that waits until there is the file ``turn``; then it is as fast as can be."""
+    return [sys.executable, "-c", READY, str(turn), *flags]
 
 
 def torchrun(flags: Sequence[str], train_flags: Sequence[str]) -> list[str]:
