@@ -186,21 +186,15 @@ class Job:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s: {self.output()[-6000:]}") from None
 
-    def pids(self) -> dict[int, dict[str, str]]:
-        """The living processes of the job with their environments, by number."""
-        found = {}
+    def pids(self) -> list[int]:
+        """The living processes of the job: those that were started with its mark, or forked from one."""
+        found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 with contextlib.suppress(OSError):
-                    pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-                    env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-                    if env.get(MARK) == self._mark:
-                        found[int(entry.name)] = env
+                    if f"{MARK}={self._mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
         return found
-
-    def rank(self, number: int) -> int:
-        """The process of a rank: the oldest that a launcher gave it, for it may have children."""
-        return min(pid for pid, env in self.pids().items() if env.get("RANK") == str(number))
 
     def kill(self) -> None:
         """Ends everything at once, as when a machine goes down."""
