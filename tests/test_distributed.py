@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.launching import TINY, job, ranks, torchrun, train_main, values_of
-from utils import dist_util
+from utils import dist_util, hardware
 from utils.precision import Precision
 
 SHORT = ["--num_steps", "4", "--warmup_steps", "1", "--eval_every", "4", "--name", "a"]
@@ -369,42 +369,6 @@ def test_each_machine_has_the_download_and_a_shared_disk_has_it_once(tmp_path, d
         assert run.results() == ([[0], [], [], []] if disk == "shared" else [[0], [], [2], []]), run.output()
 
 
-# ---- threads and workers ----
-
-
-def test_processors_are_divided_among_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = dist_util.num_cpus()
-    for number in (1, 2, 1000):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
-        assert dist_util.num_cpus() == max(whole // number, 1)
-
-
-@pytest.mark.parametrize(
-    ("variables", "launchers", "expected"),
-    [
-        ({}, None, 3),  # nobody said anything
-        ({"OMP_NUM_THREADS": "2"}, None, 7),  # the user did: PyTorch has heard it already
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, b"A=1\0B=2\0", 3),  # torchrun did
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, b"A=1\0OMP_NUM_THREADS=1\0", 7),  # the user, to torchrun
-    ],
-)
-def test_threads_are_divided_unless_the_user_chose(monkeypatch, tmp_path, variables, launchers, expected):
-    chosen = [7]
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: chosen.append(n))
-    monkeypatch.setattr(dist_util, "num_cpus", lambda: 3)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    if launchers is not None:
-        (tmp_path / "environ").write_bytes(launchers)
-        monkeypatch.setattr(dist_util, "LAUNCHERS_ENVIRONMENT", str(tmp_path / "environ"))
-    dist_util._share_processors()
-    assert chosen[-1] == expected
-
-
 # ---- the launchers themselves ----
 
 
@@ -414,8 +378,8 @@ def test_the_old_launcher_and_its_flag(tmp_path):
         ["--nproc_per_node=2", "--master_port=0", "--standalone"], [*TINY, *SHORT, "--train_batch_size", "8"]
     )
     command[command.index("torch.distributed.run")] = "torch.distributed.launch"
-    share = max(dist_util.num_cpus() // 2, 1)
-    threads = 1 if share > 1 else min(2, dist_util.num_cpus())  # another number, where there can be one
+    share = max(hardware.num_cpus() // 2, 1)
+    threads = 1 if share > 1 else min(2, hardware.num_cpus())  # another number, where there can be one
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # PyTorch asks MKL first
     env["OMP_WAIT_POLICY"] = "passive"  # they are more than there are processors
     with job(command, tmp_path, **env) as run:

@@ -24,24 +24,13 @@ from tests.launching import (
     wait_for,
     weights_of,
 )
-from utils import checkpoint, dist_util
+from utils import checkpoint, data_utils, dist_util
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
 STEPS = 60
-RUN = [
-    *TINY,
-    "--name",
-    "a",
-    "--num_steps",
-    str(STEPS),
-    "--warmup_steps",
-    "2",
-    "--eval_every",
-    "30",
-    "--save_every",
-    "5",
-]
+RUN = [*TINY, "--name", "a", "--num_steps", str(STEPS), "--warmup_steps", "2", "--eval_every", "30"]
+RUN += ["--save_every", "5"]
 #: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle,
 #: and which leaves its process's number.
 SLOW = """
@@ -158,6 +147,34 @@ def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, sc
         assert both().count("Going on after update") >= 2  # with the second, and without it
     assert_whole(tmp_path)
     assert values_of(tmp_path, "a", "train/loss") == pytest.approx(values_of(unhurt[1], "a", "train/loss"), abs=1e-5)
+
+
+def paced(flags):
+    """A training whose updates take a while."""
+
+    def slow(*args, batches=data_utils.train_batches):
+        for batch in batches(*args):
+            time.sleep(0.02)
+            yield batch
+
+    data_utils.train_batches = slow
+    return train_main(flags)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_same_command_goes_on(unhurt, tmp_path):
+    flags = [*RUN, "--train_batch_size", "8"]
+    with ranks(2, paced, (flags,), tmp_path) as run:
+        wait_for(lambda: updates_done(tmp_path) > 8, 60, run.output)
+        os.kill(run.processes[1].pid, signal.SIGTERM)
+        assert run.results() == [128 + signal.SIGTERM] * 2, run.output()
+        assert len(run.errors()) == 1, run.output()
+        assert "; the same command goes on from there" in run.errors()[0]
+    with ranks(2, train_main, (flags,), tmp_path) as run:
+        assert run.results() == [0, 0], run.output()
+        assert "Going on after update" in run.output()
+    assert_whole(tmp_path)
+    ours, expected = weights_of(tmp_path, "a"), weights_of(unhurt[2], "a")
+    assert all(torch.equal(x, expected[name]) for name, x in ours.items())
 
 
 def test_a_process_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):

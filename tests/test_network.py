@@ -32,20 +32,8 @@ def machines():
         try:
             for name in names:
                 ip("netns", "add", name)
-            ip(
-                "link",
-                "add",
-                f"v{tag}",
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                f"v{tag}",
-                "netns",
-                names[1],
-            )
+            here, there = (("netns", name) for name in names)
+            ip("link", "add", f"v{tag}", *here, "type", "veth", "peer", "name", f"v{tag}", *there)
             for name, address in zip(names, ADDRESSES):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", f"v{tag}")
                 ip("-n", name, "link", "set", "lo", "up")

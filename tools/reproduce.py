@@ -29,7 +29,7 @@ import torch
 
 from models.configs import DEMO, GOOGLE_NAMES, file_name
 from tools import cli
-from utils import checkpoint, dist_util, metrics, report
+from utils import checkpoint, hardware, metrics, report
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"
@@ -287,14 +287,14 @@ def outcome(
     state = "done" if status == 0 else "stopped" if number else "failed"
     p = argparse.ArgumentParser(add_help=False)
     p.add_argument("--device", default="auto")
-    device = torch.device(dist_util.device_type(p.parse_known_args(words)[0].device))
+    device = torch.device(hardware.device_type(p.parse_known_args(words)[0].device))
     return {
         "status": state,
         "accuracy": max(accuracies, default=None),
         "last_accuracy": accuracies[-1] if accuracies else None,
         "secs": secs,
         "command": f"python train.py {shlex.join(words)}",
-        "hardware": dist_util.device_name(device),
+        "hardware": hardware.device_name(device),
         "versions": report.versions(),
         "published": {"source": row.source, **{k: v for k, v in asdict(row).items() if k != "flags"}},
     }

@@ -1,6 +1,6 @@
 """The processes of a run: who this one is, and the few things they do together.
 
-The only module of ``utils`` that its neighbours may import.  With a single process the collective
+The module of ``utils`` that its neighbours may import.  With a single process the collective
 functions do nothing, so that no caller needs to ask which case it is in.
 
 Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a download (``together``,
@@ -10,10 +10,8 @@ Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a downloa
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
-import platform
 import re
 import signal
 import socket
@@ -30,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils import hardware
+
 T = TypeVar("T")
 
 #: Seconds that a process waits for another in the training; what launchers set cannot say it.
@@ -38,8 +38,6 @@ TIMEOUT_VARIABLE = "TRAIN_TIMEOUT_SECS"
 PATIENCE = timedelta(hours=1)
 #: A process that ends for want of another is gone after so many seconds, whatever a library still waits for.
 GRACE_SECS = 20
-#: The variables that a process, here the launcher, was started with; on Linux.
-LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
 
 @dataclass
@@ -88,15 +86,15 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         FailedElsewhere: another process raised one of these.
     """
     if "WORLD_SIZE" not in os.environ:
-        return _pick_device(device_name, local_rank)
+        return hardware.pick_device(device_name, local_rank)
     longest, run = timeout(), _join()
     with together():
-        device = _pick_device(device_name, local_rank)
+        device = hardware.pick_device(device_name, local_rank)
         found = _exchange((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
         run.hosts, run.machines = [host for _, host in found], ["/".join(pair) for pair in found]
         # Groups of NCCL and of Gloo would wait for each other.
         check_same({f"--device {device_name}": device.type}, "let every process compute on the same kind of device")
-    _share_processors()
+    hardware.share_processors()
     run.host_group = run.device_group = dist.new_group(backend="gloo", timeout=longest)
     if device.type == "cuda":
         # Its own watchdog, which ends the process with a stack, must not be faster than our message.
@@ -177,69 +175,6 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def _pick_device(name: str, local_rank: int) -> torch.device:
-    kind = device_type(name)
-    env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
-    if "WORLD_SIZE" not in os.environ and local_rank > 0:
-        raise ValueError(
-            f"--local_rank {local_rank} without a launcher; start several processes with "
-            "`torchrun --nproc_per_node=N train.py ...`"
-        )
-    if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
-        raise ValueError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
-    if kind == "cuda":
-        if env_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
-        torch.cuda.set_device(env_rank)
-    if kind == "cpu":
-        _keep_freed_memory()
-    return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
-
-
-def device_type(name: str) -> str:
-    """The kind of device that --device means here; see ``setup``."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if "WORLD_SIZE" in os.environ:
-        if name == "mps":
-            raise ValueError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
-        available["mps"] = False
-    if name == "auto":
-        return next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
-    return name
-
-
-def _keep_freed_memory() -> None:
-    """Lets the C library keep what tensors free, for the next ones.
-
-    By default glibc gives blocks of megabytes back to the kernel at once, and every update faults its
-    activations in anew: a tenth of its time.  Elsewhere than on glibc nothing happens.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_max, 0)
-
-
-def _share_processors() -> None:
-    """Gives each process its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
-    if _local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
-        torch.set_num_threads(num_cpus())
-
-
-def _set_by_torchrun() -> bool:
-    """Whether OMP_NUM_THREADS is torchrun's own 1: then it is not in the environment that torchrun was given."""
-    if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    try:
-        with open(LAUNCHERS_ENVIRONMENT.format(os.getppid()), "rb") as f:
-            return not any(line.startswith(b"OMP_NUM_THREADS=") for line in f.read().split(b"\0"))
-    except OSError:  # another system, or another user's process
-        return False
-
-
 # ---- who and where ----
 
 
@@ -274,28 +209,6 @@ def is_first_of_machine() -> bool:
 def several_machines() -> bool:
     """Whether processes may see different files."""
     return _run is not None and len(set(_run.machines)) > 1
-
-
-def _local_world_size() -> int:
-    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-
-
-def num_cpus() -> int:
-    """Processors that this process may use: its share, where a launcher started several on this machine."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(there // _local_world_size(), 1)
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the hardware that computes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def bar_options() -> dict[str, Any]:
