@@ -385,7 +385,8 @@ def lost_contact(error: BaseException) -> str:
 def _who_is_lost() -> str:
     if _run is None:
         return "another process"
-    store, others, missing = _run.store, set(range(world_size())) - {rank()}, set()
+    store, others = _run.store, set(range(world_size())) - {rank()}
+    missing: set[int] = set()
     here = _within(3, lambda: store.add(f"left/{rank()}", 1), 0)
     if not here:  # it went with the others
         _run.tells, missing = is_first_of_machine() if _run.tells is None else _run.tells, others
