@@ -12,7 +12,7 @@ import os
 from typing import NoReturn
 
 from models.configs import CONFIGS
-from utils import dist_util
+from utils import dist_util, hardware
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS
 from utils.scheduler import DECAY_TYPES
 
@@ -40,10 +40,10 @@ def report_path(args: argparse.Namespace) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the thirty flags are for ``--help``."""
+    """Says what is wrong in one line, once a machine: each has its own command line; the flags are for ``--help``."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_main() else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_first_of_machine() else None)
 
 
 def parse_bool(text: str) -> bool:
@@ -156,6 +156,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.load_model_dir is not None and not args.eval_only:
         raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
     if args.num_workers is None:
-        args.num_workers = min(8, dist_util.num_cpus())
+        args.num_workers = min(8, hardware.num_cpus())
     if args.num_workers < 0:
         raise ValueError(f"--num_workers is {args.num_workers}, expected 0 or more")

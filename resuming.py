@@ -214,12 +214,15 @@ def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) 
 OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
 
 
-def check_processes(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets) -> None:
+def check_processes(
+    args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, state: checkpoint.TrainingState | None
+) -> None:
     """Raises ValueError unless all processes have the same flags, data and weights."""
     if dist_util.world_size() == 1:
         return
     same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
-    same["the checksum of --dataset"] = data.checksum()
+    # Which a training has taken already: seconds, for a large data set.
+    same["the checksum of --dataset"] = state.settings["--dataset"] if state is not None else data.checksum()
     if dist_util.several_machines():
         same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
     dist_util.check_same(same, "start every process with the same")

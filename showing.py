@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from flags import log_dir, make_parser, report_path
-from utils import checkpoint, data_utils, dist_util, drawing
+from utils import checkpoint, data_utils, dist_util, drawing, hardware
 from utils import report as page
 from utils.evaluation import Evaluation
 from utils.metrics import MetricsWriter, read_lines
@@ -101,7 +101,7 @@ def report_contents(
         settings={f"--{name}": (value, parser.get_default(name)) for name, value in vars(args).items()},
         facts={
             **page.versions(),
-            "device": f"{precision.device}, {dist_util.device_name(precision.device)}",
+            "device": f"{precision.device}, {hardware.device_name(precision.device)}",
             "numbers": str(precision),
             "processes": str(dist_util.world_size()),
             "threads of each": str(torch.get_num_threads()),

@@ -343,7 +343,7 @@ def run(args: argparse.Namespace) -> int:
                 precision = make_precision(args, device)
                 state = None if args.eval_only else claim(args, held)
                 model, data, state = prepare(args, precision, state)
-                check_processes(args, model, data)
+                check_processes(args, model, data, state)
         except dist_util.FailedElsewhere as e:
             return 2 if e.input_error else 1
         except ValueError as e:

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks import common, ours, peers
 from models.configs import CONFIGS
-from utils import dist_util
+from utils import hardware
 
 REDUCTION, BACKWARD = "gloo:all_reduce", "autograd::engine::evaluate_function"
 Span = tuple[float, float]
@@ -141,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--processes", type=int, default=2, help="of the second side")
     p.add_argument("--updates", type=int, default=3, help="of one turn")
     common.add_flags(p, rounds=5)
-    p.set_defaults(threads=dist_util.num_cpus())
+    p.set_defaults(threads=hardware.num_cpus())
     return p
 
 

@@ -26,6 +26,18 @@ from tests.conftest import REPOSITORY
 TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu",
         "--pretrained_dir", "", "--dropout", "0", "--log_every", "1"]  # fmt: skip
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+#: torchrun that imports everything before its turn comes, and forks its processes: each is there at once, not
+#: after the seconds of another interpreter's start, which depend on what else the machine does.
+READY = """
+import os, sys, time
+import torch, torch.utils.tensorboard, train
+from torch.distributed.run import main
+torch.set_num_threads(1)
+turn = sys.argv.pop(1)
+while not os.path.exists(turn):
+    time.sleep(0.05)
+main(["--run-path", "--start-method=fork", *sys.argv[1:]])
+"""
 MARK = "TRAIN_TEST_JOB"  # in the environment of all that a test starts, torchrun's own children included
 
 
@@ -89,7 +101,7 @@ class Ranks:
                 "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             }  # fmt: skip
             values = args if isinstance(args, tuple) else args[rank]
-            full = clean_environment(**mine, **(env or {}))
+            full = clean_environment(**{**mine, **(env or {})})
             process = context.Process(
                 target=_enter, args=(body, values, full, str(folder / f"{rank}.txt")), daemon=True
             )
@@ -174,21 +186,15 @@ class Job:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s: {self.output()[-6000:]}") from None
 
-    def pids(self) -> dict[int, dict[str, str]]:
-        """The living processes of the job with their environments, by number."""
-        found = {}
+    def pids(self) -> list[int]:
+        """The living processes of the job: those that were started with its mark, or forked from one."""
+        found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 with contextlib.suppress(OSError):
-                    pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-                    env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-                    if env.get(MARK) == self._mark:
-                        found[int(entry.name)] = env
+                    if f"{MARK}={self._mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
         return found
-
-    def rank(self, number: int) -> int:
-        """The process of a rank: the oldest that a launcher gave it, for it may have children."""
-        return min(pid for pid, env in self.pids().items() if env.get("RANK") == str(number))
 
     def kill(self) -> None:
         """Ends everything at once, as when a machine goes down."""
@@ -207,6 +213,11 @@ def job(command: Sequence[str], folder: Path, name: str = "job", **env: str) -> 
         yield made
     finally:
         made.kill()
+
+
+def ready_torchrun(turn: Path, flags: Sequence[str]) -> list[str]:
+    """A command line that waits until there is the file ``turn``; then it is as fast as can be."""
+    return [sys.executable, "-c", READY, str(turn), *flags]
 
 
 def torchrun(flags: Sequence[str], train_flags: Sequence[str]) -> list[str]:

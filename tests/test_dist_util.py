@@ -2,19 +2,17 @@
 
 import json
 import os
-import platform
 import socket
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
 from torch import nn
 
+from tests.launching import ranks
 from utils import dist_util
+from utils.metrics import MetricsWriter, TrainingLog
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -77,31 +75,11 @@ def test_a_local_rank_without_a_launcher_is_refused_with_the_remedy():
         dist_util.setup("cpu", 1)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes")
-def test_processors_are_those_that_the_process_may_use():
-    before = os.sched_getaffinity(0)
-    assert dist_util.num_cpus() == len(before)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert dist_util.num_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 @pytest.mark.parametrize(("given", "of_launcher"), [(0, 1), (1, 0), (2, 1)])
 def test_a_local_rank_that_contradicts_the_launcher_is_refused(monkeypatch, given, of_launcher, alone):
     monkeypatch.setenv("LOCAL_RANK", str(of_launcher))
     with pytest.raises(ValueError, match=rf"--local_rank {given} contradicts LOCAL_RANK={of_launcher}"):
         dist_util.setup("cpu", given)
-
-
-@pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=rf"--device {name}: .*--device auto"):
-        dist_util.setup(name, -1)
-    assert dist_util.setup("auto", -1) == torch.device("cpu")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, alone):
@@ -112,142 +90,100 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, alone):
         dist_util.setup("auto", -1)
 
 
-FAULTS = """
-import resource
-import torch
-from utils import dist_util
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.empty(2**24).fill_(1.0)  # 64 MB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-usual = faults()
-assert dist_util.setup("cpu", -1).type == "cpu"
-faults()  # until the heap has grown to what it takes
-print(usual, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_memory_that_tensors_free_is_kept_for_the_next():
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("MALLOC_")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    usual, kept = map(int, done.stdout.split())
-    assert usual >= 20 * 64 / 2  # pages of 2 MB at the largest
-    assert kept < usual / 20
-
-
-@pytest.mark.parametrize("failure", [OSError, AttributeError])
-def test_a_c_library_that_has_no_such_setting_is_left_as_it_is(failure, monkeypatch):
-    monkeypatch.setattr(dist_util.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(failure(name)))
-    assert dist_util.setup("cpu", -1) == torch.device("cpu")
-
-
 # ---- two processes ----
 
-PROCESS = """
-import json, os, sys, time
-import torch
-from torch import nn
-from utils import dist_util
-from utils.metrics import MetricsWriter, TrainingLog
 
-folder, local_rank = sys.argv[1], int(sys.argv[2])
-seen = {"rank_before_setup": dist_util.rank(), "device": str(dist_util.setup("cpu", local_rank))}
-rank = dist_util.rank()
-seen["rank"], seen["world_size"], seen["is_main"] = rank, dist_util.world_size(), dist_util.is_main()
+def watch(folder: str, local_rank: int) -> dict:
+    """What one of two processes sees."""
+    seen = {"rank_before_setup": dist_util.rank(), "device": str(dist_util.setup("cpu", local_rank))}
+    rank = dist_util.rank()
+    seen["rank"], seen["world_size"], seen["is_main"] = rank, dist_util.world_size(), dist_util.is_main()
 
-x = torch.tensor([1.0 + rank, 10.0], dtype=torch.float64)
-seen["same_tensor"] = dist_util.sum_over_ranks(x) is x
-seen["sum"] = x.tolist()
+    x = torch.tensor([1.0 + rank, 10.0], dtype=torch.float64)
+    seen["same_tensor"] = dist_util.sum_over_ranks(x) is x
+    seen["sum"] = x.tolist()
 
-prepared = os.path.join(folder, "prepared")
-with dist_util.main_first():
-    seen["prepared_on_entry"] = os.path.exists(prepared)
-    if rank == 0:
-        time.sleep(0.5)
-        open(prepared, "w").close()
+    prepared = os.path.join(folder, "prepared")
+    with dist_util.main_first():
+        seen["prepared_on_entry"] = os.path.exists(prepared)
+        if rank == 0:
+            time.sleep(0.3)
+            open(prepared, "w").close()
 
-def outcome(body):
-    # The class and text of what the block raises on this process.
+    def outcome(body):
+        """The class and text of what the block raises on this process."""
+        try:
+            with dist_util.together():
+                body()
+        except Exception as e:
+            return [type(e).__name__, str(e)]
+
+    def fail(on, error):
+        if rank in on:
+            raise error
+
+    def download():
+        with dist_util.main_first():
+            fail([0], OSError("no such download"))
+            entered.append(rank)
+
+    def before_a_download():
+        fail([1], ValueError("no such file"))
+        with dist_util.main_first():
+            entered.append(rank)
+
+    entered = []
+    seen["outcomes"] = {
+        "well": outcome(lambda: None),
+        "all": outcome(lambda: fail([0, 1], ValueError("no such model"))),
+        "second": outcome(lambda: fail([1], ValueError("no such file"))),
+        "download": outcome(download),
+        "before a download": outcome(before_a_download),
+        "a bug": outcome(lambda: fail([1], TypeError("not callable"))),
+        "same": outcome(lambda: dist_util.check_same({"--seed": 1, "--name": "a"}, "as one")),
+        "not the same": outcome(lambda: dist_util.check_same({"--seed": rank, "--name": "a"}, "as one")),
+    }
+    seen["entered"] = entered
+    seen["sum_after_failures"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
+    mine = {"weights": torch.full((3,), float(rank)), "step": 3 + rank}
+    seen["newest"] = [
+        dist_util.newest(x, version)["weights"].tolist()
+        for x, version in ((mine, (3 + rank,)), (mine, (3,)), (mine if rank == 0 else None, (3 if rank == 0 else -1,)))
+    ]
+    seen["tells"] = [dist_util.tells(), dist_util.tells()]
+
+    writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
+    log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)
+    seen["stopped"] = None
     try:
-        with dist_util.together():
-            body()
-    except Exception as e:
-        return [type(e).__name__, str(e)]
+        for step in range(1, 5):
+            bad = step == 3 and rank == 1
+            log.update(step, torch.tensor(float("nan") if bad else step + 10.0 * rank), 0.1, torch.tensor(True))
+    except FloatingPointError as e:
+        seen["stopped"] = str(e)
+    writer.close()
 
-def fail(on, error):
-    if rank in on:
-        raise error
+    passed = os.path.join(folder, "passed")
+    if rank == 1:
+        time.sleep(0.3)
+        open(passed, "w").close()
+    dist_util.barrier()
+    seen["passed_after_barrier"] = os.path.exists(passed)
 
-def download():
-    with dist_util.main_first():
-        fail([0], OSError("no such download"))
-        entered.append(rank)
+    torch.manual_seed(0)
+    inner = nn.Linear(3, 1)
+    model = dist_util.wrap(inner)
+    seen["unwrapped"] = dist_util.unwrap(model) is inner and model is not inner
+    data = torch.arange(24.0).view(4, 2, 3)  # (parts of the batch, pictures, features); two parts a process
+    seen["gradients"] = []
+    for part in range(2):
+        with dist_util.sync_gradients(model, now=part == 1):
+            (model(data[2 * rank + part]).square().mean() / 2).backward()
+        seen["gradients"].append(inner.weight.grad.flatten().tolist())
 
-def before_a_download():
-    fail([1], ValueError("no such file"))
-    with dist_util.main_first():
-        entered.append(rank)
-
-entered = []
-seen["outcomes"] = {
-    "well": outcome(lambda: None),
-    "all": outcome(lambda: fail([0, 1], ValueError("no such model"))),
-    "second": outcome(lambda: fail([1], ValueError("no such file"))),
-    "download": outcome(download),
-    "before a download": outcome(before_a_download),
-    "a bug": outcome(lambda: fail([1], TypeError("not callable"))),
-    "same": outcome(lambda: dist_util.check_same({"--seed": 1, "--name": "a"}, "as one")),
-    "not the same": outcome(lambda: dist_util.check_same({"--seed": rank, "--name": "a"}, "as one")),
-}
-seen["entered"] = entered
-seen["sum_after_failures"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
-mine = {"weights": torch.full((3,), float(rank)), "step": 3 + rank}
-seen["newest"] = [
-    dist_util.newest(x, version)["weights"].tolist()
-    for x, version in ((mine, (3 + rank,)), (mine, (3,)), (mine if rank == 0 else None, (3 if rank == 0 else -1,)))
-]
-seen["tells"] = [dist_util.tells(), dist_util.tells()]
-
-writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
-log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)
-seen["stopped"] = None
-try:
-    for step in range(1, 5):
-        bad = step == 3 and rank == 1
-        log.update(step, torch.tensor(float("nan") if bad else step + 10.0 * rank), 0.1, torch.tensor(True))
-except FloatingPointError as e:
-    seen["stopped"] = str(e)
-writer.close()
-
-passed = os.path.join(folder, "passed")
-if rank == 1:
-    time.sleep(0.5)
-    open(passed, "w").close()
-dist_util.barrier()
-seen["passed_after_barrier"] = os.path.exists(passed)
-
-torch.manual_seed(0)
-inner = nn.Linear(3, 1)
-model = dist_util.wrap(inner)
-seen["unwrapped"] = dist_util.unwrap(model) is inner and model is not inner
-data = torch.arange(24.0).view(4, 2, 3)  # (parts of the batch, pictures, features); two parts a process
-seen["gradients"] = []
-for part in range(2):
-    with dist_util.sync_gradients(model, now=part == 1):
-        (model(data[2 * rank + part]).square().mean() / 2).backward()
-    seen["gradients"].append(inner.weight.grad.flatten().tolist())
-
-dist_util.cleanup()
-seen["left"] = not torch.distributed.is_initialized()
-with open(os.path.join(folder, f"{rank}.json"), "w") as f:
-    json.dump(seen, f)
-"""
+    dist_util.cleanup()
+    seen["left"] = not torch.distributed.is_initialized()
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -259,26 +195,11 @@ def two_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(two_folder):
     """What each of two processes saw."""
-    # As torchrun does, this process keeps the store where the others meet: its port cannot be taken in between.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = []
-    for rank in range(2):
-        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
-        # The first hears of its number from the environment only, the second from the flag as well.
-        command = [sys.executable, "-c", PROCESS, str(two_folder), str(-1 if rank == 0 else rank)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=100)
-            assert process.returncode == 0, f"exit status {process.returncode}: {errors}"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [json.loads((two_folder / f"{rank}.json").read_text()) for rank in range(2)]
+    # The first hears of its number from the environment only, the second from the flag as well.
+    with ranks(2, watch, [(str(two_folder), -1), (str(two_folder), 1)], two_folder) as run:
+        seen = run.results()
+        assert None not in seen, run.output()
+    return seen
 
 
 def test_two_processes_know_who_they_are(two):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.launching import TINY, job, ranks, torchrun, train_main, values_of
-from utils import dist_util
+from utils import dist_util, hardware
 from utils.precision import Precision
 
 SHORT = ["--num_steps", "4", "--warmup_steps", "1", "--eval_every", "4", "--name", "a"]
@@ -63,8 +64,6 @@ def write_pictures(root: Path, num_test: int) -> None:
 
 def evaluated(flags: list[str]) -> list:
     """Accuracy and loss of -v, and the pictures that this process evaluated."""
-    import json
-
     import train
 
     found: dict[str, list] = {"pictures": []}
@@ -231,6 +230,78 @@ def test_what_only_one_process_lacks_is_said_with_its_number(tmp_path):
         assert "(says process 1 of 2, on " in run.errors()[0]
 
 
+def with_gpus(numbers: list[int], flags: list[str]) -> int:
+    """What ``python train.py`` does where this process believes in so many GPUs, by rank."""
+    there = numbers[dist_util.rank()]
+    torch.cuda.is_available = lambda: there > 0
+    torch.cuda.device_count = lambda: there
+    torch.cuda.set_device = lambda device: None
+    return train_main(flags)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "text"),
+    [
+        ([1, 1], "process 1 of this machine finds 1 GPUs; start fewer"),
+        ([0, 2], "--device auto is cpu on process 0 ("),  # NCCL and Gloo would wait for each other
+    ],
+)
+def test_a_device_that_a_later_process_lacks_is_said(tmp_path, gpus, text):
+    with ranks(2, with_gpus, (gpus, [*TINY, *SHORT, "--device", "auto"]), tmp_path) as run:
+        assert run.results() == [2, 2], run.output()
+        assert len(run.errors()) == 1, run.output()
+        assert text in run.errors()[0]
+
+
+def test_a_flag_that_only_another_machine_does_not_know_is_said_there(tmp_path):
+    args = [([*TINY, *SHORT, *(["--turbo"] if rank == 1 else [])],) for rank in range(2)]
+    with ranks(2, train_main, args, tmp_path, nodes=2, env={"TRAIN_TIMEOUT_SECS": "2"}) as run:
+        assert run.results() == [1, 2], run.output()
+        assert "unrecognized arguments: --turbo" in (tmp_path / "1.txt").read_text()
+        assert "(1 of 2 processes came)" in (tmp_path / "0.txt").read_text()
+        assert len(run.errors()) == 2, run.output()
+
+
+def hang_first(flags: list[str]) -> int:
+    """A run whose process 0 does not get to where it meets the others."""
+    if dist_util.rank() == 0:
+        time.sleep(120)
+    return train_main(flags)
+
+
+def test_who_waits_in_vain_for_the_first_process_says_so_once(tmp_path):
+    with ranks(3, hang_first, ([*TINY, *SHORT],), tmp_path, env={"TRAIN_TIMEOUT_SECS": "1"}) as run:
+        for process in run.processes[1:]:
+            process.join(30)
+        assert [json.loads((tmp_path / f"{i}.txt.json").read_text()) for i in (1, 2)] == [1, 1], run.output()
+        assert len(run.errors()) == 1, run.output()
+        assert " does not reach the others by 127.0.0.1:" in run.errors()[0]
+        assert "Traceback" not in run.output()
+
+
+def test_what_no_launcher_would_set_is_an_error_without_a_stack(tmp_path):
+    with ranks(2, train_main, ([*TINY, *SHORT],), tmp_path, env={"RANK": "first"}) as run:
+        assert run.results() == [2, 2], run.output()
+        assert len(run.errors()) == 1, run.output()
+        assert "what the launcher set cannot be used: " in run.errors()[0]
+        assert "Traceback" not in run.output()
+
+
+def checksums_taken(flags: list[str]) -> int:
+    """How often this process of a run reads all its pictures for their checksum."""
+    from utils import data_utils
+
+    taken, original = [], data_utils.DataSets.checksum
+    data_utils.DataSets.checksum = lambda self: taken.append(0) or original(self)
+    assert train_main(flags) == 0
+    return len(taken)
+
+
+def test_the_pictures_checksum_is_taken_once(tmp_path):
+    with ranks(2, checksums_taken, ([*TINY, *SHORT],), tmp_path) as run:
+        assert run.results() == [1, 1], run.output()
+
+
 def fail_late(flags: list[str]) -> int:
     """A training whose process 1 cannot read a picture in its third update."""
     import train
@@ -298,42 +369,6 @@ def test_each_machine_has_the_download_and_a_shared_disk_has_it_once(tmp_path, d
         assert run.results() == ([[0], [], [], []] if disk == "shared" else [[0], [], [2], []]), run.output()
 
 
-# ---- threads and workers ----
-
-
-def test_processors_are_divided_among_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = dist_util.num_cpus()
-    for number in (1, 2, 1000):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
-        assert dist_util.num_cpus() == max(whole // number, 1)
-
-
-@pytest.mark.parametrize(
-    ("variables", "launchers", "expected"),
-    [
-        ({}, None, 3),  # nobody said anything
-        ({"OMP_NUM_THREADS": "2"}, None, 7),  # the user did: PyTorch has heard it already
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, b"A=1\0B=2\0", 3),  # torchrun did
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, b"A=1\0OMP_NUM_THREADS=1\0", 7),  # the user, to torchrun
-    ],
-)
-def test_threads_are_divided_unless_the_user_chose(monkeypatch, tmp_path, variables, launchers, expected):
-    chosen = [7]
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: chosen.append(n))
-    monkeypatch.setattr(dist_util, "num_cpus", lambda: 3)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    if launchers is not None:
-        (tmp_path / "environ").write_bytes(launchers)
-        monkeypatch.setattr(dist_util, "LAUNCHERS_ENVIRONMENT", str(tmp_path / "environ"))
-    dist_util._share_processors()
-    assert chosen[-1] == expected
-
-
 # ---- the launchers themselves ----
 
 
@@ -343,9 +378,14 @@ def test_the_old_launcher_and_its_flag(tmp_path):
         ["--nproc_per_node=2", "--master_port=0", "--standalone"], [*TINY, *SHORT, "--train_batch_size", "8"]
     )
     command[command.index("torch.distributed.run")] = "torch.distributed.launch"
-    with job(command, tmp_path) as run:
+    share = max(hardware.num_cpus() // 2, 1)
+    threads = 1 if share > 1 else min(2, hardware.num_cpus())  # another number, where there can be one
+    env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # PyTorch asks MKL first
+    env["OMP_WAIT_POLICY"] = "passive"  # they are more than there are processors
+    with job(command, tmp_path, **env) as run:
         assert run.wait(90) == 0, run.output()
-        assert "threads" not in run.output()
+        state = torch.load(tmp_path / "output" / "a_last.pt", weights_only=True)
+        assert state["circumstances"]["threads"] == threads
         assert run.output().count("End Training!") == 1
         assert "Total train batch size = 16 (8 per process" in run.output()
 

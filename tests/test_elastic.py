@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,26 +12,27 @@ import torch
 
 import resuming
 import train
-from tests.launching import LAUNCHER, TINY, job, lines_of, ranks, train_main, values_of, wait_for, weights_of
-from utils import checkpoint, dist_util
+from tests.launching import (
+    LAUNCHER,
+    TINY,
+    job,
+    lines_of,
+    ranks,
+    ready_torchrun,
+    train_main,
+    values_of,
+    wait_for,
+    weights_of,
+)
+from utils import checkpoint, data_utils, dist_util
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
 STEPS = 60
-RUN = [
-    *TINY,
-    "--name",
-    "a",
-    "--num_steps",
-    str(STEPS),
-    "--warmup_steps",
-    "2",
-    "--eval_every",
-    "30",
-    "--save_every",
-    "5",
-]
-#: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle.
+RUN = [*TINY, "--name", "a", "--num_steps", str(STEPS), "--warmup_steps", "2", "--eval_every", "30"]
+RUN += ["--save_every", "5"]
+#: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle,
+#: and which leaves its process's number.
 SLOW = """
 import os, sys, time
 import train
@@ -43,8 +45,14 @@ def slow(*args, batches=data_utils.train_batches):
         yield batch
 
 data_utils.train_batches = slow
+with open("pid" + os.environ["RANK"], "w") as f:
+    f.write(str(os.getpid()))
 sys.exit(train.main())
 """
+
+
+#: ``ready_torchrun`` is torchrun all but for the start of its processes, which takes most of the time.
+LAUNCHERS = pytest.mark.parametrize("launcher", ["ready", pytest.param("usual", marks=pytest.mark.soak)])
 
 
 @pytest.fixture
@@ -83,55 +91,90 @@ def assert_whole(folder):
     assert [line["step"] for line in lines_of(folder, "a") if "train/loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_after_a_killed_process_torchrun_brings_the_same_weights(unhurt, script, tmp_path):
-    command = [*LAUNCHER, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "--monitor-interval=0.1", script]
-    with job([*command, *RUN, "--train_batch_size", "8"], tmp_path) as run:
+@LAUNCHERS
+def test_after_a_killed_process_torchrun_brings_the_same_weights(launcher, unhurt, script, tmp_path):
+    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=3", script, *RUN, "--train_batch_size", "8"]
+    with job(ready_torchrun(tmp_path, flags) if launcher == "ready" else [*LAUNCHER, *flags], tmp_path) as run:
         wait_for(lambda: updates_done(tmp_path) > 12, 60, run.output)
-        os.kill(run.rank(1), signal.SIGKILL)
+        os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
         set_pace(tmp_path, 0)
         assert run.wait(60) == 0, run.output()
         assert run.output().count("lost contact with process 1 (") == 1
         assert "Going on after update" in run.output()
-        assert "Traceback" not in run.output()
+        if launcher == "usual":  # else torchrun logs where it noticed the death
+            assert "Traceback" not in run.output()
     assert_whole(tmp_path)
     ours, expected = weights_of(tmp_path, "a"), weights_of(unhurt[2], "a")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(x, expected[name]) for name, x in ours.items())
 
 
-@pytest.mark.soak  # half a minute of launchers that wait for one another; tight on a loaded machine
-def test_machines_that_join_and_leave_keep_the_batch_of_all(unhurt, script, tmp_path):
+@LAUNCHERS
+def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, script, tmp_path):
     """One machine begins alone with 16 pictures an update, shares them with a second, and goes on without it."""
     # The rendezvous is kept here: neither machine is the one that may not die.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    conf = "is_host=false,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"
-    command = [*LAUNCHER, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--monitor-interval=0.1"]
-    command += [
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{store.port}",
-        "--rdzv-id=test",
-        "--local-addr=127.0.0.1",
-    ]
-    command += [f"--rdzv-conf={conf}", script, *RUN, "--train_batch_size", "16"]
+    flags = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    flags += [f"--rdzv-endpoint=127.0.0.1:{store.port}", "--local-addr=127.0.0.1"]
+    # The launchers look for one another once a second or two: whoever is there first waits as long, and
+    # if the second comes later still, it joins another round.
+    flags += ["--rdzv-conf=is_host=false,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"]
+    flags += [script, *RUN, "--train_batch_size", "16"]
+    turn = tmp_path / "turn of the second"
+    commands = [[*LAUNCHER, *flags]] * 2
+    if launcher == "ready":
+        commands = [ready_torchrun(path, flags) for path in (tmp_path, turn)]
     # Else (PyTorch 2.14) the agent that was the first before the other came stays with its own store.
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with job(command, tmp_path, "first", **env) as first:
-        wait_for(lambda: updates_done(tmp_path) > 2, 60, first.output)
-        set_pace(tmp_path, 2)  # until the second is there
-        with job(command, tmp_path, "second", **env) as second:
-            both = lambda: first.output() + second.output()  # noqa: E731
-            wait_for(lambda: "2 processes share the 16 pictures" in both(), 60, both)
-            before = updates_done(tmp_path)
-            set_pace(tmp_path, 0.05)
-            wait_for(lambda: updates_done(tmp_path) > before + 6, 60, both)
-            assert updates_done(tmp_path) < STEPS
-            second.kill()
-            set_pace(tmp_path, 0)
-            assert first.wait(60) == 0, both()
-            assert both().count("--train_batch_size 8 --gradient_accumulation_steps 1: 2 processes share") == 1
-            assert "Traceback" not in both().split("torch/distributed/elastic")[0]
+    with contextlib.ExitStack() as held:
+        first = held.enter_context(job(commands[0], tmp_path, "first", **env))
+        if launcher == "usual":
+            wait_for(lambda: updates_done(tmp_path) > 2, 60, first.output)
+        second = held.enter_context(job(commands[1], tmp_path, "second", **env))
+        both = lambda: first.output() + second.output()  # noqa: E731
+        wait_for(lambda: updates_done(tmp_path) > 2, 60, both)
+        set_pace(tmp_path, 1)  # until the second is there
+        turn.touch()
+        wait_for(lambda: "2 processes share the 16 pictures" in both(), 60, both)
+        before = updates_done(tmp_path)
+        set_pace(tmp_path, 0.05)
+        wait_for(lambda: updates_done(tmp_path) > before + 6, 60, both)
+        assert updates_done(tmp_path) < STEPS
+        second.kill()
+        set_pace(tmp_path, 0)
+        assert first.wait(60) == 0, both()
+        assert both().count("--train_batch_size 8 --gradient_accumulation_steps 1: 2 processes share") == 1
+        assert both().count("Going on after update") >= 2  # with the second, and without it
     assert_whole(tmp_path)
     assert values_of(tmp_path, "a", "train/loss") == pytest.approx(values_of(unhurt[1], "a", "train/loss"), abs=1e-5)
+
+
+def paced(flags):
+    """A training whose updates take a while."""
+
+    def slow(*args, batches=data_utils.train_batches):
+        for batch in batches(*args):
+            time.sleep(0.02)
+            yield batch
+
+    data_utils.train_batches = slow
+    return train_main(flags)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_same_command_goes_on(unhurt, tmp_path):
+    flags = [*RUN, "--train_batch_size", "8"]
+    with ranks(2, paced, (flags,), tmp_path) as run:
+        wait_for(lambda: updates_done(tmp_path) > 8, 60, run.output)
+        os.kill(run.processes[1].pid, signal.SIGTERM)
+        assert run.results() == [128 + signal.SIGTERM] * 2, run.output()
+        assert len(run.errors()) == 1, run.output()
+        assert "; the same command goes on from there" in run.errors()[0]
+    with ranks(2, train_main, (flags,), tmp_path) as run:
+        assert run.results() == [0, 0], run.output()
+        assert "Going on after update" in run.output()
+    assert_whole(tmp_path)
+    ours, expected = weights_of(tmp_path, "a"), weights_of(unhurt[2], "a")
+    assert all(torch.equal(x, expected[name]) for name, x in ours.items())
 
 
 def test_a_process_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):

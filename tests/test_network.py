@@ -10,11 +10,11 @@ import uuid
 
 import pytest
 
-from tests.launching import LAUNCHER, have, job, lines_of, wait_for
+from tests.launching import have, job, lines_of, ready_torchrun, wait_for
 from tests.test_elastic import RUN, SLOW, set_pace
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-TIMEOUT_SECS = 4
+TIMEOUT_SECS = 3
 
 
 def ip(*words, check=True):
@@ -32,20 +32,8 @@ def machines():
         try:
             for name in names:
                 ip("netns", "add", name)
-            ip(
-                "link",
-                "add",
-                f"v{tag}",
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                f"v{tag}",
-                "netns",
-                names[1],
-            )
+            here, there = (("netns", name) for name in names)
+            ip("link", "add", f"v{tag}", *here, "type", "veth", "peer", "name", f"v{tag}", *there)
             for name, address in zip(names, ADDRESSES):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", f"v{tag}")
                 ip("-n", name, "link", "set", "lo", "up")
@@ -67,22 +55,24 @@ def test_a_cut_cable_ends_the_run_with_a_word_and_it_goes_on_when_mended(machine
     steps = 40
     flags = [*RUN, "--num_steps", str(steps), "--eval_every", "40", "--train_batch_size", "8"]
 
-    def start(machine):
-        command = ["ip", "netns", "exec", names[machine], *LAUNCHER, "--nnodes=2", f"--node_rank={machine}"]
-        command += ["--nproc_per_node=1", f"--master_addr={ADDRESSES[0]}", "--master_port=29513"]
+    def start(machine, turn, name):
+        launcher = ["--nnodes=2", f"--node_rank={machine}", "--nproc_per_node=1", f"--master_addr={ADDRESSES[0]}"]
+        launcher += ["--master_port=29513", str(tmp_path / "slow.py"), *flags]
         folder = tmp_path / f"machine{machine}"  # a disk of its own
         env = {"GLOO_SOCKET_IFNAME": cable, "TRAIN_TIMEOUT_SECS": str(TIMEOUT_SECS)}
-        return job([*command, str(tmp_path / "slow.py"), *flags], folder, **env)
+        return job(["ip", "netns", "exec", names[machine], *ready_torchrun(turn, launcher)], folder, name, **env)
 
     def updates_done():
         return max((line["step"] for line in lines_of(tmp_path / "machine0", "a")), default=0)
 
+    mended = tmp_path / "mended"
     with contextlib.ExitStack() as held:
-        runs = [held.enter_context(start(machine)) for machine in range(2)]
+        runs = [held.enter_context(start(machine, tmp_path, "cut")) for machine in range(2)]
         wait_for(lambda: updates_done() > 8, 90, lambda: runs[0].output() + runs[1].output())
         set_pace(tmp_path, 0.2)
         ip("-n", names[1], "link", "set", cable, "down")
         since = time.monotonic()
+        again = [held.enter_context(start(machine, mended, "again")) for machine in range(2)]
         wait_for(lambda: runs[0].errors(), 30, runs[0].output)
         assert time.monotonic() - since < 25
         assert runs[0].wait(40) == 1, runs[0].output()
@@ -93,14 +83,15 @@ def test_a_cut_cable_ends_the_run_with_a_word_and_it_goes_on_when_mended(machine
         # The other machine cannot reach where they all meet; it ends as well.
         wait_for(lambda: runs[1].errors(), 40, runs[1].output)
         assert "lost contact with " in runs[1].errors()[0]
-    assert not os.path.exists(tmp_path / "machine1" / "output" / "a_last.pt")  # only the first machine writes
+        assert not os.path.exists(tmp_path / "machine1" / "output" / "a_last.pt")  # only the first machine writes
+        runs[1].kill()
 
-    ip("-n", names[1], "link", "set", cable, "up")
-    set_pace(tmp_path, 0)
-    with start(0) as first, start(1) as second:
-        assert first.wait(90) == 0, first.output()
-        assert second.wait(30) == 0, second.output()
-        assert "Going on after update" in first.output()  # both, from the first machine's state
+        ip("-n", names[1], "link", "set", cable, "up")
+        set_pace(tmp_path, 0)
+        mended.touch()
+        assert again[0].wait(90) == 0, again[0].output()
+        assert again[1].wait(30) == 0, again[1].output()
+        assert "Going on after update" in again[0].output()  # both, from the first machine's state
     assert [line["step"] for line in lines_of(tmp_path / "machine0", "a") if "train/loss" in line] == [
         *range(1, steps + 1)
     ]

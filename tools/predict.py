@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
-from utils import augment, data_utils, dist_util, runs
+from utils import augment, data_utils, dist_util, hardware, runs
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
 Prediction = tuple[str, Tensor | data_utils.PictureError]
@@ -66,7 +66,7 @@ def predict(model: VisionTransformer, paths: list[str], batch_size: int, device:
         except data_utils.PictureError as e:
             return e
 
-    with ThreadPoolExecutor(dist_util.num_cpus()) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(hardware.num_cpus()) as pool, torch.inference_mode():
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             pictures = list(pool.map(prepare, batch))

@@ -29,7 +29,7 @@ import torch
 from models.configs import DEMO, GOOGLE_NAMES, file_name
 from tools import cli
 from tools.published import ROWS, SOURCES, Row
-from utils import checkpoint, dist_util, metrics, report
+from utils import checkpoint, hardware, metrics, report
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"
@@ -190,18 +190,19 @@ def outcome(
 ) -> dict[str, Any]:
     """What is kept of a row's training."""
     accuracies = read_accuracies(row) if status == 0 else []
-    hardware = ""
+    device = ""
     if status != 2:  # else --device may be what is wrong
         p = argparse.ArgumentParser(add_help=False)
         p.add_argument("--device", default="auto")
-        hardware = dist_util.device_name(torch.device(dist_util.device_type(p.parse_known_args(words)[0].device)))
+        kind = hardware.device_type(p.parse_known_args(words)[0].device)
+        device = hardware.device_name(torch.device(kind))
     return {
         "status": "done" if accuracies else "stopped" if number else "failed",
         "accuracy": max(accuracies, default=None),
         "last_accuracy": accuracies[-1] if accuracies else None,
         "secs": secs,
         "command": f"python train.py {shlex.join(words)}",
-        "hardware": hardware,
+        "hardware": device,
         "versions": report.versions(),
         "published": {"source": row.source, **{k: v for k, v in asdict(row).items() if k != "flags"}},
     }

@@ -1,6 +1,6 @@
 """The processes of a run: who this one is, and the few things they do together.
 
-The only module of ``utils`` that its neighbours may import.  With a single process the collective
+The module of ``utils`` that its neighbours may import.  With a single process the collective
 functions do nothing, so that no caller needs to ask which case it is in.
 
 Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a download (``together``,
@@ -10,10 +10,8 @@ Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a downloa
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
-import platform
 import re
 import signal
 import socket
@@ -22,13 +20,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from utils import hardware
 
 T = TypeVar("T")
 
@@ -38,8 +38,6 @@ TIMEOUT_VARIABLE = "TRAIN_TIMEOUT_SECS"
 PATIENCE = timedelta(hours=1)
 #: A process that ends for want of another is gone after so many seconds, whatever a library still waits for.
 GRACE_SECS = 20
-#: The variables that a process, here the launcher, was started with; on Linux.
-LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
 
 @dataclass
@@ -47,10 +45,10 @@ class _Run:
     """The processes that a launcher started together: where they meet, and which machines they are on."""
 
     store: dist.Store
-    hosts: list[str]  # by rank, their names for messages
-    machines: list[str]  # by rank, what tells one machine from another
-    device_group: Any  # process groups
-    host_group: Any
+    hosts: list[str] = field(default_factory=list)  # by rank, their names for messages; empty until all have met
+    machines: list[str] = field(default_factory=list)  # by rank, what tells one machine from another
+    device_group: Any = None  # process groups, once ``setup`` is through
+    host_group: Any = None
     tells: bool | None = None  # once ``tells`` was asked
 
 
@@ -87,24 +85,21 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         ConnectionError: the other processes cannot be reached.
         FailedElsewhere: another process raised one of these.
     """
-    global _run
     if "WORLD_SIZE" not in os.environ:
-        return _pick_device(device_name, local_rank)
-    longest = timeout()
-    store = _join()
+        return hardware.pick_device(device_name, local_rank)
+    longest, run = timeout(), _join()
     with together():
-        device = _pick_device(device_name, local_rank)
-    _share_processors()
-    me = (os.environ.get("GROUP_RANK", ""), socket.gethostname())
-    found = _exchange(me)
+        device = hardware.pick_device(device_name, local_rank)
+        found = _exchange((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
+        run.hosts, run.machines = [host for _, host in found], ["/".join(pair) for pair in found]
+        # Groups of NCCL and of Gloo would wait for each other.
+        check_same({f"--device {device_name}": device.type}, "let every process compute on the same kind of device")
+    hardware.share_processors()
+    run.host_group = run.device_group = dist.new_group(backend="gloo", timeout=longest)
     if device.type == "cuda":
         # Its own watchdog, which ends the process with a stack, must not be faster than our message.
         later = longest + timedelta(minutes=1)
-        device_group = dist.new_group(backend="nccl", timeout=later, device_id=device)
-        host_group = dist.new_group(backend="gloo", timeout=longest)
-    else:
-        device_group = host_group = dist.new_group(backend="gloo", timeout=longest)
-    _run = _Run(store, [host for _, host in found], ["/".join(pair) for pair in found], device_group, host_group)
+        run.device_group = dist.new_group(backend="nccl", timeout=later, device_id=device)
     return device
 
 
@@ -120,16 +115,20 @@ def timeout() -> timedelta:
     return timedelta(seconds=int(text))
 
 
-def _join() -> dist.Store:
+def _join() -> _Run:
     """Meets the other processes and makes them the default group, of hosts.
 
     Raises:
         ValueError, ConnectionError: as ``setup``.
     """
+    global _run
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timeout()))
-        store = _fresh(store, number, size)
-        dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=number, world_size=size,
+        # Who fails before all have met tells for its machine, in each of the launcher's attempts once.
+        machine, attempt = (os.environ.get(name, "") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
+        _run = _Run(dist.PrefixStore(f"alone/{machine or socket.gethostname()}/{attempt}", store))
+        _run.store = _fresh(store, number, size)
+        dist.init_process_group("gloo", store=dist.PrefixStore("group", _run.store), rank=number, world_size=size,
                                 timeout=max(timeout(), PATIENCE))  # fmt: skip
     except ValueError as e:
         raise ValueError(f"what the launcher set cannot be used: {e}") from e
@@ -140,7 +139,7 @@ def _join() -> dist.Store:
             f"({str(e).splitlines()[0]}); start {os.environ['WORLD_SIZE']} processes, let the "
             "machines connect, and see docs/distributed.md if machines joined later"
         ) from e
-    return store
+    return _run
 
 
 def _fresh(store: dist.Store, number: int, size: int) -> dist.Store:
@@ -176,75 +175,18 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def _pick_device(name: str, local_rank: int) -> torch.device:
-    kind = device_type(name)
-    env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
-    if "WORLD_SIZE" not in os.environ and local_rank > 0:
-        raise ValueError(
-            f"--local_rank {local_rank} without a launcher; start several processes with "
-            "`torchrun --nproc_per_node=N train.py ...`"
-        )
-    if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
-        raise ValueError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
-    if kind == "cuda":
-        if env_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
-        torch.cuda.set_device(env_rank)
-    if kind == "cpu":
-        _keep_freed_memory()
-    return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
-
-
-def device_type(name: str) -> str:
-    """The kind of device that --device means here; see ``setup``."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if "WORLD_SIZE" in os.environ:
-        if name == "mps":
-            raise ValueError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
-        available["mps"] = False
-    if name == "auto":
-        return next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
-    return name
-
-
-def _keep_freed_memory() -> None:
-    """Lets the C library keep what tensors free, for the next ones.
-
-    By default glibc gives blocks of megabytes back to the kernel at once, and every update faults its
-    activations in anew: a tenth of its time.  Elsewhere than on glibc nothing happens.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_max, 0)
-
-
-def _share_processors() -> None:
-    """Gives each process its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
-    if _local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
-        torch.set_num_threads(num_cpus())
-
-
-def _set_by_torchrun() -> bool:
-    """Whether OMP_NUM_THREADS is torchrun's own 1: then it is not in the environment that torchrun was given."""
-    if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    try:
-        with open(LAUNCHERS_ENVIRONMENT.format(os.getppid()), "rb") as f:
-            return not any(line.startswith(b"OMP_NUM_THREADS=") for line in f.read().split(b"\0"))
-    except OSError:  # another system, or another user's process
-        return False
-
-
 # ---- who and where ----
 
 
 def rank() -> int:
     """This process's number among all, from 0.  Known from the launcher before ``setup``."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else _number("RANK", 0)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """What a launcher set; whether it makes sense is for ``setup`` to say."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 def world_size() -> int:
@@ -258,37 +200,15 @@ def is_main() -> bool:
 
 
 def is_first_of_machine() -> bool:
-    """Whether this process is the one that downloads what its machine lacks."""
-    if _run is None:
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    """Whether this process is the one that downloads what its machine lacks.  A guess before ``setup``."""
+    if _run is None or not _run.machines:
+        return _number("LOCAL_RANK", rank()) == 0
     return _run.machines.index(_run.machines[rank()]) == rank()
 
 
 def several_machines() -> bool:
     """Whether processes may see different files."""
     return _run is not None and len(set(_run.machines)) > 1
-
-
-def _local_world_size() -> int:
-    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-
-
-def num_cpus() -> int:
-    """Processors that this process may use: its share, where a launcher started several on this machine."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(there // _local_world_size(), 1)
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the hardware that computes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def bar_options() -> dict[str, Any]:
@@ -383,7 +303,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
 
 
 def _place(number: int) -> str:
-    host = f" ({_run.hosts[number]})" if _run else ""
+    host = f" ({_run.hosts[number]})" if _run and _run.hosts else ""
     return f"process {number}{host}"
 
 
@@ -422,7 +342,7 @@ def is_lost_contact(error: BaseException) -> bool:
 
 def tells() -> bool:
     """Whether this process is the one that tells the user how the run ended: the first of all that asks."""
-    if _run is None:
+    if _run is None:  # alone, or it met nobody
         return is_first_of_machine()
     if _run.tells is None:
         store = _run.store
@@ -466,11 +386,15 @@ def _who_is_lost() -> str:
     if _run is None:
         return "another process"
     store, others = _run.store, set(range(world_size())) - {rank()}
-    _within(3, lambda: store.set(f"left/{rank()}", ""), None)
+    missing: set[int] = set()
+    here = _within(3, lambda: store.add(f"left/{rank()}", 1), 0)
+    if not here:  # it went with the others
+        _run.tells, missing = is_first_of_machine() if _run.tells is None else _run.tells, others
     if not tells():
         return ""
-    time.sleep(1)  # those of the others that live notice at about the same time
-    missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
+    if here:
+        time.sleep(1)  # those of the others that live notice at about the same time
+        missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
     names = [_place(i) for i in sorted(missing)]
     if not names or len(names) == len(others) > 1:
         return "the other processes"

@@ -1,0 +1,109 @@
+"""What a process computes with: its device, its share of the processors, and memory that it keeps.
+
+Knows of other processes only how many a launcher started on this machine, and which of them this one is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+
+import torch
+
+#: The variables that a process, here the launcher, was started with; on Linux.
+LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device that this process computes on, made ready for it; see ``dist_util.setup``.
+
+    Raises:
+        ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
+    """
+    kind = device_type(name)
+    env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
+    if "WORLD_SIZE" not in os.environ and local_rank > 0:
+        raise ValueError(
+            f"--local_rank {local_rank} without a launcher; start several processes with "
+            "`torchrun --nproc_per_node=N train.py ...`"
+        )
+    if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
+        raise ValueError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
+    if kind == "cuda":
+        if env_rank >= torch.cuda.device_count():
+            raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
+        torch.cuda.set_device(env_rank)
+    if kind == "cpu":
+        _keep_freed_memory()
+    return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)
+
+
+def device_type(name: str) -> str:
+    """The kind of device that --device means here; raises ValueError if there is none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if "WORLD_SIZE" in os.environ:
+        if name == "mps":
+            raise ValueError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
+        available["mps"] = False
+    if name == "auto":
+        return next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
+    return name
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library keep what tensors free, for the next ones.
+
+    By default glibc gives blocks of megabytes back to the kernel at once, and every update faults its
+    activations in anew: a tenth of its time.  Elsewhere than on glibc nothing happens.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_max, 0)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the hardware that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- processors ----
+
+
+def num_cpus() -> int:
+    """Processors that this process may use: its share, where a launcher started several on this machine."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(there // _local_world_size(), 1)
+
+
+def _local_world_size() -> int:
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def share_processors() -> None:
+    """Gives each process its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
+    if _local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
+        torch.set_num_threads(num_cpus())
+
+
+def _set_by_torchrun() -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's own 1: then it is not in the environment that torchrun was given."""
+    if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        with open(LAUNCHERS_ENVIRONMENT.format(os.getppid()), "rb") as f:
+            return not any(line.startswith(b"OMP_NUM_THREADS=") for line in f.read().split(b"\0"))
+    except OSError:  # another system, or another user's process
+        return False
