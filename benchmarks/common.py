@@ -30,6 +30,8 @@ from typing import Any, Protocol
 
 import torch
 
+from utils.hardware import device_name
+
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
 #: Instruction sets that decide how fast matrix products are.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "i8mm", "sve")
@@ -64,13 +66,11 @@ class Job:
 
 def cpu_info() -> tuple[str, list[str]]:
     """The processor's name and those of CPU_FLAGS that it has; Linux tells both."""
-    name, flags = platform.processor() or platform.machine(), set()
+    name, flags = device_name(torch.device("cpu")), set()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         for line in f:
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() in ("flags", "Features"):
+            if key.strip() in ("flags", "Features"):
                 flags |= set(value.split())
     return name, [flag for flag in CPU_FLAGS if flag in flags]
 

@@ -12,6 +12,7 @@ This module must not read files, know data sets or know how it is trained.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 
@@ -40,6 +41,18 @@ def for_product(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled products of queries and keys, (B, A, T, K) each, in float32 at least: (B, A, T, T).
+
+    So the fused kernels have them.  In bfloat16 a score's rounding is a large part of the gradients' error, and the
+    product is a hundredth of a block's work.
+    """
+    kind, exact = q.device.type, torch.promote_types(q.dtype, torch.float32)
+    half = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if half else contextlib.nullcontext():
+        return (q.to(exact) * q.shape[-1] ** -0.5) @ k.to(exact).transpose(-2, -1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.  (B, T, D) -> (B, T, D) and, if ``vis``, probabilities (B, A, T, T)."""
 
@@ -64,9 +77,8 @@ class Attention(nn.Module):
         probs = None
         if self.vis or (x.device.type == "cpu" and torch.is_grad_enabled()):
             # The fused kernel returns no probabilities; on CPUs its backward is slower than this.
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, A, T, T)
-            probs = scores.softmax(dim=-1)
-            x = dropout(probs, self.dropout_rate, self.training) @ v  # (B, A, T, K)
+            probs = attention_scores(q, k).softmax(dim=-1)
+            x = dropout(probs, self.dropout_rate, self.training).to(v.dtype) @ v  # (B, A, T, K)
         else:
             rate = self.dropout_rate if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # (B, A, T, K)

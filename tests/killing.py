@@ -223,15 +223,20 @@ def outcome_in(folder: str) -> dict[str, Any]:
         return runs.outcome()
 
 
-def harness(root: str, num_runs: int, kills_per_run: int, seed: int, extra: tuple[str, ...] = ()) -> Count:
-    """Kills ``num_runs`` runs up to ``kills_per_run`` times each; fails if one does not end as the one in peace."""
+def harness(
+    root: str, num_runs: int, kills_per_run: int, seed: int, extra: tuple[str, ...] = (), num_kills: int = 0
+) -> Count:
+    """Kills runs up to ``kills_per_run`` times each, until there were so many runs and kills.
+
+    Fails if one does not end as the one in peace.
+    """
     print(f"seed {seed}", flush=True)
     count, moments = Count(), random.Random(seed)
     with Starter(extra) as starter:
         os.makedirs(peace := os.path.join(root, "peace"))
         secs, expected = run_to_the_end(starter, peace), outcome_in(peace)
-        for number in range(num_runs):
-            os.makedirs(folder := os.path.join(root, f"run-{number}"))
+        while count.runs < num_runs or count.kills < num_kills:
+            os.makedirs(folder := os.path.join(root, f"run-{count.runs}"))
             for _ in range(kills_per_run):
                 killed, saving = kill_once(starter, folder, moments, secs)
                 count.kills += killed

@@ -27,6 +27,13 @@ def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name
     assert hardware.pick_device("auto", -1) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_what_a_launcher_set_wrongly_is_named(monkeypatch, variable):
+    monkeypatch.setenv(variable, "first")
+    with pytest.raises(ValueError, match=f"{variable}=first: expected a number"):
+        hardware.pick_device("cpu", -1) if variable == "LOCAL_RANK" else hardware.num_cpus()
+
+
 FAULTS = """
 import resource
 import torch

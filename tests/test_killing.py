@@ -91,7 +91,7 @@ def test_a_slow_run_is_waited_for_and_one_that_hangs_is_not(served, monkeypatch)
     ids=["float32", "bfloat16 O2", "saved with the evaluations", "the demo"],
 )
 def test_hundreds_of_kills(extra, num_runs, tmp_path):
-    count = killing.harness(str(tmp_path), num_runs, 12, random.SystemRandom().randrange(10**6), extra)
-    assert count.runs == num_runs
+    seed = random.SystemRandom().randrange(10**6)
+    count = killing.harness(str(tmp_path), num_runs, 12, seed, extra, num_kills=5 * num_runs)
     assert count.kills >= 5 * num_runs
     assert count.while_saving >= num_runs

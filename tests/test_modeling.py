@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.configs import CONFIGS, ViTConfig
-from models.modeling import Attention, Mlp, PatchEmbedding, VisionTransformer
+from models.modeling import Attention, Mlp, PatchEmbedding, VisionTransformer, attention_scores
 from tests import fake_npz
 
 PLAIN = replace(CONFIGS["testing"], dropout_rate=0.0)
@@ -443,3 +443,12 @@ def test_the_size_told_for_hybrid_weights_is_one_that_loads_them(img_size):
     with pytest.raises(ValueError, match=r"give --img_size \d+$") as e:
         build(HYBRID).load_finetuned(state)
     build(HYBRID, img_size=int(str(e.value).split()[-1])).load_finetuned(state)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_attention_scores_are_float32_in_half_precision(autocast):
+    q, k = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = attention_scores(q, k)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, q.float() @ k.float().mT / 8**0.5)

@@ -454,8 +454,19 @@ def test_apex_is_initialized_once_with_the_level_and_the_scale(opt_level, loss_s
     expected = loss_scale or (2.0**20 if dynamic else 1.0)
     assert amp._amp_state.loss_scalers[0].loss_scale() == expected
     assert optimizer.defaults["momentum"] == 0.9
-    assert not precision.scaler.is_enabled() or dynamic
+    assert not precision.scaler.is_enabled()
     assert str(precision) == ("float32 by apex" if opt_level == "O0" else f"float16 {opt_level} by apex")
+
+
+@pytest.mark.parametrize("opt_level", ["O1", "O2"])
+def test_a_resumed_run_goes_on_with_apexs_scale_and_count(opt_level):
+    _, model, precision, optimizer = start_apex(opt_level)
+    until_applied(model, precision, optimizer)
+    precision.num_skipped()
+    amp, _, resumed, _ = start_apex(opt_level)
+    resumed.load_training_state(precision.training_state(), step=3)
+    assert amp._amp_state.loss_scalers[0].loss_scale() == precision._scaler().loss_scale() < 2.0**20
+    assert resumed.num_skipped() == precision.num_skipped() > 0
 
 
 @pytest.mark.parametrize("opt_level", OPT_LEVELS)

@@ -263,6 +263,24 @@ def test_rows_that_another_process_trains_meanwhile_are_kept_and_not_trained(cap
     assert results()["predecessor-b"] == record_of("predecessor-b")
 
 
+def test_results_that_two_processes_write_at_once_are_both_kept():
+    os.makedirs("output", exist_ok=True)
+    other = """
+import fcntl, json, sys, time
+lock = open("output/.results.lock", "a")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(1)
+with open("output/results.json", "w") as f:
+    f.write(sys.argv[1])
+"""
+    text = json.dumps({"rows": {"predecessor-b": record_of("predecessor-b")}})
+    with subprocess.Popen([sys.executable, "-c", other, text], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        reproduce.keep("output", "predecessor-a", record_of("predecessor-a"))
+    assert results().keys() == {"predecessor-a", "predecessor-b"}
+
+
 def test_a_training_whose_logs_are_gone_is_not_called_done(capfd):
     assert run(capfd, "--rows", "predecessor-a", *CPU)[0] == 0
     os.remove("output/results.json")

@@ -1,5 +1,6 @@
 """The optimizer against torch.optim.SGD."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_steps_are_those_of_torch_to_the_bit(dtype, weight_decay):
     assert all(p.grad is None for p in own.param_groups[0]["params"])
 
 
-def test_a_state_of_torchs_optimizer_goes_on_here_and_back():
+def test_a_state_of_torchs_optimizer_goes_on_here():
     whole = torch.optim.SGD(params(), lr=0.0, momentum=0.9)
     first, second = torch.optim.SGD(params(), lr=0.0, momentum=0.9), SGD(params())
     for optimizer in (whole, first):
@@ -54,11 +55,19 @@ def test_a_state_of_torchs_optimizer_goes_on_here_and_back():
             p.copy_(q)
     for optimizer in (whole, second):
         step(optimizer, 3, 0.1)
-    first.load_state_dict(second.state_dict())
     for p, q in zip(whole.param_groups[0]["params"], second.param_groups[0]["params"]):
         torch.testing.assert_close(p, q)
-        assert torch.equal(first.state[first.param_groups[0]["params"][0]]["momentum_buffer"],
-                           second.state[second.param_groups[0]["params"][0]]["momentum_buffer"])  # fmt: skip
+
+
+def test_a_state_of_a_fresh_one_goes_on_in_torchs_optimizer():
+    own, torchs = SGD(params(), weight_decay=0.1), torch.optim.SGD(params(), lr=1.0)
+    torchs.load_state_dict(copy.deepcopy(own.state_dict()))
+    for number in (1, 2):
+        for optimizer in (own, torchs):
+            step(optimizer, number, 0.1)
+    for p, q in zip(own.param_groups[0]["params"], torchs.param_groups[0]["params"]):
+        assert torch.equal(p, q)
+        assert torch.equal(own.state[p]["momentum_buffer"], torchs.state[q]["momentum_buffer"])
 
 
 def test_gradients_are_let_go_of_or_zeroed():

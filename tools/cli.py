@@ -82,7 +82,8 @@ def run(name: str, body: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = body()
+        with runs.memory_remedy("on this device; another --device, or less at a time, may do"):
+            status = body()
         sys.stdout.flush()
         return status
     except ValueError as e:

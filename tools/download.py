@@ -343,6 +343,8 @@ def download(args: argparse.Namespace) -> int:
         checkpoint.check_writable(os.path.dirname(path) or ".")
         remote = urllib.parse.quote(f"{UPSTREAMS[upstream][name]}.npz", safe="/+")
         with runs.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
+            if os.path.isfile(path):  # another process has just brought it
+                continue
             file = Download(f"{args.base_url.rstrip('/')}/{remote}", path)
             try:
                 file.fetch()

@@ -12,6 +12,7 @@ after -- is given to train.py as it is.  All rows together take a GPU weeks.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
@@ -162,7 +163,7 @@ def reproduce(args: argparse.Namespace, rows: list[Row], extra: list[str]) -> in
             status = child.run([sys.executable, TRAIN, *words])
             secs = None if spent is None else round(spent + time.perf_counter() - start, 2)
             record = outcome(row, args, words, status, child.signal, secs)
-            write_results(args.output_dir, {**read_results(path), row.name: record})
+            keep(args.output_dir, row.name, record)
             found = record["status"] if record["accuracy"] is None else f"{record['accuracy']:.2f} %"
             beside = os.path.join(args.output_dir, "results.md")
             print(
@@ -243,6 +244,16 @@ def read_results(path: str) -> dict[str, dict[str, Any]]:
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} does not hold results of this tool ({reason}); remove or rename it") from e
     return rows
+
+
+def keep(folder: str, name: str, record: dict[str, Any]) -> None:
+    """Adds a row's result to those in the folder, or replaces it; processes at other rows take turns."""
+    with open(os.path.join(folder, ".results.lock"), "a", encoding="ascii") as lock:
+        with contextlib.suppress(ImportError, OSError):  # not every system has locks, nor every file system
+            import fcntl
+
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        write_results(folder, {**read_results(os.path.join(folder, "results.json")), name: record})
 
 
 def write_results(folder: str, results: dict[str, dict[str, Any]]) -> None:

@@ -93,8 +93,8 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         found = _exchange((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
         run.hosts, run.machines = [host for _, host in found], ["/".join(pair) for pair in found]
         # Groups of NCCL and of Gloo would wait for each other.
-        check_same({f"--device {device_name}": device.type}, "let every process compute on the same kind of device")
-    hardware.share_processors()
+        check_same({"--device": device.type}, "let every process compute on the same kind of device")
+        hardware.share_processors()
     run.host_group = run.device_group = dist.new_group(backend="gloo", timeout=longest)
     if device.type == "cuda":
         # Its own watchdog, which ends the process with a stack, must not be faster than our message.

@@ -23,7 +23,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """
     kind = device_type(name)
-    env_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))  # some launchers pass the flag alone
+    env_rank = _number("LOCAL_RANK", max(local_rank, 0))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise ValueError(
             f"--local_rank {local_rank} without a launcher; start several processes with "
@@ -89,7 +89,14 @@ def num_cpus() -> int:
 
 
 def _local_world_size() -> int:
-    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(_number("LOCAL_WORLD_SIZE", 1), 1)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    text = os.environ.get(variable, str(otherwise))
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text}: expected a number, as launchers set it; unset it, or mend the launcher")
+    return int(text)
 
 
 def share_processors() -> None:

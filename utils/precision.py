@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +155,8 @@ class SGD(torch.optim.Optimizer):
     """v <- momentum * v + g + weight_decay * p;  p <- p - lr * v: the reference's optimizer, over torch's fused kernel.
 
     Arithmetic and state_dict are those of ``torch.optim.SGD(fused=True)``.  Two things differ: the momentum is there,
-    and zero, from the start, so that a first update that is skipped leaves no garbage behind; and nothing here imports
-    ``torch._dynamo``, as torch's own optimizers do; that takes a second of a training's start.
+    and zero, from the start, so that a first update that is skipped leaves no garbage behind; and until a state is
+    saved or loaded nothing imports ``torch._dynamo``, as torch's own optimizers do: that takes a second.
 
     Args:
         params: what to update, all on one device.
@@ -167,9 +167,12 @@ class SGD(torch.optim.Optimizer):
 
     #: torch.amp.GradScaler then leaves ``found_inf`` here: the device itself skips the step, and nobody waits for it.
     _step_supports_amp_scaling = True
+    #: What torch.optim.SGD offers besides, and finds in its state_dict.
+    _FIXED: ClassVar[dict[str, Any]] = {"dampening": 0.0, "nesterov": False, "maximize": False}
 
     def __init__(self, params: Iterable[nn.Parameter], weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": 0.0, "momentum": MOMENTUM, "weight_decay": weight_decay})
+        defaults = {"lr": 0.0, "momentum": MOMENTUM, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "fused": True, **self._FIXED})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes more parameters, ``param_group["params"]``, with what else is in it instead of the defaults."""
@@ -195,8 +198,7 @@ class SGD(torch.optim.Optimizer):
             sgd(
                 params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params],
                 fused=True, grad_scale=grad_scale, found_inf=found_inf, lr=group["lr"],
-                momentum=group["momentum"], weight_decay=group["weight_decay"],
-                dampening=0.0, nesterov=False, maximize=False,
+                momentum=group["momentum"], weight_decay=group["weight_decay"], **self._FIXED,
             )  # fmt: skip
 
 
@@ -252,6 +254,7 @@ class ApexPrecision(Precision):
 
     def __init__(self, amp: ModuleType, device: torch.device, opt_level: str, loss_scale: float = 0) -> None:
         super().__init__(device, opt_level, "float16", loss_scale)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # apex scales
         self._amp = amp
         self._optimizer: torch.optim.Optimizer | None = None
         self._applied = True
