@@ -33,12 +33,15 @@ logger = logging.getLogger(__name__)
 LAYER_NORM_EPS = 1e-6
 
 
+def autocasts(kind: str) -> bool:
+    """Whether matrix products of a kind of device are cast to half precision; there is no asking for "meta"."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def for_product(x: Tensor) -> Tensor:
     """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which knows no "meta"
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    return x.to(torch.get_autocast_dtype(kind)) if autocasts(kind) else x
 
 
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -48,8 +51,7 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     product is a hundredth of a block's work.
     """
     kind, exact = q.device.type, torch.promote_types(q.dtype, torch.float32)
-    half = kind != "meta" and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if half else contextlib.nullcontext():
+    with torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext():
         return (q.to(exact) * q.shape[-1] ** -0.5) @ k.to(exact).transpose(-2, -1)
 
 
