@@ -276,12 +276,21 @@ def test_pictures_of_the_right_size_keep_every_grey_level(whole):
 @pytest.mark.parametrize(("start", "length", "out_size"), [(0, 20, 7), (3, 10, 33), (19, 1, 4), (0, 20, 20)])
 def test_filter_rows_sum_to_one_inside_the_part_and_are_zero_outside(start, length, out_size):
     weights = augment.as_matrix(*augment.filter_taps(torch.tensor([start]), torch.tensor([length]), 20, out_size), 20)
-    assert weights.shape == (1, out_size, 20)
-    torch.testing.assert_close(weights.sum(2), torch.ones(1, out_size, dtype=weights.dtype), atol=1e-5, rtol=0)
+    assert weights.shape == (1, 20, out_size)
+    torch.testing.assert_close(weights.sum(1), torch.ones(1, out_size, dtype=weights.dtype), atol=1e-5, rtol=0)
     outside = torch.ones(20, dtype=torch.bool)
     outside[start : start + length] = False
-    assert weights[..., outside].count_nonzero() == 0
+    assert weights[:, outside].count_nonzero() == 0
     assert weights.min() >= 0
+
+
+@pytest.mark.parametrize("out_size", [7, 20, 33])
+def test_long_axes_whose_filters_are_not_kept_have_the_same_ones(out_size, monkeypatch):
+    start, length = torch.tensor([0, 3, 19, 5]), torch.tensor([20, 10, 1, 9])
+    kept = augment.filter_taps(start, length, 20, out_size)
+    monkeypatch.setattr(augment, "TABLE_PX", 19)
+    for ours, theirs in zip(augment.filter_taps(start, length, 20, out_size), kept):
+        assert torch.equal(ours, theirs)
 
 
 # ---- transforms ----

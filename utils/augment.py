@@ -7,6 +7,7 @@ Every random number comes in as an argument: this module draws none and reads no
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,10 @@ from torch import Tensor
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
-CHUNK_VALUES = 16 * 3 * 224**2  # of the pictures that a CPU finishes at once: what stays in its cache
+CHUNK_VALUES = 8 * 3 * 224**2  # of the pictures that a CPU finishes at once: what stays in its cache
+TABLE_PX = 256  # filter weights of axes up to this length are computed once
+MIDDLE = 128  # of the grey levels
+HALF_LEVEL = torch.tensor((MIDDLE - 127.5) / 127.5)  # what MIDDLE itself is normalised to
 PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
 #: Uniform numbers that one training picture takes: four a try, and one that decides on the flip.
 NUM_DRAWS = 4 * NUM_TRIES + 1
@@ -28,35 +32,36 @@ NUM_DRAWS = 4 * NUM_TRIES + 1
 def crop_boxes(draws: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
     """RandomResizedCrop's boxes: ten tries, then the largest centre crop of an allowed ratio.
 
+    In NumPy, on the CPU: so few numbers take as long as it takes to call each function.
+
     Args:
-        draws: (B, NUM_DRAWS) uniform in [0, 1), float64.
+        draws: (B, NUM_DRAWS) uniform in [0, 1), float64, on the CPU.
         height, width: of the pictures in pixels, (B,) or one for all.
 
     Returns:
         (B, 4) whole pixels: top, left, height, width.
     """
     size = len(draws)
-    height = torch.as_tensor(height, device=draws.device).expand(size)
-    width = torch.as_tensor(width, device=draws.device).expand(size)
-    u = draws[:, : 4 * NUM_TRIES].view(size, NUM_TRIES, 4)
-    area = (height * width)[:, None] * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
-    ratio = torch.exp(math.log(RATIO[0]) + u[..., 1] * (math.log(RATIO[1]) - math.log(RATIO[0])))
-    w = torch.round(torch.sqrt(area * ratio)).long()
-    h = torch.round(torch.sqrt(area / ratio)).long()
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-    top = (u[..., 2] * (height[:, None] - h + 1)).long()
-    left = (u[..., 3] * (width[:, None] - w + 1)).long()
-    boxes = torch.stack((top, left, h, w), dim=-1)  # (B, NUM_TRIES, 4)
-    first = fits.int().argmax(dim=1)
-    chosen = boxes[torch.arange(size, device=draws.device), first]
-    return torch.where(fits.any(dim=1)[:, None], chosen, _centre_boxes(height, width))
+    in_height, in_width = (np.broadcast_to(side, size)[:, None] for side in (height, width))
+    u = draws[:, : 4 * NUM_TRIES].numpy().reshape(size, NUM_TRIES, 4)
+    area = in_height * in_width * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
+    ratio = np.exp(math.log(RATIO[0]) + u[..., 1] * (math.log(RATIO[1]) - math.log(RATIO[0])))
+    w, h = (np.round(np.sqrt(x)).astype(np.int64) for x in (area * ratio, area / ratio))
+    fits = (w > 0) & (w <= in_width) & (h > 0) & (h <= in_height)
+    top = (u[..., 2] * (in_height - h + 1)).astype(np.int64)
+    left = (u[..., 3] * (in_width - w + 1)).astype(np.int64)
+    boxes = np.stack((top, left, h, w), axis=-1)  # (B, NUM_TRIES, 4)
+    chosen = boxes[np.arange(size), fits.argmax(axis=1)]
+    missed = ~fits.any(axis=1)
+    chosen[missed] = _centre_boxes(in_height[missed, 0], in_width[missed, 0])
+    return torch.from_numpy(chosen)
 
 
-def _centre_boxes(height: Tensor, width: Tensor) -> Tensor:
+def _centre_boxes(height: np.ndarray, width: np.ndarray) -> np.ndarray:
     ratio = width / height
-    h = torch.where(ratio < RATIO[0], torch.round(width / RATIO[0]).long(), height)
-    w = torch.where(ratio > RATIO[1], torch.round(height * RATIO[1]).long(), width)
-    return torch.stack(((height - h) // 2, (width - w) // 2, h, w), dim=-1)
+    h = np.where(ratio < RATIO[0], np.round(width / RATIO[0]).astype(np.int64), height)
+    w = np.where(ratio > RATIO[1], np.round(height * RATIO[1]).astype(np.int64), width)
+    return np.stack(((height - h) // 2, (width - w) // 2, h, w), axis=-1)
 
 
 def flips(draws: Tensor) -> Tensor:
@@ -73,29 +78,43 @@ def filter_taps(start: Tensor, length: Tensor, size: int, out_size: int) -> tupl
         out_size: pixels to make of the part.
 
     Returns:
-        Indices (B, out_size, taps) and weights (B, out_size, taps), which are Pillow's, in float64 or what comes
+        Indices (B, taps, out_size) and weights (B, taps, out_size), which are Pillow's, in float64 or what comes
         near it; 2 taps if nothing can be reduced.
     """
-    dtype = exact_dtype(start.device)
-    start, length = start[:, None].to(dtype), length[:, None].to(dtype)
+    if size > TABLE_PX:
+        pixel, weights = _taps_of(length, size, out_size)
+    else:
+        pixel, weights = (table[length - 1] for table in _tap_table(size, out_size, length.device))
+    return pixel + start[:, None, None], weights
+
+
+@functools.lru_cache(maxsize=8)
+def _tap_table(size: int, out_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The taps of every length from 1 to ``size``: the crops of small pictures share them."""
+    return _taps_of(torch.arange(1, size + 1, device=device), size, out_size)
+
+
+def _taps_of(length: Tensor, size: int, out_size: int) -> tuple[Tensor, Tensor]:
+    """As ``filter_taps``, of parts that start at 0."""
+    dtype = exact_dtype(length.device)
+    length = length[:, None].to(dtype)
     scale = length / out_size
     support = scale.clamp(min=1)
     # How far right of the middle of the part's first pixel each new pixel's middle lies, in pixels: (B, out_size)
-    centre = (torch.arange(out_size, dtype=dtype, device=start.device) + 0.5) * scale - 0.5
+    centre = (torch.arange(out_size, dtype=dtype, device=length.device) + 0.5) * scale - 0.5
     num_taps = 2 if size <= out_size else 2 * math.ceil(size / out_size) + 1  # no more lie within the support
     first = (centre - support).floor() + 1
-    # Taps lie before pixels in memory, (B, taps, out_size): long rows are what vector instructions are for.
-    tap = first[:, None] + torch.arange(num_taps, dtype=dtype, device=start.device)[:, None]
+    # Taps lie before pixels in memory: long rows are what vector instructions are for.
+    tap = first[:, None] + torch.arange(num_taps, dtype=dtype, device=length.device)[:, None]  # (B, taps, out_size)
     weights = (1 - (tap - centre[:, None]).abs_().div_(support[:, None])).clamp_(min=0)
     weights.mul_((tap >= 0) & (tap < length[:, None]))
     weights.div_(weights.sum(dim=1, keepdim=True)).mul_(PILLOW_ONE).add_(0.5).floor_().div_(PILLOW_ONE)
-    pixel = torch.minimum(tap.clamp_(min=0), length[:, None] - 1).add_(start[:, None]).long()
-    return pixel.mT, weights.mT
+    return torch.minimum(tap.clamp_(min=0), length[:, None] - 1).long(), weights
 
 
 def as_matrix(pixel: Tensor, weights: Tensor, size: int) -> Tensor:
-    """What ``filter_taps`` gave for an axis of ``size`` pixels, as matrices (B, out_size, size)."""
-    return weights.new_zeros(*pixel.shape[:2], size).scatter_add_(2, pixel, weights)
+    """What ``filter_taps`` gave for an axis of ``size`` pixels, as matrices (B, size, out_size)."""
+    return weights.new_zeros(len(pixel), size, pixel.shape[2]).scatter_add_(1, pixel, weights)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -166,9 +185,9 @@ def _width_first(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
     top, left, height, width = boxes.to(pictures.device, non_blocking=True).unbind(dim=1)
     in_height, in_width = pictures.shape[2:]
     pixel, weights = filter_taps(top, height, in_height, out_size)
-    cols = as_matrix(*filter_taps(left, width, in_width, out_size), in_width)  # (B, out, W)
+    cols = as_matrix(*filter_taps(left, width, in_width, out_size), in_width)  # (B, W, out)
     if mirrored is not None:
-        cols = torch.where(mirrored[:, None, None], cols.flip(1), cols)
+        cols = torch.where(mirrored[:, None, None], cols.flip(2), cols)
     out = torch.empty(len(pictures), 3, out_size, out_size, device=pictures.device)
     size = max(1, CHUNK_VALUES // (3 * out_size**2)) if out.device.type == "cpu" else len(out)
     for part in zip(*(x.split(size) for x in (out, pictures, cols, pixel, weights))):
@@ -177,19 +196,19 @@ def _width_first(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
 
 
 def _crop_into(out: Tensor, pictures: Tensor, cols: Tensor, pixel: Tensor, weights: Tensor) -> None:
-    x = pictures.to(cols.dtype).flatten(1, 2) @ cols.transpose(1, 2)  # (B, 3 * H, out)
-    # Halves for the second rounding, as in whole_levels, are added where there are fewer values: the weights sum to 1.
-    x = whole_levels(x).add_(0.5).float().unflatten(1, (3, -1))  # (B, 3, H, out)
+    x = pictures.to(cols.dtype).flatten(1, 2) @ cols  # (B, 3 * H, out)
+    # What the second rounding and normalize add is added where there are fewer values: the weights sum to 1.
+    x = whole_levels(x).add_(0.5 - MIDDLE).float().unflatten(1, (3, -1))  # (B, 3, H, out)
     x = _weigh_rows(x, pixel, weights.float())  # (B, 3, out, out)
-    torch.sub(x.floor_().mul_(1 / 127.5), 1, out=out)  # normalize, and in the right place
+    _from_middle(x.floor_(), out)
 
 
 def _weigh_rows(x: Tensor, pixel: Tensor, weights: Tensor) -> Tensor:
-    """New rows as weighted sums of the rows of (B, C, H, W), chosen by (B, out, taps): (B, C, out, W)."""
+    """New rows as weighted sums of the rows of (B, C, H, W), chosen by (B, taps, out): (B, C, out, W)."""
     size, channels, height, width = x.shape
     first = torch.arange(0, size * channels * height, height, device=x.device).view(size, channels, 1, 1)
-    rows = (first + pixel[:, None]).flatten(0, 2)  # (B * C * out, taps)
-    weights = weights[:, None].expand(-1, channels, -1, -1).flatten(0, 2)
+    rows = (first + pixel.mT[:, None]).flatten(0, 2)  # (B * C * out, taps)
+    weights = weights.mT[:, None].expand(-1, channels, -1, -1).flatten(0, 2)
     x = F.embedding_bag(rows, x.reshape(-1, width), mode="sum", per_sample_weights=weights)
     return x.view(size, channels, -1, width)
 
@@ -202,19 +221,24 @@ def resize(pictures: Tensor, out_size: int) -> Tensor:
     sizes = pictures.shape[2:]
     if sizes == (out_size, out_size):
         return normalize(pictures.float())
-    zero = torch.zeros(1, dtype=torch.long, device=pictures.device)
-    rows, cols = (as_matrix(*filter_taps(zero, zero + n, n, out_size), n)[0] for n in sizes)  # (out, n)
+    lengths = (torch.tensor([n], device=pictures.device) for n in sizes)
+    rows, cols = (as_matrix(*_taps_of(n, size, out_size), size)[0] for n, size in zip(lengths, sizes))  # (size, out)
     x = pictures.to(cols.dtype)
     if vertical_first(torch.tensor(sizes), out_size):
-        x = whole_levels(whole_levels(rows @ x) @ cols.T)
+        x = whole_levels(whole_levels(rows.T @ x) @ cols)
     else:
-        x = whole_levels(rows @ whole_levels(x @ cols.T))
+        x = whole_levels(rows.T @ whole_levels(x @ cols))
     return normalize(x.float())
 
 
 def normalize(pictures: Tensor) -> Tensor:
     """Grey levels 0..255 to [-1, 1], in place for floats: mean and deviation 0.5 of ToTensor's [0, 1]."""
-    return pictures.mul_(1 / 127.5).sub_(1)
+    return _from_middle(pictures.sub_(MIDDLE), pictures)
+
+
+def _from_middle(levels: Tensor, out: Tensor) -> Tensor:
+    """Normalises grey levels of which MIDDLE was taken off: (level - 127.5) / 127.5, within half a float's step."""
+    return torch.add(HALF_LEVEL, levels, alpha=1 / 127.5, out=out)
 
 
 @dataclass(frozen=True)
