@@ -18,7 +18,7 @@ from torch import nn
 
 from flags import checkpoint_path, last_path, log_dir, report_path
 from models.configs import ViTConfig, canonical_name
-from utils import checkpoint, data_utils, dist_util
+from utils import checkpoint, datasets, dist_util
 from utils.metrics import TrainingLog
 from utils.precision import Precision
 from utils.runs import only_run
@@ -33,12 +33,12 @@ RESULT_FLAGS = (
 
 
 def settings(
-    args: argparse.Namespace, config: ViTConfig, data: data_utils.DataSets, precision: Precision
+    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision
 ) -> dict[str, Any]:
     """What decides on a run's result: a run goes on only under the same."""
     return {
         "--model_type": canonical_name(args.model_type),
-        "--dataset": f"{args.dataset if args.dataset in data_utils.NAMED_DATASETS else 'folder'} {data.checksum()}",
+        "--dataset": f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}",
         **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
         "--dropout": config.dropout_rate,
         "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
@@ -67,11 +67,10 @@ def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    there = os.path.exists(last_path(args))
-    if there and not resumes_own(args):
-        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
-    if args.resume in ("auto", "none"):
-        return checkpoint.load_state(last_path(args)) if there and args.resume == "auto" else None
+    if args.resume == "none":
+        return None
+    if args.resume == "auto":
+        return checkpoint.load_state(last_path(args)) if os.path.exists(last_path(args)) else None
     return checkpoint.load_state(args.resume)
 
 
@@ -86,6 +85,7 @@ def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None
     A run that replaces another and is killed before its first save must not go on as the other one.
     """
     if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
+        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
         os.unlink(last_path(args))
     if state.best_accuracy < 0 or (resumes_own(args) and os.path.exists(checkpoint_path(args))):
         return
@@ -215,7 +215,7 @@ OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir"
 
 
 def check_processes(
-    args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, state: checkpoint.TrainingState | None
+    args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, state: checkpoint.TrainingState | None
 ) -> None:
     """Raises ValueError unless all processes have the same flags, data and weights."""
     if dist_util.world_size() == 1:

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from flags import log_dir, make_parser, report_path
-from utils import checkpoint, data_utils, dist_util, drawing, hardware
+from utils import checkpoint, datasets, dist_util, drawing, hardware
 from utils import report as page
 from utils.evaluation import Evaluation
 from utils.metrics import MetricsWriter, read_lines
@@ -34,7 +34,7 @@ def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: l
         writer.picture(1, "train/pictures", drawing.arrange(panels, columns=8))
 
 
-def show_best(writer: MetricsWriter, found: Evaluation, data: data_utils.DataSets, step: int) -> None:
+def show_best(writer: MetricsWriter, found: Evaluation, data: datasets.DataSets, step: int) -> None:
     """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
     if writer.enabled:
         writer.picture(step, "test/confusion", drawing.confusion(found.confusion(len(data.classes)), data.classes))
@@ -43,11 +43,11 @@ def show_best(writer: MetricsWriter, found: Evaluation, data: data_utils.DataSet
             writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=4))
 
 
-def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[page.Mistake, Image]]:
+def worst_mistakes(found: Evaluation, data: datasets.DataSets) -> list[tuple[page.Mistake, Image]]:
     """The mistakes that were made with the most confidence, with their pictures."""
     mistakes = []
     for i in found.worst_mistakes(SHOWN_MISTAKES):
-        name, picture = data_utils.picture_at(data.test, i)
+        name, picture = datasets.picture_at(data.test, i)
         picture = drawing.scaled(picture, MISTAKE_PX)
         truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
         mistakes.append(
@@ -59,7 +59,7 @@ def worst_mistakes(found: Evaluation, data: data_utils.DataSets) -> list[tuple[p
 def write_report(
     args: argparse.Namespace,
     state: checkpoint.TrainingState,
-    data: data_utils.DataSets,
+    data: datasets.DataSets,
     precision: Precision,
     speed: float,
     start: float,
@@ -77,7 +77,7 @@ def write_report(
 def report_contents(
     args: argparse.Namespace,
     state: checkpoint.TrainingState,
-    data: data_utils.DataSets,
+    data: datasets.DataSets,
     precision: Precision,
     speed: float,
     start: float,

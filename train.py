@@ -42,7 +42,7 @@ from resuming import (
     take_name,
 )
 from showing import show_batch, show_best, write_report
-from utils import augment, checkpoint, data_utils, dist_util
+from utils import augment, checkpoint, data_utils, datasets, dist_util
 from utils.evaluation import Evaluation, Predictions
 from utils.metrics import MetricsWriter, TrainingLog
 from utils.precision import ApexPrecision, Precision, import_apex_amp
@@ -63,7 +63,7 @@ logger = logging.getLogger("train")
 def train(
     args: argparse.Namespace,
     model: VisionTransformer,
-    data: data_utils.DataSets,
+    data: datasets.DataSets,
     precision: Precision,
     state: checkpoint.TrainingState,
     stop: StopSignal,
@@ -139,7 +139,7 @@ def is_due(step: int, every: int, num_steps: int) -> bool:
 
 
 def make_batches(
-    args: argparse.Namespace, pictures: data_utils.Pictures, steps: range, device: torch.device
+    args: argparse.Namespace, pictures: datasets.Pictures, steps: range, device: torch.device
 ) -> Iterator[data_utils.Batch]:
     """The pictures of ``steps``, each update's in as many parts as are accumulated."""
     transform = augment.TrainTransform(args.img_size, args.hflip)
@@ -153,7 +153,7 @@ def make_batches(
 def evaluate(
     args: argparse.Namespace,
     model: nn.Module,
-    pictures: data_utils.Pictures,
+    pictures: datasets.Pictures,
     precision: Precision,
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
@@ -236,7 +236,7 @@ def save_last(
 
 def prepare(
     args: argparse.Namespace, precision: Precision, state: checkpoint.TrainingState | None
-) -> tuple[VisionTransformer, data_utils.DataSets, checkpoint.TrainingState | None]:
+) -> tuple[VisionTransformer, datasets.DataSets, checkpoint.TrainingState | None]:
     """The model with its weights, those of ``state`` if a run goes on, and the data it is for; downloads come last.
 
     Returns:
@@ -249,7 +249,7 @@ def prepare(
     if args.dropout is not None:
         config = replace(config, dropout_rate=args.dropout)
     config.check_img_size(args.img_size)
-    data_utils.check_name(args.dataset)
+    datasets.check_name(args.dataset)
     pretrained = None
     if args.eval_only:
         path = args.load_model_dir or checkpoint_path(args)
@@ -260,7 +260,7 @@ def prepare(
         pretrained = npz.load(args.pretrained_dir, args.model_type)
     else:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
-    data = data_utils.load_datasets(args.dataset, args.data_dir, args.num_workers)
+    data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)
     has_weights = args.eval_only or state is not None or pretrained is not None
     goes_on = state is not None
     if not args.eval_only:
@@ -308,7 +308,7 @@ def warn_of_contradictions(args: argparse.Namespace, path: str, state: dict[str,
         )  # fmt: skip
 
 
-def log_start(args: argparse.Namespace, model: nn.Module, data: data_utils.DataSets, precision: Precision) -> None:
+def log_start(args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, precision: Precision) -> None:
     """Logs what is about to happen."""
     num_parameters = sum(p.numel() for p in model.parameters())
     logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_parameters / 1e6,
@@ -374,7 +374,7 @@ def run(args: argparse.Namespace) -> int:
             return fail(
                 RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
             )
-        except (data_utils.PictureError, FloatingPointError, OSError, RuntimeError) as e:
+        except (datasets.PictureError, FloatingPointError, OSError, RuntimeError) as e:
             return fail_at_work(args, e, state.best_step if state else 0)
     return 0
 
@@ -393,7 +393,7 @@ def fail_at_work(args: argparse.Namespace, error: Exception, best_step: int = 0)
         text += f"; the run up to its last save is in {last_path(args)}"
     elif best_step and os.path.exists(checkpoint_path(args)):  # saved less often than it was evaluated
         text += f"; the best weights so far, of step {best_step}, are in {checkpoint_path(args)}"
-    return fail(RuntimeError(text), 2 if isinstance(error, data_utils.PictureError) else 1)
+    return fail(RuntimeError(text), 2 if isinstance(error, datasets.PictureError) else 1)
 
 
 def smaller_parts(args: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks import common, ours, peers
-from utils import augment, data_utils, dist_util
+from benchmarks.step import flops_of_update
+from models.configs import CONFIGS
+from utils import augment, data_utils, datasets, dist_util
 from utils.precision import OPT_LEVELS, Precision
 
 NUM_SYNTHETIC = 10_000
@@ -59,20 +61,20 @@ class Setting:
     device: str
     workers: int
 
-    def load(self) -> tuple[data_utils.Pictures, data_utils.Pictures]:
+    def load(self) -> tuple[datasets.Pictures, datasets.Pictures]:
         """The pictures to train on, and the first of those to evaluate."""
         if self.dataset == SYNTHETIC:
             generator = torch.Generator().manual_seed(SEED)
             images = torch.randint(256, (NUM_SYNTHETIC, 3, 32, 32), generator=generator, dtype=torch.uint8)
             labels = torch.randint(ours.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
-            train = test = data_utils.MemoryPictures(images, labels)  # type: data_utils.Pictures
+            train = test = datasets.MemoryPictures(images, labels)  # type: datasets.Pictures
         else:
-            sets = data_utils.load_datasets(self.dataset, self.data_dir, self.workers)
+            sets = datasets.load_datasets(self.dataset, self.data_dir, self.workers)
             train, test = sets.train, sets.test
         first = slice(self.eval_pictures)
-        if isinstance(test, data_utils.MemoryPictures):
-            return train, data_utils.MemoryPictures(test.images[first], test.labels[first])
-        return train, data_utils.FilePictures(test.paths[first], test.labels[first])
+        if isinstance(test, datasets.MemoryPictures):
+            return train, datasets.MemoryPictures(test.images[first], test.labels[first])
+        return train, datasets.FilePictures(test.paths[first], test.labels[first])
 
 
 def seconds_of(batches: Iterable[Any], device: str) -> float:
@@ -116,11 +118,11 @@ class OurPictures:
 class StockDataset(Dataset):
     """Pictures one by one, through torchvision's transforms; in memory they lie as CIFAR's do there."""
 
-    def __init__(self, pictures: data_utils.Pictures, transform: Callable[[Any], Tensor], tensors: bool) -> None:
+    def __init__(self, pictures: datasets.Pictures, transform: Callable[[Any], Tensor], tensors: bool) -> None:
         self.labels = pictures.labels.tolist()
         self.transform = transform
         self.items: Any
-        if isinstance(pictures, data_utils.FilePictures):
+        if isinstance(pictures, datasets.FilePictures):
             self.items = pictures.paths
         else:
             self.items = pictures.images if tensors else pictures.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -230,8 +232,11 @@ class StockEvaluation:
 # ---- the measurement ----
 
 
-def measure(title: str, jobs: dict[str, common.Job], pictures: int, args: argparse.Namespace) -> None:
-    """Prints the table of one kind of work."""
+def measure(
+    title: str, jobs: dict[str, common.Job], pictures: int, args: argparse.Namespace,
+    peaks: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Prints the table of one kind of work; ``peaks`` are pictures/s if all were matrix products at their best."""
     with common.crew(jobs, args.one_process) as ready:
         secs = common.take_turns({name: contender.run for name, contender in ready.items()}, args.rounds)
         notes = {name: ", ".join(contender.note) for name, contender in ready.items()}
@@ -239,12 +244,25 @@ def measure(title: str, jobs: dict[str, common.Job], pictures: int, args: argpar
     first = next(iter(speeds.values()))
     print(f"\n{title}, {pictures} pictures a turn, {args.rounds} rounds")
     common.print_table(
-        ["", "setting", "pictures/s", "slowest - fastest", "ours / it"],
+        ["", "setting", "pictures/s", "slowest - fastest", "ours / it", *["share of peak"] * bool(peaks)],
         [
-            [name, notes[name], common.number(speed.median), speed.spread, f"{first.median / speed.median:.2f}"]
+            [name, notes[name], common.number(speed.median), speed.spread, f"{first.median / speed.median:.2f}",
+             *([f"{speed.median / peaks[name]:.0%}"] if peaks else [])]
             for name, speed in speeds.items()
         ],
-    )
+    )  # fmt: skip
+
+
+def evaluation_peaks(setting: Setting, dtypes: Mapping[str, torch.dtype], quick: bool) -> dict[str, float]:
+    """Pictures per second of evaluations whose matrix products, in these number formats, take all of the time."""
+    config, size = CONFIGS[setting.model_type], setting.img_size
+    flops = flops_of_update(config, size, ours.NUM_CLASSES, 1) / 3  # a third of an update's is the forward pass
+    rows = (1 + config.grid_size(size) ** 2) * setting.eval_batch_size
+    rates = {
+        dtype: common.matmul_peak(setting.device, dtype, rows, config.hidden_size, config.mlp_dim, quick)
+        for dtype in dict.fromkeys(dtypes.values())
+    }
+    return {name: rates[dtype] / flops for name, dtype in dtypes.items()}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -284,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     print(common.hardware(args.threads, args.device))
     kind = f"{NUM_SYNTHETIC:,} random pictures of 32 px" if args.dataset == SYNTHETIC else args.dataset
-    where = "in memory" if isinstance(train, data_utils.MemoryPictures) else "in files"
+    where = "in memory" if isinstance(train, datasets.MemoryPictures) else "in files"
     print(f"{kind}, {where}; {args.img_size} px", flush=True)
 
     def job(build: Callable, *values: Any) -> common.Job:
@@ -296,9 +314,15 @@ def main(argv: list[str] | None = None) -> None:
         jobs |= {f"{name}, {n} workers": job(StockPictures, tensors, n) for n in workers}
     measure(f"Training pictures, batch {args.batch_size}", jobs, args.batches * args.batch_size, args)
     levels = dict.fromkeys((args.fp16_opt_level, "O0"))
-    jobs = {f"ours, {Precision(torch.device(args.device), level)}": job(OurEvaluation, level) for level in levels}
-    jobs["plain reference, float32"] = job(StockEvaluation, args.num_workers)
-    measure(f"Evaluation of {args.model_type}", jobs, len(test), args)
+    jobs, dtypes = {}, {}
+    for level in levels:
+        precision = Precision(torch.device(args.device), level)
+        jobs[f"ours, {precision}"] = job(OurEvaluation, level)
+        dtypes[f"ours, {precision}"] = torch.float32 if level == "O0" else precision.half
+    plain = "plain reference, float32"
+    jobs[plain], dtypes[plain] = job(StockEvaluation, args.num_workers), torch.float32
+    peaks = evaluation_peaks(setting, dtypes, args.quick)
+    measure(f"Evaluation of {args.model_type}", jobs, len(test), args, peaks)
 
 
 if __name__ == "__main__":

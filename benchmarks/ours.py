@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from utils import augment, data_utils, dist_util
+from utils import augment, data_utils, datasets, dist_util
+from utils.evaluation import Predictions
 from utils.precision import Precision
 
 NUM_CLASSES = 10
@@ -65,17 +66,16 @@ class Updates:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, pictures: data_utils.Pictures, precision: Precision, img_size: int, batch_size: int, workers: int
+    model: nn.Module, pictures: datasets.Pictures, precision: Precision, img_size: int, batch_size: int, workers: int
 ) -> tuple[float, float]:
     """Accuracy and mean loss over all pictures."""
     model.eval()
     transform = augment.EvalTransform(img_size)
-    totals = torch.zeros(2, dtype=torch.float64, device=precision.device)  # correct, loss
+    loss_sum, predictions = torch.zeros((), dtype=torch.float64, device=precision.device), Predictions()
     for images, labels in data_utils.eval_batches(pictures, batch_size, transform, precision.device, workers):
         with precision.autocast():
             logits = model(images)[0].float()
-        totals += torch.stack(
-            ((logits.argmax(dim=1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum"))
-        ).to(torch.float64)
-    correct, loss = totals.tolist()
-    return correct / len(pictures), loss / len(pictures)
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(torch.float64)
+        predictions.add(logits)
+    found = predictions.evaluation(pictures.labels, loss_sum)
+    return found.accuracy, found.loss

@@ -84,15 +84,17 @@ class Stepper:
 # ---- the contenders ----
 
 
-def our_stepper(setting: Setting, level: str) -> Stepper:
+def our_stepper(setting: Setting, level: str, compiled: bool = False) -> Stepper:
     """This project, at a level of precision."""
     model, precision = ours.build(setting.model_type, setting.img_size, setting.dropout, setting.device, level)
+    if compiled:
+        model.compile()
     updates, parts, steps = ours.Updates(model, precision), setting.parts(), itertools.count(1)
 
     def update() -> Tensor:
         return updates.update(next(steps), LEARNING_RATE, parts, setting.accumulation)
 
-    return Stepper(update, setting.device, ("as train.py",))
+    return Stepper(update, setting.device, ("as train.py", COMPILED) if compiled else ("as train.py",))
 
 
 def stock_stepper(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models import npz
 from models.configs import CONFIGS, DEMO, ViTConfig
 from models.modeling import Attention, VisionTransformer
-from utils import augment, data_utils
+from utils import augment, data_utils, datasets
 from utils.precision import Precision
 from utils.scheduler import Schedule, make_schedule
 
@@ -178,9 +178,9 @@ class Recipe:
 @functools.cache
 def train(recipe: Recipe, seed: int, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor]:
     """Trains on the digits; of each of the 360 test pictures, is it right (0 or 1) and the loss, in float64."""
-    data = data_utils.load_datasets("digits", "", 0)
-    assert isinstance(data.train, data_utils.MemoryPictures)
-    assert isinstance(data.test, data_utils.MemoryPictures)
+    data = datasets.load_datasets("digits", "", 0)
+    assert isinstance(data.train, datasets.MemoryPictures)
+    assert isinstance(data.test, datasets.MemoryPictures)
     num_pictures = int(recipe.share * len(data.train))
     torch.manual_seed(seed)
     model = VisionTransformer(recipe.config, IMG_SIZE, NUM_CLASSES, zero_head=True)

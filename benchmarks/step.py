@@ -69,6 +69,9 @@ def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
         theirs = torch.float32 if level == "O0" else precision.half
         label = str(Precision(torch.device(setting.device), level))
         rows.append(Row(f"ours, {level}", theirs, label, job(peers.our_stepper, setting, level)))
+        if args.compile:
+            compiled = job(peers.our_stepper, setting, level, True)
+            rows.append(Row(f"ours, {level}, compiled", theirs, label, compiled))
     for peer, package in peers.PACKAGES.items():
         if not common.installed(package):
             print(f"{peer} is left out: {package} is not installed (requirements-dev.txt)")
@@ -155,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="ours; the first is compared: O0 with peers in float32, the others with peers in half precision",
     )  # fmt: skip
     p.add_argument("--memory", action="store_true", help="also measure peak memory, each in a fresh process")
-    p.add_argument("--compile", action="store_true", help="let peers try torch.compile (takes minutes)")
+    p.add_argument("--compile", action="store_true", help="ours with --compile too, and peers may try it (minutes)")
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="peers, or 'plain', besides ours")
     p.add_argument("--one_process", action="store_true", help="all in this process, process-wide settings included")
     common.add_flags(p, rounds=11)

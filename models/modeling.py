@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models import npz as google
 from models.configs import CONFIGS, ViTConfig
@@ -50,9 +52,39 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     So the fused kernels have them.  In bfloat16 a score's rounding is a large part of the gradients' error, and the
     product is a hundredth of a block's work.
     """
-    kind, exact = q.device.type, torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext():
-        return (q.to(exact) * q.shape[-1] ** -0.5) @ k.to(exact).transpose(-2, -1)
+    return _Scores.apply(q, k)
+
+
+class _Scores(torch.autograd.Function):
+    """Keeps queries and keys for the backward pass as they come: float32 copies would take twice the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        with _no_autocast(q):
+            return _scaled(q) @ _exact(k).transpose(-2, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        with _no_autocast(q):
+            dq = grads[0] @ _exact(k) * q.shape[-1] ** -0.5
+            dk = grads[0].transpose(-2, -1) @ _scaled(q)
+        return dq.to(q.dtype), dk.to(k.dtype)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scaled(q: Tensor) -> Tensor:
+    return _exact(q) * q.shape[-1] ** -0.5
 
 
 class Attention(nn.Module):

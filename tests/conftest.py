@@ -14,6 +14,8 @@ from PIL import Image
 
 from models.configs import CONFIGS, ViTConfig
 from tests import fake_npz, faults
+from tests.folders import noise, save
+from utils import datasets
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -98,6 +100,29 @@ def draw(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return make
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Two classes of 6x6 pictures: five to train on and three to test on each."""
+    root = tmp_path / "pictures"
+    for split, count in (("train", 5), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                save(noise(rng), root, split, name, f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def decode_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no split fitted into memory."""
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 0)
 
 
 # ---- docs/faults.md ----

@@ -266,8 +266,8 @@ def test_pictures_of_the_right_size_keep_every_grey_level(whole):
         got = augment.resize(pictures, 16)
     else:
         got = augment.resized_crop(pictures, torch.tensor([[0, 0, 16, 16]] * 2), 16)
-    expected = (pictures / 255 - 0.5) / 0.5  # ToTensor and Normalize
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    exact = (pictures.double() / 255 - 0.5) / 0.5  # ToTensor and Normalize
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-7)
     assert got.min() == -1
     assert got.max() == 1
     assert torch.equal(pictures, before)
@@ -282,6 +282,14 @@ def test_filter_rows_sum_to_one_inside_the_part_and_are_zero_outside(start, leng
     outside[start : start + length] = False
     assert weights[:, outside].count_nonzero() == 0
     assert weights.min() >= 0
+
+
+def test_the_sums_of_rows_without_embedding_bag_are_its_own():
+    generator = torch.Generator().manual_seed(0)
+    rows, x = torch.randint(0, 9, (20, 3), generator=generator), torch.rand(9, 7, generator=generator)
+    weights = torch.rand(20, 3, generator=generator)
+    theirs = torch.nn.functional.embedding_bag(rows, x, mode="sum", per_sample_weights=weights)
+    torch.testing.assert_close(augment._bag(rows, x, weights), theirs)
 
 
 @pytest.mark.parametrize("out_size", [7, 20, 33])

@@ -16,7 +16,7 @@ from benchmarks import common, communication, data, ours, peers, saving, scaling
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests import fake_npz
-from utils import augment, data_utils
+from utils import augment, data_utils, datasets
 from utils.scheduler import make_schedule
 
 TINY = ["--model_type", "testing", "--img_size", "32", "--quick", "--threads", "1"]
@@ -123,7 +123,7 @@ def test_ours_is_what_train_py_does(level, tmp_path, monkeypatch):
     assert train.main(args) == 0
     lines = [json.loads(line) for line in Path("logs/a/metrics.jsonl").read_text().splitlines()]
 
-    pictures = data_utils.load_datasets("digits", "", 0)
+    pictures = datasets.load_datasets("digits", "", 0)
     model, precision = ours.build("testing", 32, 0.3, "cpu", level)
     transform = augment.TrainTransform(32)
     sampler = data_utils.StepSampler(len(pictures.train), batch, transform.num_draws, ours.SEED)
@@ -169,6 +169,16 @@ def test_step_says_who_is_not_installed(capsys, monkeypatch):
     assert [row[""] for row in tables_of(text)[0]] == ["ours, O0", "ours, O1"]
 
 
+def test_step_compiles_ours_too(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "none", "--compile"])
+    assert [row["setting"] for row in tables_of(capsys.readouterr().out)[0]] == [
+        "as train.py", "as train.py, torch.compile",
+    ]  # fmt: skip
+    assert len(compiled) == 1
+
+
 def test_step_in_processes_measures_memory(capsys):
     step.main([*TINY, "--batch_size", "2", "--only", "plain", "--fp16_opt_level", "O0", "--memory"])
     (table,) = tables_of(capsys.readouterr().out)
@@ -187,6 +197,7 @@ def test_data_prints_every_contender(capsys):
     assert [row[""] for row in evaluation] == ["ours, bfloat16 O2", "ours, float32", "plain reference, float32"]
     check_ratios(pictures)
     check_ratios(evaluation)
+    assert all(re.fullmatch(r"\d+%", row["share of peak"]) for row in evaluation)
 
 
 def test_pipelines_make_pictures_of_one_kind():

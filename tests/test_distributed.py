@@ -289,10 +289,10 @@ def test_what_no_launcher_would_set_is_an_error_without_a_stack(tmp_path):
 
 def checksums_taken(flags: list[str]) -> int:
     """How often this process of a run reads all its pictures for their checksum."""
-    from utils import data_utils
+    from utils import datasets
 
-    taken, original = [], data_utils.DataSets.checksum
-    data_utils.DataSets.checksum = lambda self: taken.append(0) or original(self)
+    taken, original = [], datasets.DataSets.checksum
+    datasets.DataSets.checksum = lambda self: taken.append(0) or original(self)
     assert train_main(flags) == 0
     return len(taken)
 
@@ -305,14 +305,14 @@ def test_the_pictures_checksum_is_taken_once(tmp_path):
 def fail_late(flags: list[str]) -> int:
     """A training whose process 1 cannot read a picture in its third update."""
     import train
-    from utils import data_utils
+    from utils import data_utils, datasets
 
     original = data_utils.train_batches
 
     def failing(*args):
         for i, batch in enumerate(original(*args)):
             if i == 2 and dist_util.rank() == 1:
-                raise data_utils.PictureError("b.png cannot be read as a picture; repair or remove it")
+                raise datasets.PictureError("b.png cannot be read as a picture; repair or remove it")
             yield batch
 
     data_utils.train_batches = failing
@@ -332,7 +332,9 @@ def test_an_error_of_one_process_in_the_training_ends_the_others_without_a_word(
 def download(folder: str) -> list:
     """Pretends to download CIFAR-10 as torchvision would, and tells whether this process did."""
     import numpy as np
-    from torchvision import datasets
+    import torchvision.datasets
+
+    from utils import datasets
 
     did = []
 
@@ -352,12 +354,10 @@ def download(folder: str) -> list:
             if not path.exists():
                 raise RuntimeError("Dataset not found or corrupted")
 
-    datasets.CIFAR10 = Fake
-    from utils import data_utils
-
+    torchvision.datasets.CIFAR10 = Fake
     dist_util.setup("cpu", -1)
     with dist_util.together():
-        data_utils.load_datasets("cifar10", folder, 0)
+        datasets.load_datasets("cifar10", folder, 0)
     dist_util.cleanup()
     return did
 

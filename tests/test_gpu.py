@@ -1,5 +1,6 @@
 """The CUDA paths, all by one command: make test-gpu."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from benchmarks import ours
 from models.configs import CONFIGS
 from models.dropout import dropout
 from models.modeling import VisionTransformer
-from utils import augment, data_utils
+from tests.folders import save
+from utils import augment, data_utils, datasets
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
@@ -36,6 +41,7 @@ def _folder_of_its_own(tmp_path, monkeypatch):
 def _float32_products_in_float32():
     """Some tests compare with the CPU, and runs of mixed precision leave TF32 on."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def lines_of(name):
@@ -76,7 +82,7 @@ def test_logits_are_the_cpus(model_type):
     torch.nn.init.normal_(model.head.weight)
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        torch.testing.assert_close(model.cuda()(x.cuda())[0].cpu(), model.cpu()(x)[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(model.cuda()(x.cuda())[0].cpu(), model.cpu()(x)[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
@@ -115,6 +121,51 @@ def test_a_float32_run_after_one_of_mixed_precision_has_no_tf32():
     for flags, expected in ((["--fp16", "--fp16_opt_level", "O1"], "high"), ([], "highest")):
         assert train.main(["--name", "a", *RUN, "--device", "cuda", *flags]) == 0
         assert torch.get_float32_matmul_precision() == expected
+        assert torch.backends.cudnn.allow_tf32 == (expected == "high")
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype"), [("O0", "float16"), *((x, y) for x in ("O1", "O2") for y in ("float16", "bfloat16"))]
+)
+def test_updates_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
+    """But for float16's flag of the update before, whose event ``num_skipped`` waits for."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    data = datasets.load_datasets("digits", "", 1).to(device)
+    model = VisionTransformer(CONFIGS["testing"], 32, 10).to(device)
+    precision = Precision(device, level, dtype)
+    updates, transform = ours.Updates(model, precision), augment.TrainTransform(32, hflip=True)
+    sampler = data_utils.StepSampler(len(data.train), 8, transform.num_draws, 0)
+    batches = data_utils.train_batches(data.train, sampler, range(1, 9), 4, transform, device, 0)
+    updates.update(1, 0.01, batches, 2)  # what is set up once may wait
+    next(data_utils.eval_batches(data.test, 8, augment.EvalTransform(32), device, 0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(2, 5):
+            updates.update(step, 0.01, batches, 2)
+        model.eval()
+        with torch.inference_mode(), precision.autocast():
+            for images, _ in itertools.islice(
+                data_utils.eval_batches(data.test, 8, augment.EvalTransform(32), device, 0), 3
+            ):
+                model(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_attention_has_a_flash_kernel(dtype):
+    model = VisionTransformer(CONFIGS["ViT-Ti_16"], 64, 10).cuda()
+    x, y = torch.rand(2, 3, 64, 64, device="cuda"), torch.arange(2, device="cuda")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast("cuda", dtype):  # others are an error
+        model(x, y).backward()
+
+
+@pytest.mark.parametrize("scale", ["128", "0.5"])
+def test_a_fixed_loss_scale_trains_alike(scale):
+    for name, flags in (("plain", []), ("scaled", ["--loss_scale", scale])):
+        half = ["--device", "cuda", "--fp16", "--fp16_opt_level", "O2", "--amp_dtype", "bfloat16"]
+        assert train.main(["--name", name, *RUN, *half, *flags]) == 0
+    assert losses_of("scaled") == pytest.approx(losses_of("plain"), abs=0.02)
 
 
 @pytest.mark.parametrize("flags", [[], ["--fp16", "--amp_dtype", "bfloat16"]], ids=["float32", "bfloat16"])
@@ -138,7 +189,7 @@ def test_dropout_keeps_its_rate_and_its_scale():
 
 def test_pictures_on_the_gpu_are_not_copied_for_each_evaluation():
     device = torch.device("cuda", torch.cuda.current_device())
-    pictures = data_utils.load_datasets("digits", "", 1).to(device).test
+    pictures = datasets.load_datasets("digits", "", 1).to(device).test
     for _ in range(2):
         held = torch.cuda.memory_allocated()
         batches = data_utils.eval_batches(pictures, 8, augment.EvalTransform(32), device, 0)
@@ -147,13 +198,31 @@ def test_pictures_on_the_gpu_are_not_copied_for_each_evaluation():
         del batches
 
 
-def test_crops_are_the_cpus_but_for_roundings_of_ties():
-    pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    boxes = augment.crop_boxes(torch.rand(8, augment.NUM_DRAWS, dtype=torch.float64), 32, 32)
-    there = augment.resized_crop(pictures.cuda(), boxes.cuda(), 48).cpu()
-    levels = (there - augment.resized_crop(pictures, boxes, 48)).abs() * 127.5
+@pytest.mark.parametrize(("height", "width", "img_size"), [(32, 32, 48), (64, 30, 16), (300, 200, 48)])
+def test_crops_are_the_cpus_but_for_roundings_of_ties(height, width, img_size):
+    """Enlarged; along the height first, some of them; of sizes whose filters are not kept."""
+    pictures = torch.randint(0, 256, (8, 3, height, width), dtype=torch.uint8)
+    draws, transform = torch.rand(8, augment.NUM_DRAWS, dtype=torch.float64), augment.TrainTransform(img_size, True)
+    there, here = transform.batch(pictures.cuda(), draws).cpu(), transform.batch(pictures, draws)
+    levels = (there - here).abs() * 127.5
     assert levels.max() < 2.01
     assert levels.mean() < 0.03
+
+
+def test_large_pictures_come_from_workers_as_they_do_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 0)
+    for split in ("train", "test"):
+        for i in range(4):
+            pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
+            save(Image.fromarray(pixels), tmp_path, "pets", split, "cat" if i < 2 else "dog", f"{i}.png")
+    data, transform = datasets.load_datasets(str(tmp_path / "pets"), "", 1), augment.EvalTransform(32)
+    here, there = (
+        [x for x, _ in data_utils.eval_batches(data.test, 2, transform, torch.device(kind), 2)]
+        for kind in ("cpu", "cuda")
+    )
+    for x, y in zip(here, there, strict=True):
+        assert y.is_cuda
+        torch.testing.assert_close(y.cpu(), x, atol=1e-6, rtol=0)
 
 
 def test_whole_pictures_are_the_cpus():
@@ -181,6 +250,14 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(precision)
     states = [torch.load(f"output/{name}_last.pt", weights_only=True) for name in ("whole", "stopped")]
     assert all(torch.equal(x, states[1]["model"][name]) for name, x in states[0]["model"].items())
     assert losses_of("stopped") == losses_of("whole")
+
+
+@pytest.mark.parametrize("name", ["step", "data", "start"])
+def test_the_benchmarks_run(name, repository):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda", "--quick", "--model_type", "testing"]
+    done = subprocess.run([*command, "--img_size", "32"], cwd=repository, timeout=600, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| ours" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

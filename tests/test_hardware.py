@@ -113,3 +113,14 @@ def test_threads_are_divided_unless_the_user_chose(monkeypatch, tmp_path, variab
         monkeypatch.setattr(hardware, "LAUNCHERS_ENVIRONMENT", str(tmp_path / "environ"))
     hardware.share_processors()
     assert chosen[-1] == expected
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_only_cuda_copies_while_the_host_goes_on(kind, waits):
+    """On MPS such a copy may read memory that has another use by then (PyTorch #139550)."""
+
+    class Recording:
+        def to(self, device, non_blocking):
+            return device.type, not non_blocking
+
+    assert hardware.move(Recording(), torch.device(kind)) == (kind, waits)

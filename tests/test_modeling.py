@@ -452,3 +452,20 @@ def test_attention_scores_are_float32_in_half_precision(autocast):
         scores = attention_scores(q, k)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, q.float() @ k.float().mT / 8**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_scores_keep_no_copies_for_the_backward_pass(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 5, 8, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        scores = attention_scores(q, k)
+    assert [x.data_ptr() for x in kept] == [q.data_ptr(), k.data_ptr()]
+    grad = torch.randn(scores.shape, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):  # must not reach the products
+        ours = torch.autograd.grad(scores, (q, k), grad)
+    a, b = (x.detach().float().requires_grad_() for x in (q, k))
+    exact = torch.autograd.grad(a * 8**-0.5 @ b.mT, (a, b), grad)
+    for x, y in zip(ours, exact):
+        torch.testing.assert_close(x, y.to(dtype))

@@ -415,18 +415,28 @@ def test_a_streak_of_skipped_updates_ends_the_run_and_an_applied_one_ends_the_st
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_tf32_is_for_mixed_precision_on_cuda_and_a_float32_run_after_it_has_none():
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         seen = []
         for level in ("O1", "O0", "O2", "O3"):
             Precision(torch.device("cuda"), level).prepare(make_model())
-            seen.append(torch.get_float32_matmul_precision())
-        assert seen == ["high", "highest", "high", "highest"]
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        assert seen == [("high", True), ("highest", False)] * 2
         torch.set_float32_matmul_precision("medium")
         Precision(CPU, "O1").prepare(make_model())
         assert torch.get_float32_matmul_precision() == "medium"  # CPUs have no TF32: nothing to decide
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def test_the_parts_of_an_update_sum_up_in_float32():
+    model = torch.nn.Linear(1, 1)
+    precision = Precision(CPU, "O2")
+    precision.make_optimizer(model, weight_decay=0.0)
+    for _ in range(1000):  # in bfloat16 the sum would not get beyond 256
+        precision.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+    assert [p.grad.item() for p in precision.parameters()] == [1000, 1000]
 
 
 # ---- apex ----

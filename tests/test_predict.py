@@ -16,7 +16,7 @@ from PIL import Image
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import predict
-from utils import checkpoint, data_utils
+from utils import checkpoint, datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ["--device", "cpu"]
@@ -35,7 +35,7 @@ def run(capsys, *args):
 @pytest.fixture
 def digit_files(tmp_path):
     """The test digits as pictures, in folders by class, and their number."""
-    data = data_utils.load_datasets("digits", "", 0)
+    data = datasets.load_datasets("digits", "", 0)
     for i, (image, label) in enumerate(zip(data.test.images, data.test.labels.tolist())):
         folder = tmp_path / "digits" / str(label)
         folder.mkdir(parents=True, exist_ok=True)

@@ -254,6 +254,9 @@ def test_going_on_needs_no_pretrained_file(whole, monkeypatch, make_npz, tmp_pat
 def test_none_starts_over_and_says_what_it_replaces(whole, caplog):
     assert run("--seed", "1") == 0
     caplog.clear()
+    assert run("--resume", "none", "--dataset", "nowhere") == 2
+    assert "replaces" not in caplog.text
+    assert os.path.exists("output/a_last.pt")
     assert run("--resume", "none") == 0
     assert "--resume none: this run replaces the one that output/a_last.pt is of" in caplog.text
     assert "Moved the logs of an earlier run" in caplog.text

@@ -23,7 +23,7 @@ from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.fake_apex import FakeAmp
-from utils import data_utils, drawing
+from utils import datasets, drawing
 from utils.checkpoint import Description, save_weights
 from utils.precision import MAX_SKIPPED_IN_A_ROW, Precision
 from utils.scheduler import make_schedule
@@ -517,8 +517,8 @@ def test_compiled_code_trains_as_the_plain_model_does():
 
 def test_the_run_works_on_the_pictures_that_were_moved_once(monkeypatch):
     moved, seen = [], []
-    to, evaluate = data_utils.DataSets.to, train.evaluate
-    monkeypatch.setattr(data_utils.DataSets, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
+    to, evaluate = datasets.DataSets.to, train.evaluate
+    monkeypatch.setattr(datasets.DataSets, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
     monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[2]) or evaluate(*args))
     assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH]) == 0
     assert len(moved) == 1

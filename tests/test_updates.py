@@ -13,7 +13,7 @@ from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests import fake_npz, oracle
-from utils import augment, data_utils
+from utils import augment, data_utils, datasets
 from utils.precision import Precision
 
 BOTH = pytest.mark.parametrize("model_type", ["testing", "testing-hybrid"])
@@ -87,7 +87,7 @@ def test_the_command_lines_updates_are_those_of_an_independent_recomputation(mod
 
     before = npz.to_state_dict(npz.read(start), config, img_size=32)
     before |= {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
-    pictures, transform = data_utils.load_datasets("digits", "", 0).train, augment.TrainTransform(32)
+    pictures, transform = datasets.load_datasets("digits", "", 0).train, augment.TrainTransform(32)
     sampler = data_utils.StepSampler(len(pictures), batch_size, transform.num_draws, seed)
     batches = []
     for step in range(1, 6):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
-from utils import augment, checkpoint, data_utils, dist_util, drawing
+from utils import augment, checkpoint, datasets, dist_util, drawing
 
 #: Sides between which panels are scaled, in pixels; a picture of a size between them keeps it.
 SMALLEST_PX, LARGEST_PX = 224, 1024
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {args.output} does not end in .png, which is what is written")
     if not os.path.isfile(args.picture):
         raise ValueError(f"there is no picture {args.picture}")
-    picture = data_utils.read_picture(args.picture)
+    picture = datasets.read_picture(args.picture)
     cli.check_output(args.output, args.picture, args.load_model_dir)
     device = dist_util.setup(args.device, -1)
     loaded = finetuned.load(args, vis=True)

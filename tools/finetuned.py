@@ -19,7 +19,7 @@ from torch import Tensor
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import cli
-from utils import checkpoint, data_utils
+from utils import checkpoint, datasets
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def chosen_classes(args: argparse.Namespace) -> list[str] | None:
         ValueError: a name is missing or there twice, or there is no such data set.
     """
     if args.classes is None:
-        return None if args.dataset is None else data_utils.class_names(args.dataset, args.data_dir)
+        return None if args.dataset is None else datasets.class_names(args.dataset, args.data_dir)
     if args.dataset is not None:
         raise ValueError("--classes and --dataset both name the classes; give one")
     if os.path.isfile(args.classes):

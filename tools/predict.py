@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
-from utils import augment, data_utils, dist_util, hardware, runs
+from utils import augment, datasets, dist_util, hardware, runs
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
-Prediction = tuple[str, Tensor | data_utils.PictureError]
+Prediction = tuple[str, Tensor | datasets.PictureError]
 
 
 def find_pictures(paths: list[str]) -> list[str]:
@@ -37,9 +37,9 @@ def find_pictures(paths: list[str]) -> list[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            below = data_utils.pictures_below(path)
+            below = datasets.pictures_below(path)
             if not below:
-                kinds = ", ".join(ending[1:] for ending in data_utils.EXTENSIONS)
+                kinds = ", ".join(ending[1:] for ending in datasets.EXTENSIONS)
                 raise ValueError(f"the folder {path} holds no picture ({kinds})")
             found += below
         elif os.path.exists(path):
@@ -60,10 +60,10 @@ def predict(model: VisionTransformer, paths: list[str], batch_size: int, device:
     """
     transform = augment.EvalTransform(model.img_size)
 
-    def prepare(path: str) -> Tensor | data_utils.PictureError:
+    def prepare(path: str) -> Tensor | datasets.PictureError:
         try:
-            return transform.picture(data_utils.read_picture(path), torch.empty(0))  # (3, S, S) uint8
-        except data_utils.PictureError as e:
+            return transform.picture(datasets.read_picture(path), torch.empty(0))  # (3, S, S) uint8
+        except datasets.PictureError as e:
             return e
 
     with ThreadPoolExecutor(hardware.num_cpus()) as pool, torch.inference_mode():
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     with remedy, tqdm(total=len(paths), desc="Predicting", unit="picture", leave=False, **options) as bar:
         for path, result in predict(model, paths, args.batch_size, device):
             bar.update()
-            if isinstance(result, data_utils.PictureError):
+            if isinstance(result, datasets.PictureError):
                 with bar.external_write_mode(file=sys.stderr):
                     status = cli.fail("predict", result, 2)
                 continue

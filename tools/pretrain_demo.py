@@ -25,7 +25,7 @@ from models import npz
 from models.configs import CONFIGS, DEMO
 from models.modeling import VisionTransformer
 from tools import cli
-from utils import augment, checkpoint, data_utils
+from utils import augment, checkpoint, data_utils, datasets
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
@@ -60,7 +60,7 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
     transform = augment.TrainTransform(IMG_SIZE)
     sampler = data_utils.StepSampler(len(images), args.batch_size, transform.num_draws, args.seed)
     steps = range(1, args.num_steps + 1)
-    pictures = data_utils.MemoryPictures(sketches(images), torch.arange(len(images)))
+    pictures = datasets.MemoryPictures(sketches(images), torch.arange(len(images)))
     batches = data_utils.train_batches(
         pictures, sampler, steps, args.batch_size, transform, precision.device, num_workers=0
     )
@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
         OSError: the file could not be written.
     """
     cli.check_output(args.output)
-    pictures = data_utils.load_datasets(args.dataset, "./data", num_workers=2).train
-    if not isinstance(pictures, data_utils.MemoryPictures):
+    pictures = datasets.load_datasets(args.dataset, "./data", num_workers=2).train
+    if not isinstance(pictures, datasets.MemoryPictures):
         raise ValueError(f"--dataset {args.dataset}: expected small pictures, all of one size")
     model = pretrain(args, pictures.images, Precision(torch.device("cpu"), "O1" if args.fp16 else "O0"))
     state = model.state_dict()

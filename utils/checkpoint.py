@@ -11,12 +11,12 @@ import contextlib
 import glob
 import json
 import os
-import pickle
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -245,7 +245,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
+    except UnpicklingError as e:
         # torch's own text advises to load the file without safety.
         raise ValueError(
             f"{path} is no checkpoint, or holds more than tensors, which could run code and is not read; "

@@ -1,9 +1,9 @@
-"""Data sets, and the batches that each update and each evaluation takes from them.
+"""The batches that each update and each evaluation takes from a data set (utils/datasets.py has those).
 
-Small pictures sit in memory as uint8 and are transformed a batch at a time on the device that trains;
-large ones are decoded by worker processes.  Which pictures an update takes, and every random number
-of their crops, is a function of the seed and the update's number (``StepSampler``): nothing is carried
-along that a resumed run would have to restore.
+Pictures in memory are transformed a batch at a time on the device that trains; those in files are decoded
+by worker processes.  Which pictures an update takes, and every random number of their crops, is a function
+of the seed and the update's number (``StepSampler``): nothing is carried along that a resumed run would
+have to restore.
 
 What is done to a picture is the caller's ``Transform`` (utils/augment.py has them).  This module must
 not know models, and reads flags from nobody: functions take the values they need.
@@ -12,37 +12,23 @@ not know models, and reads flags from nobody: functions take the values they nee
 from __future__ import annotations
 
 import contextlib
-import http.client
-import logging
 import math
 import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from utils import dist_util
+from utils.datasets import FilePictures, MemoryPictures, PictureError, Pictures, read_picture
+from utils.hardware import move
 
-logger = logging.getLogger(__name__)
-
-NAMED_DATASETS = ("cifar10", "cifar100", "digits")
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-#: A folder's split is decoded once, into memory, if its pictures have one size and are this small.
-MEMORY_PICTURE_PX = 256 * 256
-MEMORY_LIMIT_BYTES = 2**30
-DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits.npz")
 #: How often a process that decodes looks whether its run is still there.
 LOOK_SECS = 0.5
 
@@ -61,251 +47,6 @@ class Transform(Protocol):
 
 
 Batch = tuple[Tensor, Tensor]  # pictures (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
-
-
-class PictureError(ValueError):
-    """A picture of the user's cannot be read; the message names its path."""
-
-
-@dataclass(frozen=True)
-class MemoryPictures:
-    """Pictures in memory: (N, 3, H, W) uint8, labels (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def checksum(self) -> int:
-        """CRC-32 of the pictures and labels."""
-        return zlib.crc32(self.labels.numpy().data, zlib.crc32(self.images.contiguous().numpy().data))
-
-    def to(self, device: torch.device) -> MemoryPictures:
-        """The same on a device, once for all updates and evaluations."""
-        return MemoryPictures(self.images.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class FilePictures:
-    """Pictures that are decoded when they are needed; labels (N,) int64."""
-
-    paths: list[str]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def checksum(self) -> int:
-        """CRC-32 of the files' names, their folders' and the labels."""
-        names = "\n".join("/".join(os.path.normpath(path).split(os.sep)[-3:]) for path in self.paths)
-        return zlib.crc32(self.labels.numpy().data, zlib.crc32(names.encode("utf-8", "surrogateescape")))
-
-    def to(self, device: torch.device) -> FilePictures:
-        """Themselves: what is decoded moves with its batch."""
-        return self
-
-
-Pictures = MemoryPictures | FilePictures
-
-
-@dataclass(frozen=True)
-class DataSets:
-    """What a run learns from and is measured on; ``classes`` are the labels' names."""
-
-    train: Pictures
-    test: Pictures
-    classes: list[str]
-
-    def checksum(self) -> str:
-        """Changes with the pictures, their order and their classes."""
-        names = "\n".join(self.classes).encode("utf-8", "surrogateescape")
-        return "-".join(f"{crc:08x}" for crc in (self.train.checksum(), self.test.checksum(), zlib.crc32(names)))
-
-    def to(self, device: torch.device) -> DataSets:
-        """The same, with pictures in memory moved to a device."""
-        return DataSets(self.train.to(device), self.test.to(device), self.classes)
-
-
-def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
-    """Finds, downloads if need be, and where they are small decodes the pictures of a data set.
-
-    Args:
-        name: one of ``NAMED_DATASETS``, or a folder with train/<class>/* and test/<class>/* (or val/).
-        data_dir: where downloads go.
-        num_workers: threads that decode.
-
-    Raises:
-        ValueError: no such data set, or a folder that is none.
-        ConnectionError: a download failed.
-    """
-    if name in ("cifar10", "cifar100"):
-        with dist_util.main_first():
-            return _load_cifar(name, data_dir)
-    if name == "digits":
-        return _load_digits()
-    check_name(name)
-    return _load_folder(name, num_workers)
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError unless ``name`` is a data set's or a folder's."""
-    if name not in NAMED_DATASETS and not os.path.isdir(name):
-        raise ValueError(
-            f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
-            "a folder needs train/<class>/ and test/<class>/"
-        )
-
-
-def _load_cifar(name: str, data_dir: str) -> DataSets:
-    import torchvision.datasets  # a second, not spent where no CIFAR is asked for
-
-    cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-    splits, classes = [], []
-    for train in (True, False):
-        try:
-            data = cls(root=data_dir, train=train, download=dist_util.is_first_of_machine())
-        except (OSError, RuntimeError, http.client.HTTPException) as e:
-            raise ConnectionError(
-                f"{name} could not be downloaded into {data_dir} ({e}); put {cls.url} there yourself "
-                f"(md5 {cls.tgz_md5}), or name another folder with --data_dir"
-            ) from e
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        splits.append(MemoryPictures(images, torch.tensor(data.targets)))
-        classes = list(data.classes)
-    return DataSets(splits[0], splits[1], classes)
-
-
-def _load_digits() -> DataSets:
-    """1,797 handwritten digits (``digits.md`` has their source), 8x8 grey made 32x32 RGB."""
-    with np.load(DIGITS_FILE, allow_pickle=False) as f:
-        arrays = {name: torch.from_numpy(f[name]) for name in f.files}
-    splits = []
-    for split in ("train", "test"):
-        grey = arrays[f"{split}_images"][:, None].float() * (255 / 16)  # (N, 1, 8, 8), 0..16 in the file
-        images = F.interpolate(grey, (32, 32), mode="bilinear").round().byte()  # (N, 1, 32, 32)
-        splits.append(MemoryPictures(images.repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
-    return DataSets(splits[0], splits[1], [str(digit) for digit in range(10)])
-
-
-def _load_folder(root: str, num_workers: int) -> DataSets:
-    train_dir = os.path.join(root, "train")
-    test_dir = next((d for d in (os.path.join(root, s) for s in ("test", "val")) if os.path.isdir(d)), None)
-    if not os.path.isdir(train_dir) or test_dir is None:
-        raise ValueError(f"--dataset {root} needs the folders train/<class>/ and test/<class>/ (or val/<class>/)")
-    classes = _subfolders(train_dir)
-    if not classes:
-        raise ValueError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<picture>")
-    if unknown := sorted(set(_subfolders(test_dir)) - set(classes)):
-        raise ValueError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
-    splits: list[Pictures] = []
-    for folder in (train_dir, test_dir):
-        paths, numbers = _list_pictures(folder, classes)
-        labels = torch.tensor(numbers)
-        images = _decode_all(paths, num_workers)
-        splits.append(FilePictures(paths, labels) if images is None else MemoryPictures(images, labels))
-    return DataSets(splits[0], splits[1], classes)
-
-
-def _subfolders(folder: str) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
-    """Paths and labels, in the order of the classes and of the names in them."""
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = pictures_below(os.path.join(folder, name))
-        if not found:
-            raise ValueError(
-                f"{os.path.join(folder, name)} holds no picture ({', '.join(e[1:] for e in EXTENSIONS)}); "
-                "fill the folder or remove the class"
-            )
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels
-
-
-def pictures_below(folder: str) -> list[str]:
-    """The pictures of a folder and of those in it, sorted; hidden ones are left out."""
-    found: list[str] = []
-    seen: set[str] = set()  # a link may lead back up
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        subfolders[:] = [f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
-        found += [os.path.join(parent, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    return sorted(found)
-
-
-def class_names(name: str, data_dir: str) -> list[str]:
-    """The names of a data set's classes, as ``load_datasets`` has them; a folder's pictures are not read.
-
-    Raises:
-        ValueError, ConnectionError: as for ``load_datasets``.
-    """
-    if name in NAMED_DATASETS:
-        return load_datasets(name, data_dir, num_workers=0).classes
-    check_name(name)
-    train_dir = os.path.join(name, "train")
-    if not os.path.isdir(train_dir) or not (classes := _subfolders(train_dir)):
-        raise ValueError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<picture>")
-    return classes
-
-
-def read_picture(path: str) -> Image.Image:
-    """Decodes a picture of any mode as RGB.
-
-    Raises:
-        PictureError: it cannot be decoded.
-    """
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
-                grey = np.asarray(picture).clip(0, 65535) >> 8  # Pillow would cut 16 bits off at 255
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
-
-
-def picture_at(pictures: Pictures, index: int) -> tuple[str, Image.Image]:
-    """One picture as the data set has it, and what to call it: its path, or its number.
-
-    Raises:
-        PictureError: it cannot be decoded.
-    """
-    if isinstance(pictures, FilePictures):
-        return pictures.paths[index], read_picture(pictures.paths[index])
-    return f"picture {index}", Image.fromarray(pictures.images[index].permute(1, 2, 0).cpu().numpy())
-
-
-def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W) uint8
-
-
-def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
-    """All pictures as (N, 3, H, W) uint8, or None if they differ in size or take too much memory."""
-    first = _to_tensor(read_picture(paths[0]))
-    if first[0].numel() > MEMORY_PICTURE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
-        return None
-    images = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
-
-    def decode(i: int) -> bool:
-        picture = _to_tensor(read_picture(paths[i]))
-        if picture.shape != first.shape:
-            return False
-        images[i] = picture
-        return True
-
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        done = pool.map(decode, range(len(paths)))
-        for same_size in tqdm(done, "Decoding", len(paths), unit="picture", leave=False, **dist_util.bar_options()):
-            if not same_size:
-                pool.shutdown(cancel_futures=True)
-                return None
-    return images
-
 
 #: What random numbers are for: the first number after the run's seed in ``derive_seed``.
 ORDER, DRAWS, DROPOUT = range(3)
@@ -426,7 +167,7 @@ def _batches(
     if isinstance(pictures, MemoryPictures):
         here = pictures.to(device)
         for indices, draws in parts:
-            at = indices.to(device, non_blocking=True)
+            at = move(indices, device)
             yield transform.batch(here.images[at], draws), here.labels[at]
         return
     items = (list(zip(indices.tolist(), draws)) for indices, draws in parts)
@@ -442,7 +183,7 @@ def _batches(
     for batch in _worker_errors(loader):
         if isinstance(batch, str):
             raise PictureError(batch)
-        x, y = (t.to(device, non_blocking=True) for t in batch)
+        x, y = (move(t, device) for t in batch)
         yield transform.complete(x), y
 
 

@@ -54,6 +54,11 @@ def device_type(name: str) -> str:
     return name
 
 
+def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device.  The host does not wait for CUDA, which takes a copy of its own at once; MPS does not."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def _keep_freed_memory() -> None:
     """Lets the C library keep what tensors free, for the next ones.
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from utils import dist_util
+
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
 AMP_BACKENDS = ("native", "apex")
@@ -65,7 +67,9 @@ class Precision:
     def prepare(self, model: nn.Module) -> None:
         """Casts the model's weights as the level asks, in place."""
         if self.device.type == "cuda":  # TF32 for the products that stay float32, but not in a float32 run
-            torch.set_float32_matmul_precision("high" if self.opt_level in ("O1", "O2") else "highest")
+            tf32 = self.opt_level in ("O1", "O2")
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32  # convolutions, which have it on by default
         if self.opt_level == "O3":
             model.to(self.half)
         masters = {}
@@ -106,6 +110,15 @@ class Precision:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of the (scaled) loss to those in the parameters."""
         self.scaler.scale(loss * self.static_scale if self.static_scale else loss).backward()
+        if dist_util.world_size() == 1:  # several reduce what lies in the parameters, once an update
+            self._add_to_masters()
+
+    def _add_to_masters(self) -> None:
+        """Adds half gradients to the masters', so that the parts of an update sum up in float32."""
+        for p, master in self._pairs:
+            if p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
         """One update: unscale, clip, step; gradients are gone afterwards.
@@ -113,9 +126,7 @@ class Precision:
         Returns:
             A scalar on the device: False if the update was skipped because a scaled gradient overflowed.
         """
-        for p, master in self._pairs:
-            if p.grad is not None:
-                master.grad, p.grad = p.grad.float(), None
+        self._add_to_masters()
         if self.static_scale:
             torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1 / self.static_scale)
         self.scaler.unscale_(optimizer)
@@ -123,8 +134,8 @@ class Precision:
         self.scaler.step(optimizer)
         self.scaler.update()
         with torch.no_grad():
-            for p, master in self._pairs:
-                p.copy_(master)
+            if self._pairs:
+                torch._foreach_copy_([p for p, _ in self._pairs], [master for _, master in self._pairs])
         optimizer.zero_grad(set_to_none=True)
         if not self.scaler.is_enabled():
             return torch.ones((), dtype=torch.bool, device=self.device)
