@@ -20,7 +20,7 @@ NUM_CLASSES = 10
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-@pytest.fixture(scope="module", params=["ViT-B_16", "ViT-B_32", "R26-ViT-S_32", "R-ViT-Ti_16"])
+@pytest.fixture(scope="module", params=["ViT-S_16", "ViT-B_32", "R26-ViT-S_32", "R-ViT-Ti_16"])
 def checkpoint(request, tmp_path_factory):
     """(model type, path) of a checkpoint made for pictures of 224 pixels."""
     weights = fake_npz.arrays(CONFIGS[request.param], img_size=224, num_classes=NUM_CLASSES)
