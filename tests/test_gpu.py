@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,6 +20,7 @@ from models.dropout import dropout
 from models.modeling import VisionTransformer
 from tests.folders import save
 from utils import augment, data_utils, datasets
+from utils.evaluation import Predictions
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
@@ -119,7 +121,7 @@ def test_an_optimizer_whose_first_update_is_skipped_starts_with_no_momentum():
 
 def test_a_float32_run_after_one_of_mixed_precision_has_no_tf32():
     for flags, expected in ((["--fp16", "--fp16_opt_level", "O1"], "high"), ([], "highest")):
-        assert train.main(["--name", "a", *RUN, "--device", "cuda", *flags]) == 0
+        assert train.main(["--name", expected, *RUN, "--device", "cuda", *flags]) == 0
         assert torch.get_float32_matmul_precision() == expected
         assert torch.backends.cudnn.allow_tf32 == (expected == "high")
 
@@ -137,17 +139,20 @@ def test_updates_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
     sampler = data_utils.StepSampler(len(data.train), 8, transform.num_draws, 0)
     batches = data_utils.train_batches(data.train, sampler, range(1, 9), 4, transform, device, 0)
     updates.update(1, 0.01, batches, 2)  # what is set up once may wait
-    next(data_utils.eval_batches(data.test, 8, augment.EvalTransform(32), device, 0))
+    larger = VisionTransformer(CONFIGS["testing"], 48, 10).to(device).eval()  # the digits, of 32 px, are resized
+    evaluated = data_utils.eval_batches(data.test, 8, augment.EvalTransform(48), device, 0)
+    with torch.inference_mode():
+        larger(next(evaluated)[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2, 5):
             updates.update(step, 0.01, batches, 2)
-        model.eval()
+        loss_sum, predictions = torch.zeros((), dtype=torch.float64, device=device), Predictions()
         with torch.inference_mode(), precision.autocast():
-            for images, _ in itertools.islice(
-                data_utils.eval_batches(data.test, 8, augment.EvalTransform(32), device, 0), 3
-            ):
-                model(images)
+            for images, labels in itertools.islice(evaluated, 3):
+                logits = larger(images)[0].float()
+                loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(torch.float64)
+                predictions.add(logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -252,6 +257,7 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(precision)
     assert losses_of("stopped") == losses_of("whole")
 
 
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("name", ["step", "data", "start"])
 def test_the_benchmarks_run(name, repository):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda", "--quick", "--model_type", "testing"]

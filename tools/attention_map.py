@@ -21,6 +21,7 @@ from PIL import Image
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
 from utils import augment, checkpoint, datasets, dist_util, drawing
+from utils.precision import Precision
 
 #: Sides between which panels are scaled, in pixels; a picture of a size between them keeps it.
 SMALLEST_PX, LARGEST_PX = 224, 1024
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     cli.check_output(args.output, args.picture, args.load_model_dir)
     device = dist_util.setup(args.device, -1)
     loaded = finetuned.load(args, vis=True)
+    Precision(device).prepare(loaded.model)  # float32, convolutions included
     maps, probabilities = attend(loaded.model.to(device), picture, device)
     best = int(probabilities.argmax())
     name = f"class {best}" if loaded.classes is None else loaded.classes[best]

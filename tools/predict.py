@@ -23,6 +23,7 @@ from tqdm import tqdm
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
 from utils import augment, datasets, dist_util, hardware, runs
+from utils.precision import Precision
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
 Prediction = tuple[str, Tensor | datasets.PictureError]
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     device = dist_util.setup(args.device, -1)
     loaded = finetuned.load(args)
     classes, model = loaded.class_names(), loaded.model.to(device)
+    Precision(device).prepare(model)  # float32, convolutions included
     status, objects = 0, []
     options = dist_util.bar_options()
     options["disable"] |= len(paths) <= args.batch_size  # it would only flicker

@@ -55,7 +55,7 @@ def device_type(name: str) -> str:
 
 
 def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device.  The host does not wait for CUDA, which takes a copy of its own at once; MPS does not."""
+    """The tensor on a device.  The host does not wait for CUDA, for which the source may be let go of at once."""
     return x.to(device, non_blocking=device.type == "cuda")
 
 
