@@ -127,6 +127,13 @@ def matmul_peak(device: str, dtype: torch.dtype, rows: int, width: int, hidden: 
     return best
 
 
+def matmul_peaks(
+    device: str, dtypes: Iterable[torch.dtype], rows: int, width: int, hidden: int, quick: bool
+) -> dict[torch.dtype, float]:
+    """``matmul_peak`` in each number format, once where some are the same."""
+    return {dtype: matmul_peak(device, dtype, rows, width, hidden, quick) for dtype in dict.fromkeys(dtypes)}
+
+
 # ---- time ----
 
 

@@ -260,10 +260,7 @@ def evaluation_peaks(setting: Setting, dtypes: Mapping[str, torch.dtype], quick:
     config, size = CONFIGS[setting.model_type], setting.img_size
     flops = flops_of_update(config, size, ours.NUM_CLASSES, 1) / 3  # a third of an update's is the forward pass
     rows = (1 + config.grid_size(size) ** 2) * setting.eval_batch_size
-    rates = {
-        dtype: common.matmul_peak(setting.device, dtype, rows, config.hidden_size, config.mlp_dim, quick)
-        for dtype in dict.fromkeys(dtypes.values())
-    }
+    rates = common.matmul_peaks(setting.device, dtypes.values(), rows, config.hidden_size, config.mlp_dim, quick)
     return {name: rates[dtype] / flops for name, dtype in dtypes.items()}
 
 

@@ -106,10 +106,8 @@ def peaks(rows: list[Row], setting: peers.Setting, quick: bool) -> dict[torch.dt
     """The best matrix products in each number format, FLOP/s."""
     config = setting.config
     tokens = (1 + config.grid_size(setting.img_size) ** 2) * setting.batch_size // setting.accumulation
-    return {
-        dtype: common.matmul_peak(setting.device, dtype, tokens, config.hidden_size, config.mlp_dim, quick)
-        for dtype in dict.fromkeys(row.dtype for row in rows)
-    }
+    dtypes = (row.dtype for row in rows)
+    return common.matmul_peaks(setting.device, dtypes, tokens, config.hidden_size, config.mlp_dim, quick)
 
 
 def report(

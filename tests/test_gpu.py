@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
@@ -18,7 +17,6 @@ from benchmarks import ours
 from models.configs import CONFIGS
 from models.dropout import dropout
 from models.modeling import VisionTransformer
-from tests.folders import save
 from utils import augment, data_utils, datasets
 from utils.evaluation import Predictions
 from utils.precision import Precision
@@ -214,13 +212,9 @@ def test_crops_are_the_cpus_but_for_roundings_of_ties(height, width, img_size):
     assert levels.mean() < 0.03
 
 
-def test_large_pictures_come_from_workers_as_they_do_on_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 0)
-    for split in ("train", "test"):
-        for i in range(4):
-            pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
-            save(Image.fromarray(pixels), tmp_path, "pets", split, "cat" if i < 2 else "dog", f"{i}.png")
-    data, transform = datasets.load_datasets(str(tmp_path / "pets"), "", 1), augment.EvalTransform(32)
+@pytest.mark.usefixtures("decode_late")
+def test_pictures_come_from_workers_as_they_do_on_the_cpu(folder):
+    data, transform = datasets.load_datasets(str(folder), "", 1), augment.EvalTransform(32)
     here, there = (
         [x for x, _ in data_utils.eval_batches(data.test, 2, transform, torch.device(kind), 2)]
         for kind in ("cpu", "cuda")
