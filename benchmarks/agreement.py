@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import hardware
 from models import npz
-from models.configs import CONFIGS, PUBLISHED, ViTConfig
+from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
+from models.published import PUBLISHED
 
 NUM_CLASSES = 1000
 DTYPES = (torch.float32, torch.float64)

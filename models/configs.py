@@ -135,56 +135,6 @@ _ALIASES = {alias: name for names in (GOOGLE_NAMES, _AUGREG_NAMES) for name, ali
 #: The architectures by ``--model_type``: this project's names and Google's.
 CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name in _ALIASES.items()}
 
-#: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
-#: Of the AugReg files, those that Google's README recommends (B_8: google-research/big_vision, ``models/vit.py``);
-#: there are others, listed in augreg/index.csv.
-PUBLISHED: dict[str, str] = {
-    "ViT-B_16": "imagenet21k/ViT-B_16",
-    "ViT-B_32": "imagenet21k/ViT-B_32",
-    "ViT-L_16": "imagenet21k/ViT-L_16",
-    "ViT-L_32": "imagenet21k/ViT-L_32",
-    "ViT-H_14": "imagenet21k/ViT-H_14",
-    "R50-ViT-B_16": "imagenet21k/R50+ViT-B_16",
-    "ViT-B_8": "imagenet21k/ViT-B_8",
-    "R26-ViT-B_32": "imagenet21k/R26+ViT-B_32",
-    "ViT-Ti_16": "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
-    "ViT-S_16": "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
-    "ViT-S_32": "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
-    "R-ViT-Ti_16": "augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
-    "R26-ViT-S_32": "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
-    "R50-ViT-L_32": "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
-}
-
-#: All files of Google's that this project names, by upstream: the model, and where its weights are, as in
-#: ``PUBLISHED``.  "-224" was fine-tuned at 224 px, the other files of imagenet2012 at 384.
-UPSTREAMS: dict[str, dict[str, str]] = {
-    upstream: {name: path for name, path in PUBLISHED.items() if path.startswith(f"{upstream}/")} | others
-    for upstream, others in {
-        "imagenet21k": {"R50-ViT-L_32": "imagenet21k/R50+ViT-L_32"},
-        "imagenet21k+imagenet2012": {
-            name: f"imagenet21k+imagenet2012/{name}"
-            for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
-        },
-        "augreg": {
-            "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
-            "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
-            "ViT-B_32": "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
-            "ViT-L_16": "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",
-        },
-    }.items()
-}
-
-
-def upstreams(name: str) -> list[str]:
-    """The upstreams that have a file of a model; that of ``PUBLISHED``, which is meant where none is named, first."""
-    having = [upstream for upstream, files in UPSTREAMS.items() if name in files]
-    return sorted(having, key=lambda upstream: UPSTREAMS[upstream][name] != PUBLISHED.get(name))
-
-
-def file_name(upstream: str, name: str) -> str:
-    """What a file of ``UPSTREAMS`` is called here, such as imagenet21k_ViT-B_32.npz."""
-    return f"{upstream.split('+')[-1]}_{name}.npz"
-
 
 def canonical_name(model_type: str) -> str:
     """This project's name of a model that may be called by one of Google's."""

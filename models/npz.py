@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from models.configs import CONFIGS, ViTConfig
-from models.files import find
+from models.published import find
 
 logger = logging.getLogger(__name__)
 

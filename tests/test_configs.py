@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import train
-from models.configs import CONFIGS, GOOGLE_NAMES, PUBLISHED, canonical_name
+from models.configs import CONFIGS, GOOGLE_NAMES, canonical_name
 from models.modeling import VisionTransformer
+from models.published import PUBLISHED
 
 
 def count_parameters(model_type: str, img_size: int, num_classes: int) -> int:

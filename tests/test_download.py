@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.configs import CONFIGS, PUBLISHED, UPSTREAMS
-from models.files import find
+from models.configs import CONFIGS
+from models.published import PUBLISHED, UPSTREAMS, find
 from tools import download
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from models import npz
-from models.configs import CONFIGS, PUBLISHED, canonical_name
+from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
+from models.published import PUBLISHED
 from tests import fake_npz
 
 SIZES = [("testing", 32), ("testing", 48), ("testing", 64)]

@@ -11,7 +11,8 @@ import pytest
 
 import train
 from benchmarks.agreement import cost
-from models.configs import CONFIGS, PUBLISHED, UPSTREAMS
+from models.configs import CONFIGS
+from models.published import PUBLISHED, UPSTREAMS
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")

@@ -63,8 +63,8 @@ def allowed(path: Path) -> set[str]:
     if name == "models.modeling":
         return {"models.configs", "models.dropout", "models.modeling_resnet", "models.npz"}
     if name == "models.npz":
-        return {"models.configs", "models.files"}
-    if name == "models.files":
+        return {"models.configs", "models.published"}
+    if name == "models.published":
         return {"models.configs"}
     if package == "models":
         return set()

@@ -31,8 +31,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from models.configs import UPSTREAMS, canonical_name, file_name, upstreams
-from models.files import BUCKET
+from models.configs import canonical_name
+from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import cli
 from utils import checkpoint, dist_util, runs
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from models.configs import DEMO, GOOGLE_NAMES, file_name
+from models.configs import DEMO, GOOGLE_NAMES
+from models.published import file_name
 from tools import cli
 from tools.published import ROWS, SOURCES, Row
 from utils import checkpoint, hardware, metrics, report

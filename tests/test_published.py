@@ -1,4 +1,4 @@
-"""models/files.py: where a model's pretrained file is, and how to get it."""
+"""models/published.py: where a model's pretrained file is, and how to get it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from models import files
+from models import published
 
 
 def test_a_file_is_found_whatever_its_name(tmp_path):
     path = tmp_path / "anything.bin"
     path.touch()
-    assert files.find(str(path), "ViT-B_16") == str(path)
+    assert published.find(str(path), "ViT-B_16") == str(path)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_file_is_found_whatever_its_name(tmp_path):
 def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
     (tmp_path / "ViT-L_16.npz").touch()
     (tmp_path / name).touch()
-    assert files.find(str(tmp_path), model_type) == str(tmp_path / name)
+    assert published.find(str(tmp_path), model_type) == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
     if path.suffix != ".npz":
         path.mkdir(exist_ok=True)
     with pytest.raises(ValueError, match=r"python -m tools\.download") as e:
-        files.find(str(path), model_type)
+        published.find(str(path), model_type)
     message = str(e.value)
     assert str(path) in message
     words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
@@ -68,7 +68,7 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
         assert f"give --pretrained_dir {target}" in message
     target.parent.mkdir(exist_ok=True)
     target.touch()  # what the command would leave is found the next time
-    assert files.find(str(path if path.is_dir() else target), model_type) == str(target)
+    assert published.find(str(path if path.is_dir() else target), model_type) == str(target)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
     ],
 )
 def test_the_command_fetches_what_the_files_name_tells(path, name, command):
-    assert files.download_command(path, name) == f"python -m tools.download {command}"
+    assert published.download_command(path, name) == f"python -m tools.download {command}"
 
 
 @pytest.mark.parametrize("name", ["R26-ViT-S_32.npz", "R26+ViT-S_32.npz", "augreg_R26-ViT-S_32.npz"])
 @pytest.mark.parametrize("model_type", ["R26-ViT-S_32", "R26+ViT-S_32", "R26_S_32"])
 def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
     (tmp_path / name).touch()
-    assert files.find(str(tmp_path), model_type) == str(tmp_path / name)
+    assert published.find(str(tmp_path), model_type) == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -112,5 +112,5 @@ def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
 )
 def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model_type, advice):
     with pytest.raises(ValueError, match=f"there is no file .*{re.escape(advice)}") as e:
-        files.find(str(tmp_path / "weights.npz"), model_type)
+        published.find(str(tmp_path / "weights.npz"), model_type)
     assert "tools.download" not in str(e.value)

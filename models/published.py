@@ -1,0 +1,115 @@
+"""Google's pretrained files: their names, where they are published, and where a model's file is on this disk.
+
+Source: github.com/google-research/vision_transformer (README).  This module must not read the files.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from models.configs import DEMO, GOOGLE_NAMES, canonical_name
+
+BUCKET = "https://storage.googleapis.com/vit_models"
+
+#: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
+#: Of the AugReg files, those that Google's README recommends (B_8: google-research/big_vision, ``models/vit.py``);
+#: there are others, listed in augreg/index.csv.
+PUBLISHED: dict[str, str] = {
+    "ViT-B_16": "imagenet21k/ViT-B_16",
+    "ViT-B_32": "imagenet21k/ViT-B_32",
+    "ViT-L_16": "imagenet21k/ViT-L_16",
+    "ViT-L_32": "imagenet21k/ViT-L_32",
+    "ViT-H_14": "imagenet21k/ViT-H_14",
+    "R50-ViT-B_16": "imagenet21k/R50+ViT-B_16",
+    "ViT-B_8": "imagenet21k/ViT-B_8",
+    "R26-ViT-B_32": "imagenet21k/R26+ViT-B_32",
+    "ViT-Ti_16": "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+    "ViT-S_16": "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
+    "ViT-S_32": "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
+    "R-ViT-Ti_16": "augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+    "R26-ViT-S_32": "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
+    "R50-ViT-L_32": "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
+}
+
+#: All files of Google's that this project names, by upstream: the model, and where its weights are, as in
+#: ``PUBLISHED``.  "-224" was fine-tuned at 224 px, the other files of imagenet2012 at 384.
+UPSTREAMS: dict[str, dict[str, str]] = {
+    upstream: {name: path for name, path in PUBLISHED.items() if path.startswith(f"{upstream}/")} | others
+    for upstream, others in {
+        "imagenet21k": {"R50-ViT-L_32": "imagenet21k/R50+ViT-L_32"},
+        "imagenet21k+imagenet2012": {
+            name: f"imagenet21k+imagenet2012/{name}"
+            for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
+        },
+        "augreg": {
+            "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
+            "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
+            "ViT-B_32": "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
+            "ViT-L_16": "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",
+        },
+    }.items()
+}
+
+
+def upstreams(name: str) -> list[str]:
+    """The upstreams that have a file of a model; that of ``PUBLISHED``, which is meant where none is named, first."""
+    having = [upstream for upstream, files in UPSTREAMS.items() if name in files]
+    return sorted(having, key=lambda upstream: UPSTREAMS[upstream][name] != PUBLISHED.get(name))
+
+
+def file_name(upstream: str, name: str) -> str:
+    """What a file of ``UPSTREAMS`` is called here, such as imagenet21k_ViT-B_32.npz."""
+    return f"{upstream.split('+')[-1]}_{name}.npz"
+
+
+def find(path: str, model_type: str) -> str:
+    """The .npz file that a file's or a folder's path means.
+
+    Raises:
+        ValueError: there is none; the message has the command that downloads it.
+    """
+    if os.path.isfile(path):
+        return path
+    name = canonical_name(model_type)
+    own_names = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
+    folder, file = os.path.split(path)
+    problem = f"there is no file {path}"
+    if os.path.isdir(path):
+        folder, file = path, ""
+        candidates = [f"{upstream}{own}.npz" for upstream in ("", "imagenet21k_", "augreg_") for own in own_names]
+        if name in PUBLISHED and os.path.basename(PUBLISHED[name]) not in own_names:
+            candidates.append(os.path.basename(PUBLISHED[name]) + ".npz")
+        for candidate in candidates:
+            if os.path.isfile(os.path.join(folder, candidate)):
+                return os.path.join(folder, candidate)
+        problem = f"{path} has none of {', '.join(candidates)}"
+    if name == DEMO:
+        raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
+    if name not in PUBLISHED:
+        raise ValueError(
+            f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
+        )
+    remedy = ""
+    if not any(own in file for own in own_names):
+        path = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
+        remedy = f" and give --pretrained_dir {shlex.quote(path)}"
+        problem += f", and --model_type {name} needs its own" if file else ""
+    raise ValueError(f"{problem}; download it with: {download_command(path, name)}{remedy}")
+
+
+def download_command(path: str, name: str) -> str:
+    """The command that fetches a model's published file to ``path``, whose name may tell from which upstream."""
+    folder, file = os.path.split(path)
+    having = upstreams(name)
+    upstream = next((u for u in having if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
+    if upstream is not None:
+        name = next((other for other in UPSTREAMS[upstream] if file == file_name(upstream, other)), name)  # "-224"
+    words = ["python", "-m", "tools.download", name]
+    if upstream is not None and upstream != having[0]:
+        words += ["--upstream", upstream]
+    if upstream is None or file != file_name(upstream, name):
+        words += ["--to", path]
+    elif folder != "checkpoint":
+        words += ["--to", folder or "."]
+    return shlex.join(words)
