@@ -33,11 +33,13 @@ class Finetuned:
 
     Attributes:
         classes: their names, in the order of the logits; None where nothing tells them.
+        told: what stands beside the checkpoint, which the flags may have overruled; None without it.
     """
 
     model: VisionTransformer
     model_type: str
     classes: list[str] | None
+    told: checkpoint.Description | None = None
 
     def class_names(self) -> list[str]:
         """The names of the classes.
@@ -108,7 +110,7 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
         classes, where = told.classes, f"{checkpoint.description_path(path)} names"
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{path} has {model.num_classes} classes, {where} {len(classes)}")
-    return Finetuned(model.eval(), model_type, classes)
+    return Finetuned(model.eval(), model_type, classes, told)
 
 
 def setting(args: argparse.Namespace, told: checkpoint.Description | None, flag: str, default: Any) -> Any:
