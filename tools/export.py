@@ -2,233 +2,84 @@
 
     python -m tools.export --load_model_dir output/cifar10_checkpoint.bin --format onnx --output cifar10.onnx
 
-npz is Google's layout, onnx and pt2 (torch.export) are programs that take any number of pictures
-(B, 3, S, S) in [-1, 1] and give logits, timm and hf are state_dicts for those libraries' models.  Prints
-how to load what it wrote.  onnx needs the packages onnx and onnxscript; the others need nothing.
-
-Names in the libraries: timm (models/vision_transformer.py, models/resnetv2.py) and transformers 5
-(models/vit).  The numbers stay those of Google's code; where a library's model has to be told, the
-printed lines do.
+npz is Google's layout, from which a training starts; the .json beside it names the classes.  onnx and pt2
+(torch.export) are programs that take any number of images (B, 3, S, S) in [-1, 1] and give logits.  timm
+and hf are new folders, which those libraries load as they are.  Prints the lines that use what it wrote.
+onnx needs the packages onnx and onnxscript; the others need nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import json
 import os
+import shlex
 import sys
-import tempfile
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from models import layouts, npz
-from models.configs import ViTConfig
-from models.modeling import LAYER_NORM_EPS, VisionTransformer
-from tools import cli, finetuned
+from models import npz
+from tools import _export_folder, _export_hf, _export_programs, _export_timm, cli, finetuned
 from utils import checkpoint
 
-#: Above this many bytes of weights an .onnx keeps them in a file beside it: its own format ends at 2 GiB.
-ONNX_LIMIT_BYTES = 2**31 - 2**24
-GROUP_NORM_EPS = 1e-6
-STANDARDISE_EPS = 1e-5  # added to the deviation, in models/modeling_resnet.py
-TIMM_STANDARDISE_EPS = 1e-8  # added to the variance, in timm's hybrids
-
-
-class Logits(nn.Module):
-    """A model without its second output, in evaluation mode: what is traced."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-        self.eval()
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.model(pictures)[0]
-
-
-def tracing(model: VisionTransformer) -> tuple[Logits, tuple[Tensor], dict[str, Any]]:
-    """A module, arguments to trace it with, and the sizes that stay free: the number of pictures.
-
-    Two pictures, because what is traced with one may only take one.
-    """
-    pictures = torch.zeros(2, 3, model.img_size, model.img_size)
-    return Logits(model), (pictures,), {"pictures": {0: torch.export.Dim("batch")}}
-
-
-# ---- formats: each writes a file and returns the lines that load it as ``model`` ----
+FOLDERS = {"timm": _export_timm.write, "hf": _export_hf.write}
+FORMATS = ("npz", "onnx", "pt2", *FOLDERS)
 
 
 def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
-    """Google's layout, head included."""
+    """Writes Google's layout, head included, and a .json beside it if the classes have names; returns what uses it."""
     model = loaded.model
-    with checkpoint.atomic_write(path) as f:
-        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, model.img_size))
-    gelu = f"replace(CONFIGS[{loaded.model_type!r}], gelu={model.config.gelu!r})"
+    arrays = npz.from_state_dict(model.state_dict(), model.config, model.img_size)
+    # The checksum of a description is over the arrays of the file that it stands beside, by their names there.
+    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    with checkpoint.described_write(path, tensors, describe(loaded)) as f:
+        npz.write(f, arrays)
+    note = "" if loaded.classes is not None else (
+        "# nothing tells the names of its classes (--classes does), so there is no .json: "
+        "a training that goes on from it starts with a head of zeros\n"
+    )  # fmt: skip
+    gelu = "" if model.config.gelu == finetuned.GELUS[0] else f" --gelu {model.config.gelu}"
     return (
+        f"{note}# a training: python train.py --name NAME --dataset DATASET --model_type {loaded.model_type} "
+        f"--img_size {model.img_size}{gelu} --pretrained_dir {shlex.quote(path)}\n"
         "from dataclasses import replace\n"
         "import numpy as np\n"
         "from models.configs import CONFIGS\n"
         "from models.modeling import VisionTransformer\n"
-        f"model = VisionTransformer({gelu}, img_size={model.img_size}, num_classes={model.num_classes}).eval()\n"
+        f"config = replace(CONFIGS[{loaded.model_type!r}], gelu={model.config.gelu!r})\n"
+        f"model = VisionTransformer(config, img_size={model.img_size}, num_classes={model.num_classes}).eval()\n"
         f"model.load_from(np.load({path!r}))"
     )
 
 
-def write_onnx(loaded: finetuned.Finetuned, path: str) -> str:
-    """An ONNX program of the opset that this PyTorch writes by default.
-
-    Raises:
-        ValueError: a package is missing.
-    """
-    require("onnx", "onnxscript")
-    with torch.no_grad():
-        module, pictures, free = tracing(loaded.model)
-        program = torch.onnx.export(
-            module, pictures, dynamo=True, verbose=False, input_names=["pictures"], output_names=["logits"],
-            dynamic_shapes=free,
-        )  # fmt: skip
-    assert program is not None
-    if sum(x.nbytes for x in loaded.model.state_dict().values()) <= ONNX_LIMIT_BYTES:
-        with checkpoint.atomic_write(path) as f:
-            f.write(program.model_proto.SerializeToString())
-    else:
-        name = os.path.basename(path)  # by which the program knows the file of its weights
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
-            program.save(os.path.join(folder, name), external_data=True)
-            for file in (name + ".data", name):  # the program last: it is of no use without them
-                os.replace(os.path.join(folder, file), os.path.join(os.path.dirname(path), file))
-    return (
-        f"import onnxruntime  # opset {program.model.opset_imports['']}\n"
-        f"model = onnxruntime.InferenceSession({path!r})\n"
-        "# logits, = model.run(None, {'pictures': pictures})"
-    )
-
-
-def write_pt2(loaded: finetuned.Finetuned, path: str) -> str:
-    """A program of torch.export."""
-    with torch.no_grad():
-        module, pictures, free = tracing(loaded.model)
-        program = torch.export.export(module, pictures, dynamic_shapes=free)
-    with checkpoint.atomic_write(path) as f:
-        torch.export.save(program, f)
-    return f"import torch\nmodel = torch.export.load({path!r}).module()"
-
-
-def write_timm(loaded: finetuned.Finetuned, path: str) -> str:
-    """A state_dict of timm's VisionTransformer.
-
-    Raises:
-        ValueError: timm has no such model.
-    """
+def describe(loaded: finetuned.Finetuned) -> checkpoint.Description | None:
+    """The description of a model as it was loaded; None if nothing tells the names of its classes."""
+    if loaded.classes is None:
+        return None
     model = loaded.model
-    lines = timm_lines(loaded.model_type, model.config, model.img_size, model.num_classes)
-    checkpoint.save_weights(path, to_timm(model.state_dict()))
-    return f"{lines}\nmodel.load_state_dict(torch.load({path!r}, weights_only=True))"
-
-
-def write_hf(loaded: finetuned.Finetuned, path: str) -> str:
-    """A state_dict of ViTForImageClassification of Hugging Face's transformers, 5 or newer.
-
-    Raises:
-        ValueError: it is a hybrid, which transformers no longer has.
-    """
-    model, config = loaded.model, loaded.model.config
-    if config.resnet_units is not None:
-        raise ValueError(f"--format hf: transformers has no hybrids such as {loaded.model_type}; timm has")
-    checkpoint.save_weights(path, to_hf(model.state_dict()))
-    act = "gelu" if config.gelu == "erf" else "gelu_pytorch_tanh"
-    return (
-        "import torch\n"
-        "from transformers import ViTConfig, ViTForImageClassification\n"
-        f"config = ViTConfig(image_size={model.img_size}, patch_size={config.patch_size}, "
-        f"hidden_size={config.hidden_size}, intermediate_size={config.mlp_dim}, "
-        f"num_hidden_layers={config.num_layers}, num_attention_heads={config.num_heads}, hidden_act={act!r}, "
-        f"layer_norm_eps={LAYER_NORM_EPS}, num_labels={model.num_classes})\n"
-        "model = ViTForImageClassification(config).eval()\n"
-        f"model.load_state_dict(torch.load({path!r}, weights_only=True))"
+    known = loaded.told or checkpoint.Description("", 1, loaded.classes, "", dataset="", step=0, accuracy=-1.0)
+    return replace(
+        known, model_type=loaded.model_type, img_size=model.img_size, classes=loaded.classes, gelu=model.config.gelu
     )
 
 
-FORMATS: dict[str, Callable[[finetuned.Finetuned, str], str]] = {
-    "npz": write_npz,
-    "onnx": write_onnx,
-    "pt2": write_pt2,
-    "timm": write_timm,
-    "hf": write_hf,
-}
-
-
-def require(*packages: str) -> None:
-    """Raises ValueError unless the packages are installed."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-# ---- names ----
-
-
-def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A plain model's state_dict with the names of transformers 5."""
-    return layouts.from_ours(state, layouts.HF5)
-
-
-def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict with timm's names; queries, keys and values are one matrix there."""
-    kernels = {name: x for name, x in state.items() if "hybrid_model" in name and x.ndim == 4}
-    standardised = {name: for_timms_standardisation(x) for name, x in kernels.items()}
-    return layouts.from_ours({**state, **standardised}, layouts.TIMM)
-
-
-def for_timms_standardisation(kernel: Tensor) -> Tensor:
-    """A kernel (O, I, H, W) that timm's standardisation makes what Google's makes of the given one.
-
-    Google divides by s + 1e-5, where s is the deviation of an output channel; timm by sqrt(v + 1e-8).
-    Scaling a channel to the deviation d gives d / sqrt(d * d + 1e-8) there, and the d for which that is
-    s / (s + 1e-5) is computed here.
-    """
-    s, mean = torch.std_mean(kernel.double(), dim=(1, 2, 3), keepdim=True, correction=0)
-    # With r = s / (s + e), d = r * sqrt(eps / (1 - r * r)); 1 - r * r = (2 * s * e + e * e) / (s + e)^2.
-    e = STANDARDISE_EPS
-    scale = TIMM_STANDARDISE_EPS**0.5 / (2 * s * e + e * e) ** 0.5  # d / s
-    return ((kernel - mean) * scale).to(kernel.dtype)
-
-
-#: timm's names of the hybrids, by the units of their stems and their width.
-_TIMM_HYBRIDS = {
-    ((3, 4, 9), 768): "vit_base_r50_s16_224",
-    ((), 192): "vit_tiny_r_s16_p8_224",
-    ((2, 2, 2, 2), 384): "vit_small_r26_s32_224",
-    ((2, 2, 2, 2), 768): "vit_base_r26_s32_224",
-    ((3, 4, 6, 3), 1024): "vit_large_r50_s32_224",
-}
-
-
-def timm_lines(model_type: str, config: ViTConfig, img_size: int, num_classes: int) -> str:
-    """The lines that make timm's model of this shape.
-
-    Raises:
-        ValueError: timm has none.
-    """
-    act = "" if config.gelu == "erf" else ", act_layer='gelu_tanh'"
-    lines = "import timm\nimport torch\n"
-    if config.resnet_units is None:
-        return lines + (
-            f"model = timm.models.VisionTransformer(img_size={img_size}, patch_size={config.patch_size}, "
-            f"embed_dim={config.hidden_size}, depth={config.num_layers}, num_heads={config.num_heads}, "
-            f"mlp_ratio={config.mlp_dim / config.hidden_size:g}, num_classes={num_classes}{act}).eval()"
-        )
-    name = _TIMM_HYBRIDS.get((config.resnet_units, config.hidden_size))
-    if name is None:
-        raise ValueError(f"--format timm: timm has no hybrid of the shape of {model_type}")
-    return lines + (
-        f"model = timm.create_model({name!r}, img_size={img_size}, num_classes={num_classes}{act}).eval()\n"
-        "for module in model.modules():\n"
-        "    if isinstance(module, torch.nn.GroupNorm):\n"
-        f"        module.eps = {GROUP_NORM_EPS}  # Google's; timm has 1e-5"
-    )
+def check_description(path: str, *sources: str) -> None:
+    """Raises ValueError if the .json beside an .npz would replace another file than a description of weights."""
+    beside = checkpoint.description_path(path)
+    if os.path.realpath(beside) in map(os.path.realpath, (path, *sources)):
+        raise ValueError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
+    if not os.path.lexists(beside):
+        return
+    try:
+        with open(beside, encoding="utf-8") as f:
+            ours = "crc32" in json.load(f)
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(f"--output {path} would replace {beside}, which describes no weights; give another name")
 
 
 # ---- the command line ----
@@ -238,9 +89,23 @@ def make_parser() -> cli.Parser:
     """Every flag of the command line."""
     p = cli.Parser("export", __doc__)
     p.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    p.add_argument("--output", required=True, metavar="FILE", help="where to write it")
+    p.add_argument("--output", required=True, metavar="PATH", help="where to write it: a file, for timm and hf a new "
+                   "folder")  # fmt: skip
+    p.add_argument("--opset", type=cli.parse_positive, help="version of ONNX's operators, 17 or more (TensorRT 8.6 "
+                   "takes 17); PyTorch's choice if not given")  # fmt: skip
     finetuned.add_flags(p)
     return p
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises ValueError if what the flags name cannot be written there."""
+    sources = (args.load_model_dir, checkpoint.description_path(args.load_model_dir))
+    if args.format in FOLDERS:
+        _export_folder.check_new_folder(args.output)
+        return
+    cli.check_output(args.output, *sources)
+    if args.format == "npz":
+        check_description(args.output, *sources)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,13 +113,28 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: the user got something wrong.
-        OSError: the file could not be written.
+        OSError: it could not be written.
     """
+    if args.opset is not None and args.format != "onnx":
+        raise ValueError(f"--opset is of --format onnx, not {args.format}; leave it out")
     loaded = finetuned.load(args)
-    cli.check_output(args.output, args.load_model_dir, checkpoint.description_path(args.load_model_dir))
-    lines = FORMATS[args.format](loaded, args.output)
-    print(f"# {args.output}: {os.path.getsize(args.output):,} bytes; to load it:\n{lines}")
+    check_output(args)
+    writers: dict[str, Callable[[finetuned.Finetuned, str], str]] = {
+        "npz": write_npz,
+        "onnx": partial(_export_programs.write_onnx, opset=args.opset),
+        "pt2": _export_programs.write_pt2,
+        **FOLDERS,
+    }
+    lines = writers[args.format](loaded, args.output)
+    print(f"# {args.output}: {size_of(args.output):,} bytes; to use it:\n{lines}")
     return 0
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file or of a folder's files."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path)
 
 
 def main(argv: list[str] | None = None) -> int:
