@@ -41,20 +41,20 @@ class Logits(nn.Module):
         return self.model(pictures)[0]
 
 
-def tracing(model: VisionTransformer) -> tuple[Logits, tuple[Tensor], dict[str, Any]]:
-    """A module, arguments to trace it with, and the sizes that stay free: the number of pictures.
+def trace(model: VisionTransformer) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """Traces a model; also returns the sizes that stay free: the number of images.
 
-    Two pictures, because what is traced with one may only take one.
+    It is traced with two images, because what is traced with one may only take one.
     """
-    pictures = torch.zeros(2, 3, model.img_size, model.img_size)
-    return Logits(model), (pictures,), {"pictures": {0: torch.export.Dim("batch")}}
+    images = torch.zeros(2, 3, model.img_size, model.img_size)
+    free = {"pictures": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        return torch.export.export(Logits(model), (images,), dynamic_shapes=free), free
 
 
 def write_pt2(loaded: finetuned.Finetuned, path: str) -> str:
     """Writes a program of torch.export; returns the lines that load it."""
-    with torch.no_grad():
-        module, pictures, free = tracing(loaded.model)
-        program = torch.export.export(module, pictures, dynamic_shapes=free)
+    program, _ = trace(loaded.model)
     with checkpoint.atomic_write(path) as f:
         torch.export.save(program, f)
     return f"import torch\nmodel = torch.export.load({path!r}).module()"
@@ -113,12 +113,14 @@ def to_onnx(model: VisionTransformer, opset: int | None) -> Any:
     if opset is not None and opset < OLDEST_OPSET:
         raise ValueError(f"--opset {opset}: LayerNormalization begins with opset 17; give 17 or more")
     with torch.no_grad(), _silence():
-        module, pictures, free = tracing(model)
+        traced, free = trace(model)
         program = torch.onnx.export(
-            module, pictures, dynamo=True, verbose=False, input_names=["pictures"], output_names=["logits"],
+            traced, dynamo=True, verbose=False, input_names=["pictures"], output_names=["logits"],
             dynamic_shapes=free, opset_version=None if opset is None else max(opset, TORCHS_OLDEST_OPSET),
         )  # fmt: skip
     assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces, which name this machine's folders
     if opset is not None and opset < TORCHS_OLDEST_OPSET:
         _lower_to_17(program.model)
     written = program.model.opset_imports[""]
