@@ -110,6 +110,7 @@ def test_weights_too_large_for_onnx_go_into_a_file_beside_it(path, tmp_path, mon
     lines = export_as("onnx", unnamed, output, *flags)
     assert [x.version for x in onnx.load(output, load_external_data=False).opset_import] == [20]
     assert sorted(p.name for p in output.parent.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert f"{output}.data" in lines
     variables = variables_of(lines)
     assert "classes" not in variables["model"].get_modelmeta().custom_metadata_map
     assert f"class {variables['printed']}" == next(iter(predicted(path, "image.jpg")[0]))

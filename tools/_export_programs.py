@@ -81,10 +81,12 @@ def write_onnx(loaded: finetuned.Finetuned, path: str, opset: int | None = None)
     program.model.metadata_props.update({"img_size": str(size), "input_range": "[-1, 1]"})
     if loaded.classes is not None:
         program.model.metadata_props["classes"] = json.dumps(loaded.classes)
-    _save(program, path, sum(x.nbytes for x in loaded.model.state_dict().values()) > ONNX_LIMIT_BYTES)
+    is_large = sum(x.nbytes for x in loaded.model.state_dict().values()) > ONNX_LIMIT_BYTES
+    _save(program, path, is_large)
     names = "json.loads(model.get_modelmeta().custom_metadata_map['classes'])"
+    note = f"# its weights are in {path}.data, which it needs beside it\n" if is_large else ""
     return (
-        "import json\n"
+        f"{note}import json\n"
         "import numpy as np\n"
         "import onnxruntime\n"
         "from PIL import Image\n"
