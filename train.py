@@ -249,7 +249,7 @@ def prepare(
     if args.dropout is not None:
         config = replace(config, dropout_rate=args.dropout)
     config.check_img_size(args.img_size)
-    datasets.check_name(args.dataset)
+    datasets.check_layout(args.dataset)
     pretrained = None
     if args.eval_only:
         path = args.load_model_dir or checkpoint_path(args)

@@ -65,12 +65,17 @@ def allowed(path: Path) -> set[str]:
     if name == "models.npz":
         return {"models.configs", "models.published"}
     if name == "models.published":
-        return {"models.configs"}
+        return {"models.commands", "models.configs"}
     if package == "models":
         return set()
     if package == "utils":
         hardware = {"utils.hardware"}
-        below = {"dist_util": hardware, "augment": hardware, "data_utils": {"utils.datasets"} | hardware}
+        below = {
+            "dist_util": hardware,
+            "datasets": {"utils.dist_util", "utils.cifar"},
+            "augment": hardware,
+            "data_utils": {"utils.datasets"} | hardware,
+        }
         return below.get(name.removeprefix("utils."), {"utils.dist_util"})
     if name in ("train", "resuming", "showing", "flags"):
         above = {
