@@ -25,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
 from models import npz
 from models.configs import ViTConfig
 from models.modeling import LAYER_NORM_EPS, VisionTransformer
