@@ -33,6 +33,11 @@ def train_command(*words: str) -> str:
     return shlex.join(["python", own_path("train.py"), *words])
 
 
+def import_lines() -> str:
+    """The lines of Python after which code imports this repository's modules in the folder the user is in."""
+    return "" if _is_in_root() else f"import sys\nsys.path.insert(0, {ROOT!r})\n"
+
+
 def _is_in_root() -> bool:
     try:
         return os.path.samefile(os.curdir, ROOT)  # links may lead to both; the folder may be gone

@@ -68,6 +68,15 @@ def test_a_repository_whose_path_has_blanks_is_quoted(monkeypatch, tmp_path):
     assert words == ["python", str(tmp_path / "my code" / "tools" / "predict.py"), "a b.png"]
 
 
+@pytest.mark.parametrize("in_root", [True, False])
+def test_lines_of_python_import_from_the_users_folder(monkeypatch, tmp_path, in_root):
+    monkeypatch.chdir(REPOSITORY if in_root else tmp_path)
+    lines = commands.import_lines()
+    assert (lines == "") == in_root
+    done = start(["-c", f"{lines}from models.configs import CONFIGS; print(len(CONFIGS))"], Path.cwd())
+    assert int(done.stdout) > 1, done.stderr
+
+
 def test_a_folder_that_is_gone_is_not_the_root(monkeypatch, tmp_path):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
