@@ -16,6 +16,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def check_weights(rows: list[Row], folder: str) -> None:
     problem = f"there is no file {', '.join(missing)}"
     models = [model for model in missing.values() if model != DEMO]
     if not models:
-        raise ValueError(f"{problem}; this repository comes with {own_path('checkpoint', f'{DEMO}.npz')}")
+        own = shlex.quote(own_path("checkpoint"))
+        raise ValueError(f"{problem}; it comes with this repository: give --checkpoint_dir {own}")
     to = [] if os.path.normpath(folder) == "checkpoint" else ["--to", folder]
     raise ValueError(f"{problem}; download with: {tool_command('download', *models, *to)}")
 
