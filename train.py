@@ -250,11 +250,11 @@ def prepare(
     if args.dropout is not None:
         config = replace(config, dropout_rate=args.dropout)
     config.check_img_size(args.img_size)
-    datasets.check_name(args.dataset)
+    datasets.check_layout(args.dataset)
     path, source = start_path(args, state), None
-    if path and state is None:
+    if state is None and path:
         source = loading.load(path, args.model_type, strict=False)
-    elif not path:
+    elif state is None:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
     data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)
     goes_on, resumed = state is not None, {} if state is None else state.model

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 
+from models.commands import own_path, tool_command
 from models.configs import DEMO, GOOGLE_NAMES, canonical_name
 
 logger = logging.getLogger("train")
@@ -102,7 +103,7 @@ def find(path: str | None, model_type: str) -> str:
             return path
         problem = f"{folder} has none of {', '.join(candidates)}"
     if name == DEMO:
-        raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
+        raise ValueError(f"{problem}; this repository comes with {own_path('checkpoint', f'{DEMO}.npz')}")
     if name not in PUBLISHED:
         raise ValueError(
             f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
@@ -122,11 +123,11 @@ def download_command(path: str, name: str) -> str:
     upstream = next((u for u in having if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
     if upstream is not None:
         name = next((other for other in UPSTREAMS[upstream] if file == file_name(upstream, other)), name)  # "-224"
-    words = ["python", "-m", "tools.download", name]
+    words = [name]
     if upstream is not None and upstream != having[0]:
         words += ["--upstream", upstream]
     if upstream is None or file != file_name(upstream, name):
         words += ["--to", path]
     elif folder != "checkpoint":
         words += ["--to", folder or "."]
-    return shlex.join(words)
+    return tool_command("download", *words)

@@ -67,13 +67,19 @@ def allowed(path: Path) -> set[str]:
     if name == "models.layouts":
         return {"models.configs", "models.npz"}
     if name == "models.published":
-        return {"models.configs"}
+        return {"models.commands", "models.configs"}
     if package == "models":
         return set()
     if package == "utils":
         hardware = {"utils.hardware"}
-        below = {"dist_util": hardware, "augment": hardware, "data_utils": {"utils.datasets"} | hardware}
-        below |= {"weights": {"utils.checkpoint"}, "told": {"utils.checkpoint", "utils.weights"}}
+        below = {
+            "dist_util": hardware,
+            "datasets": {"utils.dist_util", "utils.cifar"},
+            "augment": hardware,
+            "data_utils": {"utils.datasets"} | hardware,
+            "weights": {"utils.checkpoint"},
+            "told": {"utils.checkpoint", "utils.weights"},
+        }
         return below.get(name.removeprefix("utils."), {"utils.dist_util"})
     if name in ("train", "loading", "resuming", "showing", "flags"):
         above = {

@@ -31,6 +31,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
 from models.configs import canonical_name
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import cli

@@ -66,7 +66,7 @@ def add_flags(p: cli.Parser) -> None:
     told.add_argument("--classes", metavar="NAMES", help="names of the classes with commas between them, or a text "
                       "file with one a line")  # fmt: skip
     told.add_argument("--dataset", help="the data set whose classes they are: cifar10, cifar100, digits or a folder")
-    told.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are, or are downloaded to")
+    told.add_argument("--data_dir", help="has no effect: the classes of cifar10 and cifar100 are known")
 
 
 def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
@@ -78,7 +78,6 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
 
     Raises:
         ValueError: the user got something wrong.
-        OSError: the classes of a data set could not be downloaded.
     """
     path = args.load_model_dir
     if not os.path.exists(path):
@@ -124,8 +123,10 @@ def chosen_classes(args: argparse.Namespace) -> list[str] | None:
     Raises:
         ValueError: a name is missing or there twice, or there is no such data set.
     """
+    if args.data_dir is not None:
+        logger.warning("--data_dir has no effect: the classes of cifar10 and cifar100 are known without their pictures")
     if args.classes is None:
-        return None if args.dataset is None else datasets.class_names(args.dataset, args.data_dir)
+        return None if args.dataset is None else datasets.class_names(args.dataset)
     if args.dataset is not None:
         raise ValueError("--classes and --dataset both name the classes; give one")
     if os.path.isfile(args.classes):
