@@ -32,6 +32,7 @@ from models import published
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
 from resuming import (
+    BestWeights,
     begin,
     check_processes,
     circumstances,
@@ -77,7 +78,7 @@ def train(
     images_per_step = args.train_batch_size * dist_util.world_size()
     evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
     wrapped, start = dist_util.wrap(model), time.perf_counter()
-    take_name(args, state)  # every process is past reading what another run of this name left
+    best_weights = take_name(args, state)  # every process is past reading what another run of this name left
 
     with (
         MetricsWriter(log_dir(args), dist_util.is_main(), logs_to_keep(args, state), state.step) as writer,
@@ -114,7 +115,7 @@ def train(
                     is_best = found.accuracy > state.best_accuracy
                     if is_best:
                         state.best_accuracy, state.best_step, state.best = found.accuracy, step, vars(found)
-                        save_best(args, model, precision, data.classes, state)
+                        save_best(args, model, precision, data.classes, state, best_weights)
                         show_best(writer, found, data, step)
                     if step == args.num_steps:
                         writer.hyperparameters(step, {**state.settings, "--dataset": args.dataset})
@@ -198,6 +199,7 @@ def save_best(
     precision: Precision,
     classes: list[str],
     state: checkpoint.TrainingState,
+    best_weights: BestWeights,
 ) -> None:
     """Writes the weights of the best evaluation so far, and what they are of."""
     if dist_util.is_main():
@@ -205,8 +207,8 @@ def save_best(
             canonical_name(args.model_type), args.img_size, classes, args.gelu, args.dataset,
             state.step, state.best_accuracy,
         )  # fmt: skip
-        checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model), description)
-        logger.info("Saved model checkpoint to %s", checkpoint_path(args))
+        state.best_crc32 = best_weights.save(precision.state_dict(model), description)
+        logger.info("Saved model checkpoint to %s", best_weights.path)
 
 
 def save_last(

@@ -144,8 +144,9 @@ INDEX = b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00
         (b"\x1f\x8b\x08" + bytes(100), "unpack"),
         (b"GGUF" + bytes(100), "GGUF"),
         (b"PK\x03\x04" + bytes(100), "only the beginning"),
-        (np.random.default_rng(0).bytes(1000), "cut off or damaged|could run code"),
-        (b"the weights", "cut off or damaged|could run code"),
+        (np.random.default_rng(0).bytes(1000), "it is neither an .npz nor"),
+        (b"the weights", "it begins with b'the weights'"),
+        (b"\x80\x02" + bytes(100), "cut off or damaged|could run code"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.npz", "a.bin", "a.safetensors"])
@@ -189,8 +190,11 @@ def test_a_pytorch_file_without_a_state_dict_is_refused(tmp_path, value, words):
 
 def test_a_training_state_is_refused_whatever_is_around_it(tmp_path):
     torch.save({"format": 1, "step": 5, "optimizer": {}, "model": tensors()}, tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"_last\.pt"):
+    with pytest.raises(ValueError, match=r"--resume takes; give the weights: <name>_checkpoint\.bin"):
         weights.read(str(tmp_path / "a.bin"))
+    os.rename(tmp_path / "a.bin", tmp_path / "cifar10_last.pt")
+    with pytest.raises(ValueError, match=f"give the weights: {tmp_path}/cifar10_checkpoint.bin"):
+        weights.read(str(tmp_path / "cifar10_last.pt"))
 
 
 class Touch:

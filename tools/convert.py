@@ -50,7 +50,8 @@ def write(source: loading.Source, path: str) -> None:
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in npz.in_files_order(source.arrays).items()}
     description = describe(source)
-    with checkpoint.described_write(path, Weights(path, arrays).tensors(), description) as f:
+    crc32 = checkpoint.checksum(Weights(path, arrays).tensors())
+    with checkpoint.described_write(path, crc32, description) as f:
         npz.write(f, arrays)
 
 

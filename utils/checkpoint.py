@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import filecmp
 import glob
+import itertools
 import json
 import os
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -157,17 +160,21 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> None:
-    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``described_write``."""
+def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> int:
+    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``described_write``.
+
+    Returns:
+        The checksum of the weights.
+    """
     tensors = {name: x.detach().cpu() for name, x in state.items()}
-    with described_write(path, tensors, description) as f:
+    crc32 = checksum(tensors)
+    with described_write(path, crc32, description) as f:
         torch.save(tensors, f)
+    return crc32
 
 
 @contextlib.contextmanager
-def described_write(
-    path: str, state: Mapping[str, Tensor], description: Description | None = None
-) -> Iterator[IO[bytes]]:
+def described_write(path: str, crc32: int, description: Description | None = None) -> Iterator[IO[bytes]]:
     """Opens a file for weights, as ``atomic_write`` does, and writes their description beside it.
 
     The weights are on the disk under a temporary name when the description takes its place, and take
@@ -176,7 +183,7 @@ def described_write(
 
     Args:
         path: of the weights.
-        state: what the block writes, on the CPU, by the names that the file has.
+        crc32: ``checksum`` of what the block writes, by the names that the file has.
         description: of the weights; None to write none.
     """
     with atomic_write(path) as f:
@@ -184,9 +191,49 @@ def described_write(
         if description is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(description), "crc32": checksum(state)}, indent=1, allow_nan=False)
+            text = json.dumps({**asdict(description), "crc32": crc32}, indent=1, allow_nan=False)
             with atomic_write(description_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
+
+
+def keep_earlier(path: str) -> str:
+    """Gives weights, and the description beside them, a second name, ``<path>.earlier-N``, under which they stay.
+
+    Whoever writes ``path`` afterwards replaces only the first name.  A kill at any point leaves both files under the
+    first name or both under the second, and trying again takes the second name that is there already.
+
+    Returns:
+        The second name of the weights.
+
+    Raises:
+        OSError: the disk cannot hold them twice, where it has no links.
+    """
+    beside, (stem, ending) = description_path(path), os.path.splitext(path)
+    for n in itertools.count(1):
+        kept, kept_beside = f"{stem}.earlier-{n}{ending}", f"{stem}.earlier-{n}.json"
+        if _same_file(path, kept):
+            return kept
+        if not os.path.exists(kept) and (not os.path.exists(kept_beside) or _same_file(beside, kept_beside)):
+            break
+    if os.path.exists(beside) and not os.path.exists(kept_beside):
+        _link(beside, kept_beside)
+    _link(path, kept)
+    return kept
+
+
+def _same_file(path: str, other: str) -> bool:
+    """Whether both are there and hold the same: as links to one file, or as copies."""
+    if not (os.path.exists(path) and os.path.exists(other)):
+        return False
+    return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+
+
+def _link(path: str, other: str) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # exFAT and some network disks have no links
+        with open(path, "rb") as source, atomic_write(other) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def checksum(state: Mapping[str, Tensor]) -> int:
@@ -304,6 +351,7 @@ class TrainingState:
         best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
         best_step: the update after which that was.
         best: what that evaluation found, by the names of ``evaluation.Evaluation``.
+        best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
         model: float32 weights by the model's names.
         optimizer, precision, log: what these objects keep.
     """
@@ -315,6 +363,7 @@ class TrainingState:
     best_accuracy: float = -1.0
     best_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
+    best_crc32: int = 0
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
@@ -336,6 +385,7 @@ _STATE_KINDS: dict[str, type] = {
     "best_accuracy": float,
     "best_step": int,
     "best": dict,
+    "best_crc32": int,
     "model": dict,
     "optimizer": dict,
     "precision": dict,

@@ -132,7 +132,9 @@ def kind_of(path: str) -> str:
     if text.startswith(b"{"):
         is_index = b"weight_map" in text or path.endswith(".index.json")
         raise ValueError(f"it is the list of several files; {_SHARDS_REMEDY}" if is_index else "it is a JSON text")
-    return "torch"  # files of old have no sign of their own: torch's reader says what it makes of them
+    if not head.startswith(b"\x80"):  # as every pickle does, which PyTorch's files of old are
+        raise ValueError(f"it is neither an .npz nor a .safetensors nor a PyTorch file: it begins with {head[:12]!r}")
+    return "torch"
 
 
 def _kind_of_archive(path: str) -> str:
@@ -213,7 +215,11 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: str) -> dict[str, np.ndarray]:
-    found = _unwrapped(checkpoint.load_torch(path))
+    found = checkpoint.load_torch(path)
+    if isinstance(found, dict) and {"format", "step", "optimizer"} <= found.keys():
+        best = path.removesuffix("_last.pt") if path.endswith("_last.pt") else "<name>"
+        raise ValueError(f"it is a training state, which --resume takes; give the weights: {best}_checkpoint.bin")
+    found = _unwrapped(found)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"it holds no state_dict (names and tensors); {checkpoint.SAVE_REMEDY}")
     if odd := [str(name) for name, x in found.items() if not isinstance(x, Tensor)]:
@@ -226,15 +232,7 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
 
 
 def _unwrapped(value: Any) -> Any:
-    """What programs wrapped a state_dict in, taken off.
-
-    Raises:
-        ValueError: it is a training state of this project, whose weights are not those of its best evaluation.
-    """
-    if isinstance(value, dict) and {"format", "step", "optimizer"} <= value.keys():
-        raise ValueError(
-            "it is a training state (<name>_last.pt), for --resume; give the <name>_checkpoint.bin beside it"
-        )
+    """A state_dict without what programs wrap one in."""
     while isinstance(value, dict):
         inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)), None)
         if inner is None:
