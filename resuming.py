@@ -98,12 +98,23 @@ class BestWeights:
         self.path, self.is_own = path, is_own
 
     def save(self, weights: dict[str, Tensor], description: checkpoint.Description) -> int:
-        """Writes weights and their description; returns the weights' checksum."""
-        if not self.is_own and os.path.exists(self.path):
+        """Writes weights and their description; returns the weights' checksum.
+
+        The same weights need no second name: a run that is killed before its first state computes them again.
+        """
+        weights = {name: x.detach().cpu() for name, x in weights.items()}
+        if not self.is_own and os.path.exists(self.path) and not _holds(self.path, weights):
             kept = checkpoint.keep_earlier(self.path)
             logger.warning("%s was not written by this run; it is kept as %s", self.path, kept)
         self.is_own = True
         return checkpoint.save_weights(self.path, weights, description)
+
+
+def _holds(path: str, weights: dict[str, Tensor]) -> bool:
+    try:
+        return checkpoint.checksum(checkpoint.load_weights(path)) == checkpoint.checksum(weights)
+    except ValueError:  # damaged, or somebody else's
+        return False
 
 
 def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> bool:
