@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 
+from models import hub
 from models.configs import DEMO, GOOGLE_NAMES, canonical_name
 
 BUCKET = "https://storage.googleapis.com/vit_models"
@@ -41,7 +42,9 @@ UPSTREAMS: dict[str, dict[str, str]] = {
         "imagenet21k+imagenet2012": {
             name: f"imagenet21k+imagenet2012/{name}"
             for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
-        },
+        }
+        # Google's vit_jax.ipynb lists it.
+        | {"R50-ViT-B_16": "imagenet21k+imagenet2012/R50+ViT-B_16"},
         "augreg": {
             "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
             "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
@@ -61,6 +64,12 @@ def upstreams(name: str) -> list[str]:
 def file_name(upstream: str, name: str) -> str:
     """What a file of ``UPSTREAMS`` is called here, such as imagenet21k_ViT-B_32.npz."""
     return f"{upstream.split('+')[-1]}_{name}.npz"
+
+
+def run_names(model_type: str) -> list[str]:
+    """What files of other AugReg runs than Google's recommended one are called here that the hub has of a model."""
+    name = canonical_name(model_type)
+    return [run for files in UPSTREAMS.values() if name in files and (run := hub.other_run(files[name])) is not None]
 
 
 def find(path: str, model_type: str) -> str:

@@ -20,7 +20,7 @@ FILES = sorted(
 )
 
 #: What a user installs; Pillow comes with torchvision.  NVIDIA's apex is optional.
-RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "PIL", "apex"}
+RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "safetensors", "huggingface_hub", "PIL", "apex"}
 
 
 def module_name(path: Path) -> str:
@@ -65,7 +65,7 @@ def allowed(path: Path) -> set[str]:
     if name == "models.npz":
         return {"models.configs", "models.published"}
     if name == "models.published":
-        return {"models.configs"}
+        return {"models.configs", "models.hub"}
     if package == "models":
         return set()
     if package == "utils":
