@@ -66,7 +66,10 @@ class Entry(NamedTuple):
         """The .npz's array as our float32 tensor, which shares no memory with it."""
         if not array.dtype.isnative or array.dtype.itemsize > 8:  # torch has no type for it
             array = array.astype(np.float32)
-        x = torch.from_numpy(np.require(array.reshape(self.shape), requirements=["C", "W"])).float()
+        array = array.reshape(self.shape)
+        if min(array.strides, default=0) < 0:  # nor has it strides like these
+            array = array.copy()
+        x = torch.from_numpy(np.require(array, requirements="W")).float()
         if len(self.ours_shape) == 2:  # a transposition, which torch does several times faster than numpy
             x = x.reshape(self.ours_shape[::-1]).t()
         else:
@@ -75,9 +78,14 @@ class Entry(NamedTuple):
 
     def to_array(self, tensor: Tensor, dtype: type[np.generic]) -> np.ndarray:
         """Our tensor as the .npz's array."""
-        moved = [self.shape[axis] for axis in self.axes]
-        x = tensor.detach().cpu().float().numpy().reshape(moved).transpose(np.argsort(self.axes))
+        x = self.from_ours(tensor.detach().cpu().float().numpy())
         return np.array(x, dtype=dtype, order="C")  # a copy: training must not change it
+
+    def from_ours(self, array: np.ndarray) -> np.ndarray:
+        """An array of our tensor's shape as one of the .npz's, which shares its memory."""
+        if self.google == POSITIONS:  # of any grid
+            return array
+        return array.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
 
 
 def _entry(google: str, ours: str, shape: tuple[int, ...]) -> Entry:
@@ -296,7 +304,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
         arrays[entry.google] = array = weights[name]
         if not np.issubdtype(array.dtype, np.floating):
             wrong.append(f"{name}: expected floating-point numbers, found {array.dtype}")
-        elif not _fits(entry, array.shape):
+        elif not fits(entry, array.shape):
             wrong.append(f"{name}: expected {expected}, found {array.shape}")
         elif not np.isfinite(array).all() or (array.dtype.itemsize > 4 and np.abs(array).max() > FLOAT32_MAX):
             wrong.append(f"{name}: it holds NaN, infinity or what float32 cannot hold")
@@ -319,13 +327,13 @@ def first_faults(faults: list[str]) -> str:
 def _hint(weights: Mapping[str, np.ndarray], spelling: Spelling, config: ViTConfig) -> str:
     """Names the model that a checkpoint is of, if it is a known one and not this one."""
 
-    def fits(other: ViTConfig) -> bool:
+    def is_of(other: ViTConfig) -> bool:
         entries = ((spelling.spell(entry.google), entry) for entry in layout(other, other.stride))
-        return all(name in weights and _fits(entry, weights[name].shape) for name, entry in entries)
+        return all(name in weights and fits(entry, weights[name].shape) for name, entry in entries)
 
-    if fits(config):
+    if is_of(config):
         return ""
-    return next((f"; it fits --model_type {name}" for name, other in CONFIGS.items() if fits(other)), "")
+    return next((f"; it fits --model_type {name}" for name, other in CONFIGS.items() if is_of(other)), "")
 
 
 def to_state_dict(
@@ -345,7 +353,8 @@ def to_state_dict(
     return {entry.ours: entry.to_tensor(arrays[entry.google]) for entry in layout(config, img_size, num_classes)}
 
 
-def _fits(entry: Entry, shape: tuple[int, ...]) -> bool:
+def fits(entry: Entry, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be the entry's; position embeddings may be of any square grid."""
     if entry.google == POSITIONS:
         square = len(shape) == 3 and shape[1] > 1 and round((shape[1] - 1) ** 0.5) ** 2 == shape[1] - 1
         return square and (shape[0], shape[2]) == (1, entry.shape[2])

@@ -64,6 +64,8 @@ def allowed(path: Path) -> set[str]:
         return {"models.configs", "models.dropout", "models.modeling_resnet", "models.npz"}
     if name == "models.npz":
         return {"models.configs", "models.published"}
+    if name == "models.layouts":
+        return {"models.configs", "models.npz"}
     if name == "models.published":
         return {"models.configs", "models.hub"}
     if package == "models":

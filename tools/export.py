@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import npz
+from models import layouts, npz
 from models.configs import ViTConfig
 from models.modeling import LAYER_NORM_EPS, VisionTransformer
 from tools import cli, finetuned
@@ -170,71 +169,17 @@ def require(*packages: str) -> None:
 
 # ---- names ----
 
-#: Our names of parts and others', as patterns that are tried on a whole name; what is in neither stays.
-_TIMM_NAMES = (
-    (r"transformer\.embeddings\.hybrid_model\.root\.conv\.", "patch_embed.backbone.stem.conv."),
-    (r"transformer\.embeddings\.hybrid_model\.root\.gn\.", "patch_embed.backbone.stem.norm."),
-    (r"transformer\.embeddings\.patch_embeddings\.", "patch_embed.proj."),
-    (r"transformer\.embeddings\.position_embeddings", "pos_embed"),
-    (r"transformer\.embeddings\.cls_token", "cls_token"),
-    (r"transformer\.encoder\.layer\.(\d+)\.attention_norm\.", r"blocks.\1.norm1."),
-    (r"transformer\.encoder\.layer\.(\d+)\.ffn_norm\.", r"blocks.\1.norm2."),
-    (r"transformer\.encoder\.layer\.(\d+)\.ffn\.", r"blocks.\1.mlp."),
-    (r"transformer\.encoder\.layer\.(\d+)\.attn\.out\.", r"blocks.\1.attn.proj."),
-    (r"transformer\.encoder\.layer\.(\d+)\.attn\.", r"blocks.\1.attn."),
-    (r"transformer\.encoder\.encoder_norm\.", "norm."),
-)
-_HF_NAMES = (
-    (r"transformer\.embeddings\.patch_embeddings\.", "vit.embeddings.patch_embeddings.projection."),
-    (r"transformer\.embeddings\.", "vit.embeddings."),
-    (r"transformer\.encoder\.layer\.(\d+)\.attention_norm\.", r"vit.layers.\1.layernorm_before."),
-    (r"transformer\.encoder\.layer\.(\d+)\.ffn_norm\.", r"vit.layers.\1.layernorm_after."),
-    (r"transformer\.encoder\.layer\.(\d+)\.ffn\.", r"vit.layers.\1.mlp."),
-    (r"transformer\.encoder\.layer\.(\d+)\.attn\.(.)\w*\.", r"vit.layers.\1.attention.\2_proj."),
-    (r"transformer\.encoder\.encoder_norm\.", "vit.layernorm."),
-    (r"head\.", "classifier."),
-)
-_UNIT = r"transformer\.embeddings\.hybrid_model\.body\.block(\d+)\.unit(\d+)\."
-_UNIT_PARTS = {"conv": "conv", "gn": "norm", "downsample.": "downsample.conv.", "gn_proj.": "downsample.norm."}
-
-
-def renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
-    """A name in another library's words."""
-    for ours, theirs in names:
-        name, count = re.subn(f"^{ours}", theirs, name)
-        if count:
-            break
-    return name
-
 
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain model's state_dict with the names of transformers 5."""
-    return {renamed(name, _HF_NAMES): x for name, x in state.items()}
+    return layouts.from_ours(state, layouts.HF5)
 
 
 def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict with timm's names; queries, keys and values are one matrix there."""
-    out: dict[str, Tensor] = {}
-    has_stages = any(re.match(_UNIT, name) for name in state)
-    for name, x in state.items():
-        if re.search(r"\.attn\.(key|value)\.", name):
-            continue  # with the query
-        if ".attn.query." in name:
-            x = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
-            name = name.replace("query", "qkv")
-        elif "hybrid_model" in name and x.ndim == 4:
-            x = for_timms_standardisation(x)
-        unit = re.match(_UNIT, name)
-        if unit:
-            rest = name[unit.end() :]
-            ours = max((part for part in _UNIT_PARTS if rest.startswith(part)), key=len)
-            theirs = f"patch_embed.backbone.stages.{int(unit[1]) - 1}.blocks.{int(unit[2]) - 1}."
-            out[theirs + _UNIT_PARTS[ours] + rest[len(ours) :]] = x
-        else:
-            theirs = renamed(name, _TIMM_NAMES)
-            # a stem that is only the root has no name of its own
-            out[theirs if has_stages else theirs.replace("backbone.stem.", "backbone.")] = x
-    return out
+    kernels = {name: x for name, x in state.items() if "hybrid_model" in name and x.ndim == 4}
+    standardised = {name: for_timms_standardisation(x) for name, x in kernels.items()}
+    return layouts.from_ours({**state, **standardised}, layouts.TIMM)
 
 
 def for_timms_standardisation(kernel: Tensor) -> Tensor:

@@ -1,0 +1,254 @@
+"""Other programs' layouts of a Vision Transformer's weights, and the way from each to Google's.
+
+Everything that is not Google's is converted to Google's names at the door, so that the rest of the program knows one
+pretrained format.  PyTorch's layouts all store the same tensors under other names (timm joins queries, keys and
+values), so each is a table of names beside this project's own.  big_vision's files are Flax's, as Google's are.
+
+Sources: timm (``models/vision_transformer.py``, ``models/resnetv2.py``), transformers 4 and 5 (``models/vit``),
+github.com/google-research/big_vision (``models/vit.py``).  This module must not read files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import npz
+from models.configs import CONFIGS, ViTConfig
+
+#: Patterns of this project's names and what they become, tried in turn on a whole name.
+Names = tuple[tuple[str, str], ...]
+
+_BLOCK, _STEM = r"transformer\.encoder\.layer\.(\d+)\.", r"transformer\.embeddings\.hybrid_model\."
+_TIMM_NAMES: Names = (
+    (_STEM + r"root\.conv\.", "patch_embed.backbone.stem.conv."),
+    (_STEM + r"root\.gn\.", "patch_embed.backbone.stem.norm."),
+    (r"transformer\.embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"transformer\.embeddings\.position_embeddings", "pos_embed"),
+    (r"transformer\.embeddings\.cls_token", "cls_token"),
+    (_BLOCK + r"attention_norm\.", r"blocks.\1.norm1."),
+    (_BLOCK + r"ffn_norm\.", r"blocks.\1.norm2."),
+    (_BLOCK + r"ffn\.", r"blocks.\1.mlp."),
+    (_BLOCK + r"attn\.out\.", r"blocks.\1.attn.proj."),
+    (_BLOCK + r"attn\.(?:query|key|value)\.", r"blocks.\1.attn.qkv."),
+    (r"transformer\.encoder\.encoder_norm\.", "norm."),
+)
+_HF_ENDS: Names = (
+    (r"transformer\.embeddings\.patch_embeddings\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"transformer\.embeddings\.", "vit.embeddings."),
+    (r"transformer\.encoder\.encoder_norm\.", "vit.layernorm."),
+    (r"head\.", "classifier."),
+)
+#: What the hub's files have, and what ``save_pretrained`` of transformers 4 and 5 writes.
+_HF_NAMES: Names = (
+    (_BLOCK + r"attention_norm\.", r"vit.encoder.layer.\1.layernorm_before."),
+    (_BLOCK + r"ffn_norm\.", r"vit.encoder.layer.\1.layernorm_after."),
+    (_BLOCK + r"ffn\.fc1\.", r"vit.encoder.layer.\1.intermediate.dense."),
+    (_BLOCK + r"ffn\.fc2\.", r"vit.encoder.layer.\1.output.dense."),
+    (_BLOCK + r"attn\.out\.", r"vit.encoder.layer.\1.attention.output.dense."),
+    (_BLOCK + r"attn\.", r"vit.encoder.layer.\1.attention.attention."),
+    *_HF_ENDS,
+)
+#: What transformers 5 calls its weights in ``state_dict()``, as this project's exports once did.
+_HF5_NAMES: Names = (
+    (_BLOCK + r"attention_norm\.", r"vit.layers.\1.layernorm_before."),
+    (_BLOCK + r"ffn_norm\.", r"vit.layers.\1.layernorm_after."),
+    (_BLOCK + r"ffn\.", r"vit.layers.\1.mlp."),
+    (_BLOCK + r"attn\.(.)\w*\.", r"vit.layers.\1.attention.\2_proj."),
+    *_HF_ENDS,
+)
+_UNIT = re.compile(_STEM + r"body\.block(\d+)\.unit(\d+)\.")
+_UNIT_PARTS = {"conv": "conv", "gn": "norm", "downsample.": "downsample.conv.", "gn_proj.": "downsample.norm."}
+
+
+class Layout(NamedTuple):
+    """How a program names a model's tensors, whose shapes are this project's.
+
+    Attributes:
+        program: whose layout it is, for messages.
+        names: its names beside this project's; what no pattern matches is called as here.
+        marker: begins names that only this layout has.
+        prefix: begins the names of a model with a head; a model without one may lack it.
+        head: begins the names of the head.
+        unused: what this project's models do without, as a pattern of whole names.
+    """
+
+    program: str
+    names: Names
+    marker: str
+    prefix: str = ""
+    head: str = "head."
+    unused: str = "$."
+
+    def name(self, ours: str, has_stages: bool = True) -> str:
+        """The layout's name of what this project calls ``ours``.
+
+        Args:
+            ours: a name of the state_dict.
+            has_stages: False for a hybrid whose stem is only the root, for which timm has no name.
+        """
+        unit = _UNIT.match(ours)
+        if unit and self is TIMM:
+            rest = ours[unit.end() :]
+            part = max((part for part in _UNIT_PARTS if rest.startswith(part)), key=len)
+            stage, block = int(unit[1]) - 1, int(unit[2]) - 1
+            return f"patch_embed.backbone.stages.{stage}.blocks.{block}.{_UNIT_PARTS[part]}{rest[len(part) :]}"
+        for pattern, theirs in self.names:
+            if re.match(pattern, ours):
+                ours = re.sub(pattern, theirs, ours)
+                break
+        return ours if has_stages else ours.replace("backbone.stem.", "backbone.")
+
+    def short(self, name: str) -> str:
+        """A name of this layout without what a model without a head lacks."""
+        return name.removeprefix(self.prefix)
+
+    def entries(self, config: ViTConfig, num_classes: int | None = None) -> dict[str, list[npz.Entry]]:
+        """A model's arrays by the layout's short names: several for one name where they are joined there."""
+        found: dict[str, list[npz.Entry]] = {}
+        for entry in npz.layout(config, config.stride, num_classes):
+            name = self.short(self.name(entry.ours, config.resnet_units != ()))
+            found.setdefault(name, []).append(entry)
+        return found
+
+
+_POOLER = r"pooler\.dense\.(weight|bias)"
+OURS = Layout("this project", (), "transformer.")
+TIMM = Layout("timm", _TIMM_NAMES, "blocks.", unused=r"pre_logits\.fc\.(weight|bias)")
+HF = Layout("transformers", _HF_NAMES, "encoder.layer.", "vit.", "classifier.", _POOLER)
+HF5 = Layout("transformers", _HF5_NAMES, "layers.", "vit.", "classifier.", _POOLER)
+LAYOUTS = (OURS, TIMM, HF, HF5)
+
+
+def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Renames a state_dict of this project's; queries, keys and values are joined where the layout joins them."""
+    has_stages = any(_UNIT.match(name) for name in state)
+    parts: dict[str, list[Tensor]] = {}
+    for name, x in state.items():
+        parts.setdefault(layout.name(name, has_stages), []).append(x)
+    return {name: x[0] if len(x) == 1 else torch.cat(x) for name, x in parts.items()}
+
+
+# ---- to Google's ----
+
+
+def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, np.ndarray]:
+    """Converts a model's arrays from any layout to Google's names and shapes, exactly.
+
+    Args:
+        arrays: numbers by the names of the file they come from; they are not copied.
+        config: the architecture.
+
+    Returns:
+        Arrays by Google's names, with a head and pre_logits where there are any.  What has Google's names already
+        comes back as it is, for ``npz.match`` to look through.
+
+    Raises:
+        ValueError: they are another model's, or have parts that this project's models have no place for.
+    """
+    if any(name.endswith(("/kernel", "/scale")) for name in arrays):
+        return _from_flax(arrays)
+    layout = _detect(arrays)
+    files = {layout.short(name): name for name in arrays}
+    entries = layout.entries(config, _num_classes(arrays, layout))
+    unused = [name for name in files if re.fullmatch(layout.unused, name) or name.startswith(layout.head)]
+    wrong = [f"{files[name]}: not in this model" for name in files if name not in entries and name not in unused]
+    wrong += [
+        fault
+        for name, parts in entries.items()
+        if (fault := _fault(files.get(name, name), parts, arrays.get(files.get(name, name))))
+    ]
+    if wrong:
+        raise ValueError(f"{npz.first_faults(wrong)}{_hint(arrays, layout, config)}")
+    found: dict[str, np.ndarray] = {}
+    for name, parts in entries.items():
+        thirds = np.split(arrays[files[name]], len(parts))
+        found |= {entry.google: entry.from_ours(x) for entry, x in zip(parts, thirds)}
+    if layout is TIMM and "pre_logits.fc.weight" in arrays:
+        found["pre_logits/kernel"] = arrays["pre_logits.fc.weight"].T
+        found["pre_logits/bias"] = arrays["pre_logits.fc.bias"]
+    return found
+
+
+def _detect(arrays: Mapping[str, np.ndarray]) -> Layout:
+    """Finds the layout whose names the arrays have.
+
+    Raises:
+        ValueError: it is none that is known.
+    """
+    for layout in LAYOUTS:
+        if any(layout.short(name).startswith(layout.marker) for name in arrays):
+            return layout
+    names = ", ".join(list(arrays)[:3])
+    raise ValueError(
+        f"its names ({names}, ...) are none of Google's, timm's, transformers' or this project's Vision Transformers"
+    )
+
+
+def _num_classes(arrays: Mapping[str, np.ndarray], layout: Layout) -> int | None:
+    """Outputs of the head in a file; None without one."""
+    bias = arrays.get(f"{layout.head}bias")
+    return None if bias is None or bias.ndim != 1 else len(bias)
+
+
+def _fault(name: str, parts: list[npz.Entry], array: np.ndarray | None) -> str | None:
+    """Says what is wrong with the array that a file has under a name, if anything."""
+    entry = parts[0]
+    expected = str((len(parts) * entry.ours_shape[0], *entry.ours_shape[1:]))
+    if entry.google == npz.POSITIONS:
+        expected = f"(1, 1 + n * n, {entry.ours_shape[2]})"
+    if array is None:
+        return f"{name}: expected {expected}, not in the file"
+    fits = npz.fits(entry, array.shape) if entry.google == npz.POSITIONS else str(array.shape) == expected
+    return None if fits else f"{name}: expected {expected}, found {array.shape}"
+
+
+def _hint(arrays: Mapping[str, np.ndarray], layout: Layout, config: ViTConfig) -> str:
+    """Names the model whose arrays a file has, if that is a known one and not this one."""
+    files = {layout.short(name): array for name, array in arrays.items()}
+
+    def is_of(other: ViTConfig) -> bool:
+        entries = layout.entries(other)
+        return not any(_fault(name, parts, files.get(name)) for name, parts in entries.items())
+
+    if is_of(config):
+        return ""
+    return next((f"; it fits --model_type {name}" for name, other in CONFIGS.items() if is_of(other)), "")
+
+
+# ---- big_vision's ----
+
+_SCANNED = "Transformer/encoderblock/"
+
+
+def _from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Converts big_vision's arrays to Google's names; other Flax files come back as they are.
+
+    big_vision adds the position embeddings before the class token is put in front of the patches, so its class token
+    has none, which is the same as zeros.  Its blocks may be stacked along the first axis (``scan=True``).
+
+    Raises:
+        ValueError: the model pools its tokens in another way than by a class token.
+    """
+    if any("/MAPHead_" in f"/{name}" for name in arrays):
+        raise ValueError("it is a model of big_vision with a pooling head (pool_type=map), which has no class token")
+    own = [name.removesuffix("pos_embedding") for name in arrays
+           if re.search(r"(^|/)pos_embedding$", name) and "posembed_input" not in name]  # fmt: skip
+    prefix = next((prefix for prefix in own if f"{prefix}embedding/kernel" in arrays), None)
+    if prefix is None:
+        return dict(arrays)
+    found = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    if "cls" not in found:
+        raise ValueError("it is a model of big_vision that averages its tokens (pool_type=gap), without a class token")
+    positions = found.pop("pos_embedding")  # (1, n * n, D)
+    if positions.ndim == 3:
+        found[npz.POSITIONS] = np.concatenate((np.zeros_like(positions[:, :1]), positions), axis=1)
+    for name in [name for name in found if name.startswith(_SCANNED)]:
+        stacked, rest = found.pop(name), name.removeprefix(_SCANNED)
+        found |= {f"Transformer/encoderblock_{i}/{rest}": x for i, x in enumerate(stacked)}
+    return found
