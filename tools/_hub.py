@@ -15,9 +15,8 @@ import sys
 from typing import Any
 
 from tools._transfer import CHUNK_BYTES, SourceError
+from utils.weights import FOLDER_FILES as FILES
 
-#: What a repository's weights are called, the best first: the first needs no unpickling.
-FILES = ("model.safetensors", "pytorch_model.bin")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
