@@ -130,8 +130,8 @@ def explain(library: Any, repository: str, error: BaseException, missing: bool) 
         return f"{place} has none of {', '.join(FILES)}"
     if status is not None:
         return f"the server answered {status} for {place}"
-    told = (str(cause).splitlines() or [""])[0]
-    return f"{place} could not be fetched whole ({told or type(cause).__name__}); the same command starts it again"
+    told = (str(cause).splitlines() or [""])[0].split(". ")[0]
+    return f"{place} could not be fetched ({told or type(cause).__name__}); the same command starts it again"
 
 
 def fault_of(library: Any, repository: str, path: str) -> str | None:

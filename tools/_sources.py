@@ -90,21 +90,16 @@ def left_over(file: Download) -> str:
     return f"; {file.part} stays, and the same command goes on with it" if file.offset() else ""
 
 
-def from_google(wanted: Wanted, base_url: str, patient: bool) -> None:
+def from_google(file: Download) -> None:
     """Brings a file from Google's bucket or a mirror of it.
 
     Raises:
         SourceError: the server does not give it.
         OSError: it cannot be written.
     """
-    file = Download(google_url(base_url, wanted), wanted.path, patient=patient)
-    try:
-        fetch(file)
-        file.finish()
-    except OSError as e:
-        kind = SourceError if isinstance(e, SourceError) else OSError
-        raise kind(f"{e}{left_over(file)}") from e
-    print(f"{wanted.path}: {os.path.getsize(wanted.path):,} bytes")
+    fetch(file)
+    file.finish()
+    print(f"{file.path}: {os.path.getsize(file.path):,} bytes")
 
 
 def from_hub(wanted: Wanted) -> None:
@@ -187,11 +182,11 @@ def from_url(url: str, path: str, model_type: str) -> None:
     print(f"{path}: {os.path.getsize(path):,} bytes{lacks}")
 
 
-def by_hand(wanted: Wanted, base_url: str) -> str:
-    """What to do where no source gives a file."""
+def by_hand(wanted: Wanted, url: str) -> str:
+    """What to do where no source gives a file, which would be at ``url`` in Google's bucket."""
     repository = hub.repository(wanted.google)
     convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", wanted.path)
-    places = f"{google_url(base_url, wanted)} as {wanted.path}"
+    places = f"{url} as {wanted.path}"
     if repository is not None:
         file = f"{_hub.address(repository)}/resolve/main/{_hub.FILES[0]}"
         places += f", or {file} (or {_hub.FILES[1]})"
@@ -216,20 +211,22 @@ class Sources:
         Raises:
             OSError: no source gives it, or it cannot be written.
         """
-        reasons = []
+        file = Download(google_url(self.base_url, wanted), wanted.path, patient=self.source != "auto")
+        reasons = [] if self.refusal is None else [self.refusal]
         if self.source != "hub" and self.refusal is None:
             try:
-                return from_google(wanted, self.base_url, patient=self.source == "google")
+                return from_google(file)
             except SourceError as e:
-                self.refusal = str(e)
+                reasons.append(str(e))
                 if self.source == "auto":
+                    self.refusal = str(e)
                     print(f"{self.refusal}: the Hugging Face hub is taken from here on", file=sys.stderr)
-        if self.refusal is not None:
-            reasons.append(self.refusal)
+            except OSError as e:
+                raise OSError(f"{e}{left_over(file)}") from e
         if self.source != "google":
             try:
                 return from_hub(wanted)
             except SourceError as e:
                 reasons.append(str(e))
-        remedy = "" if self.source == "google" and self.base_url != BUCKET else f"; {by_hand(wanted, self.base_url)}"
-        raise OSError(f"{'; '.join(reasons)}{remedy}")
+        remedy = "" if self.source == "google" and self.base_url != BUCKET else f"; {by_hand(wanted, file.remote.url)}"
+        raise OSError(f"{'; '.join(reasons)}{left_over(file)}{remedy}")

@@ -179,9 +179,10 @@ class Download:
                 raise SourceError(f"the certificate of {url} cannot be verified ({e.reason})") from e
             kind = SilentError if isinstance(e.reason, TimeoutError) else TransientError
             raise kind(f"{url} cannot be reached ({e.reason})") from e
+        except TimeoutError as e:
+            raise SilentError(f"{url} gives no answer (not a byte within {TIMEOUT_SECS:g} s)") from e
         except (OSError, http.client.HTTPException) as e:
-            kind = SilentError if isinstance(e, TimeoutError) else TransientError
-            raise kind(f"{url} gives no answer ({e or type(e).__name__})") from e
+            raise TransientError(f"{url} gives no answer ({e or type(e).__name__})") from e
         with response:
             self.receive(response, offset)
 
@@ -285,7 +286,7 @@ def open_in_time(request: urllib.request.Request) -> Any:
     thread.start()
     thread.join(TIMEOUT_SECS)
     if not outcome:
-        raise TimeoutError(f"not a byte within {TIMEOUT_SECS:g} s")
+        raise TimeoutError
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
