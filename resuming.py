@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flags import checkpoint_path, last_path, log_dir, report_path
+from flags import checkpoint_path, last_path, log_dir, make_parser, report_path
 from models.configs import ViTConfig, canonical_name
 from utils import checkpoint, datasets, dist_util
 from utils.metrics import TrainingLog
@@ -27,16 +27,23 @@ logger = logging.getLogger("train")
 
 #: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
 RESULT_FLAGS = (
-    "pretrained_dir", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
+    "zero_head", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
     "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
 )  # fmt: skip
 
 
 def settings(
-    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision
+    args: argparse.Namespace, pretrained: str, config: ViTConfig, data: datasets.DataSets, precision: Precision
 ) -> dict[str, Any]:
-    """What decides on a run's result: a run goes on only under the same."""
+    """What decides on a run's result: a run goes on only under the same.
+
+    Args:
+        args: the flags.
+        pretrained: the weights that the run starts from, given or found.
+        config, data, precision: what is trained, on what, in which number formats.
+    """
     return {
+        "--pretrained_dir": pretrained,
         "--model_type": canonical_name(args.model_type),
         "--dataset": f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}",
         **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
@@ -114,7 +121,8 @@ def begin(
     """
     if state is None:
         return checkpoint.TrainingState(now, here)
-    was = dict(state.settings)
+    # A flag that is younger than the state had its default's effect.
+    was = {name: make_parser().get_default(name.removeprefix("--")) for name in now} | state.settings
     if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
                        n, args.num_steps)  # fmt: skip

@@ -5,10 +5,10 @@ Sources, and what confirms each row:
 * ``augreg_in21k``: timm's own configuration names Google's file (``timm.get_pretrained_cfg(...).url``).
 * ``orig_in21k``: timm's tag.  The model cards say "Pretrained on ImageNet-21k in JAX by paper authors, ported to
   PyTorch by Ross Wightman" and "does not have a classification head" (read for B_16, B_32, L_16 and L_32).
-* ``orig_in21k_ft_in1k``: timm's tag, and that the hub's sizes (346, 347, 396 MB, 1.23 GB) are those of Google's files in
-  its listing (``vit_jax.ipynb`` of github.com/google-research/vision_transformer: 330.29, 331.4, 377.57 MiB, 1.14 GiB).
-* ``google/vit-...``: the cards ("converted from JAX by Ross Wightman") and the sizes in the same way (353 MB, 1.22 GB,
-  1.22 GB; 336.89 MiB, 1.13 GiB, 1.14 GiB).  The two large ones have a ``pytorch_model.bin`` only.
+* ``orig_in21k_ft_in1k``: timm's tag, and the sizes: 346, 347 and 396 MB and 1.23 GB on the hub, and 330.29, 331.4 and
+  377.57 MiB and 1.14 GiB in Google's listing (``vit_jax.ipynb`` of github.com/google-research/vision_transformer).
+* ``google/vit-...``: the cards (the weights were converted from JAX by Ross Wightman), and the sizes in the same way:
+  353 MB and twice 1.22 GB; 336.89 MiB, 1.13 and 1.14 GiB.  The two large ones have a ``pytorch_model.bin`` only.
 
 No row has been compared array by array with Google's file: that takes the bucket, which answered 403 in 2026.
 

@@ -20,7 +20,8 @@ def test_these_are_the_tools():
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_help_has_examples_that_the_tool_takes(name, capsys):
+def test_help_has_examples_that_the_tool_takes(name, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     tool = importlib.import_module(f"tools.{name}")
     with pytest.raises(SystemExit) as ended:
         tool.main(["--help"])

@@ -522,8 +522,8 @@ def test_the_readmes_command_and_the_training_after_it(folder, tmp_path, monkeyp
     assert "the Hugging Face hub is taken" in line
     assert_same_weights(tmp_path / "checkpoint" / "augreg_ViT-Ti_16.npz", google_arrays("ViT-Ti_16"), ["pre_logits"])
     monkeypatch.chdir(tmp_path)
-    flags = ["--name", "x", "--dataset", str(folder), "--model_type", "ViT-Ti_16", "--img_size", "32", "--device", "cpu",
-             "--pretrained_dir", "checkpoint/augreg_ViT-Ti_16.npz", "--num_steps", "2",
-             "--train_batch_size", "8"]  # fmt: skip
+    flags = ["--name", "x", "--dataset", str(folder), "--model_type", "ViT-Ti_16", "--img_size", "32",
+             "--pretrained_dir", "checkpoint/augreg_ViT-Ti_16.npz", "--num_steps", "2", "--train_batch_size", "8",
+             "--device", "cpu"]  # fmt: skip
     assert train.main(flags) == 0
     assert (tmp_path / "output" / "x_checkpoint.bin").exists()

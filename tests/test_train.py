@@ -605,7 +605,7 @@ def _file_in_the_way():
 BAD_INPUT = {
     "missing npz": (
         lambda: ["--model_type", "ViT-B_32", "--pretrained_dir", "checkpoint/imagenet21k_ViT-B_32.npz"],
-        ["checkpoint/imagenet21k_ViT-B_32.npz", "python -m tools.download ViT-B_32"],
+        ["checkpoint/imagenet21k_ViT-B_32.npz", "tools/download.py ViT-B_32"],
     ),
     "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
     "no npz": (_not_npz, ["text.npz", "not an .npz archive"]),
@@ -663,6 +663,22 @@ def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, cap
         assert words in error[-1]
     created = set(map(str, Path().rglob("*"))) - set(before)
     assert not [p for p in created if Path(p).is_file()]
+
+
+@pytest.mark.parametrize("missing", [["--pretrained_dir", "checkpoint/nosuch.npz"], ["-v"]])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: os.rename("pets/test", "pets/tests"), "--dataset pets needs the folders"),
+        (lambda: os.mkdir("pets/train/wasp"), "pets/train/wasp holds no picture"),
+    ],
+)
+def test_a_folder_without_the_layout_is_told_before_weights_are_asked_for(capsys, missing, wrong, words):
+    write_pictures("pets")
+    wrong()
+    assert train.main(["--name", "a", *TINY, *SHORT, "--dataset", "pets", *missing]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert words in error
 
 
 def test_a_checkpoint_of_another_size_names_the_size_it_was_trained_for(checkpoint, capsys):

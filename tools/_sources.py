@@ -6,7 +6,6 @@ What comes in another layout is converted to Google's .npz.  This module must no
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import urllib.parse
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models import hub, layouts, npz
+from models.commands import tool_command
 from models.configs import CONFIGS
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import _hub
@@ -68,11 +68,6 @@ class Wanted:
 def google_url(base_url: str, wanted: Wanted) -> str:
     """Where a file is in Google's bucket, or in a mirror of it."""
     return f"{base_url.rstrip('/')}/{urllib.parse.quote(f'{wanted.google}.npz', safe='/+')}"
-
-
-def tool_command(name: str, *words: str) -> str:
-    """The command line of one of the tools."""
-    return shlex.join(["python", "-m", f"tools.{name}", *words])
 
 
 def fetch(file: Download) -> None:
@@ -152,8 +147,12 @@ def convert(source: str, path: str, model_type: str) -> list[str]:
         OSError: it cannot be written.
     """
     config = CONFIGS[model_type]
-    arrays = layouts.to_google(weights.read(source).arrays, config)
-    npz.match(arrays, config)
+    found = layouts.to_google(weights.read(source).arrays, config)
+    arrays = dict(npz.match(found, config, npz.num_classes(found)))
+    spelling = npz.Spelling.of(found)
+    layer = ("pre_logits/kernel", "pre_logits/bias")  # no model here has it, but Google's files of imagenet21k do
+    arrays |= {name: found[spelled] for name in layer if (spelled := spelling.spell(name)) in found}
+    del found
     names = sorted(arrays, key=lambda name: name.split("/"))  # as Google's files are
     with checkpoint.atomic_write(path) as f:
         npz.write(f, {name: np.ascontiguousarray(arrays.pop(name)) for name in names})

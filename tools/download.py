@@ -19,6 +19,9 @@ import os
 import sys
 import urllib.parse
 
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
 from models import hub
 from models.configs import CONFIGS, canonical_name
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams

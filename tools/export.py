@@ -24,7 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import layouts, npz
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from models import commands, layouts, npz
 from models.configs import ViTConfig
 from models.modeling import LAYER_NORM_EPS, VisionTransformer
 from tools import cli, finetuned
@@ -67,7 +70,7 @@ def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
     with checkpoint.atomic_write(path) as f:
         npz.write(f, npz.from_state_dict(model.state_dict(), model.config, model.img_size))
     gelu = f"replace(CONFIGS[{loaded.model_type!r}], gelu={model.config.gelu!r})"
-    return (
+    return commands.import_lines() + (
         "from dataclasses import replace\n"
         "import numpy as np\n"
         "from models.configs import CONFIGS\n"

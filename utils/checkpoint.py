@@ -7,11 +7,13 @@ module does not know models: it keeps what it is told.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import glob
 import json
 import os
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -224,7 +226,7 @@ def _check_archive(path: str) -> None:
             raise ValueError("it would unpack to more than it holds")
 
 
-def _check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
+def check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
     """Raises ValueError for a tensor that is larger than what the file holds of it, or of a special kind."""
     size = os.path.getsize(path)
     for x in tensors:
@@ -234,35 +236,46 @@ def _check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
             raise ValueError(f"it has a tensor of shape {tuple(x.shape)} without that many numbers")
 
 
+SAVE_REMEDY = "save `model.state_dict()` and give that file"
+
+
+def load_torch(path: str) -> Any:
+    """Reads a file of torch.save: tensors and containers of them, and argparse's flags, which trainers put beside.
+
+    Raises:
+        ValueError: it is damaged, or holds anything else, which could run code.  The message begins with "it".
+    """
+    try:
+        _check_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), open(path, "rb") as f:
+            warnings.simplefilter("ignore")  # torch's words on old formats, or on bytes that are none of its own
+            return torch.load(f, map_location="cpu", weights_only=True)  # a path it would judge by its ending
+    except UnpicklingError as e:
+        # torch's own text advises to load the file without safety.
+        raise ValueError(
+            f"it is no checkpoint, or holds more than tensors, which could run code and is not read; {SAVE_REMEDY}"
+        ) from e
+    except Exception as e:  # damaged bytes lead the reader to IndexError, AssertionError, struct.error and more
+        raise ValueError("it is no file of torch.save, or cut off or damaged") from e
+
+
 def load_weights(path: str) -> dict[str, Tensor]:
-    """Reads a state_dict, without the ``module.`` that a data-parallel wrapper puts before names.
+    """Reads a state_dict that this program wrote.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else than tensors.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
+        raise ValueError(f"there is no checkpoint {path}")
     try:
-        _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as e:
-        # torch's own text advises to load the file without safety.
-        raise ValueError(
-            f"{path} is no checkpoint, or holds more than tensors, which could run code and is not read; "
-            "save `model.state_dict()` and give that file"
-        ) from e
-    except Exception as e:  # damaged bytes lead the reader to IndexError, AssertionError, struct.error and more
-        raise ValueError(f"{path} cannot be read as a checkpoint of torch.save; is it cut off or damaged?") from e
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items())
-    if not named or not state:
-        raise ValueError(
-            f"{path} holds no state_dict (names and tensors); save `model.state_dict()` and give that file"
-        )
-    try:
-        _check_tensors(path, state.values())
+        state = load_torch(path)
+        named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items())
+        if not named or not state:
+            raise ValueError(f"it holds no state_dict (names and tensors); {SAVE_REMEDY}")
+        check_tensors(path, state.values())
     except ValueError as e:
         raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from e
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    return state
 
 
 @dataclass
@@ -344,7 +357,7 @@ def load_state(path: str) -> TrainingState:
     try:
         if found.pop("format") != STATE_FORMAT:
             raise ValueError("another version's")
-        _check_tensors(path, _tensors_in(found))
+        check_tensors(path, _tensors_in(found))
         return TrainingState(**found)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} holds no training state of this version; --resume none starts over") from e
