@@ -7,8 +7,9 @@ Sources, and what confirms each row:
   PyTorch by Ross Wightman" and "does not have a classification head" (read for B_16, B_32, L_16 and L_32).
 * ``orig_in21k_ft_in1k``: timm's tag, and the sizes: 346, 347 and 396 MB and 1.23 GB on the hub, and 330.29, 331.4 and
   377.57 MiB and 1.14 GiB in Google's listing (``vit_jax.ipynb`` of github.com/google-research/vision_transformer).
-* ``google/vit-...``: the cards (the weights were converted from JAX by Ross Wightman), and the sizes in the same way:
-  353 MB and twice 1.22 GB; 336.89 MiB, 1.13 and 1.14 GiB.  The two large ones have a ``pytorch_model.bin`` only.
+* ``google/vit-...``: the cards (the weights are timm's, which Ross Wightman converted from JAX), and the sizes in the
+  same way: 353 MB and twice 1.22 GB; 336.89 MiB, 1.13 and 1.14 GiB.  The two large ones have a ``pytorch_model.bin``
+  only.
 
 No row has been compared array by array with Google's file: that takes the bucket, which answered 403 in 2026.
 

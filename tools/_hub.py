@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ def load() -> Any:
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     if not sys.stderr.isatty():  # its bars write many lines into a file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, and would say all twice
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -94,10 +96,12 @@ def take(library: Any, repository: str, force: bool = False) -> str:
 
 
 def origin(error: BaseException) -> BaseException:
-    """What an error was raised from: the library's own say that something happened, and not what."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    """What an error came of: the library's own say that something happened, and not what; requests' wrap urllib3's."""
+    while True:
+        inner = error.__cause__ or getattr(error, "reason", None) or next(iter(error.args), None)
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
 
 
 def status_of(error: BaseException) -> int | None:
@@ -130,7 +134,8 @@ def explain(library: Any, repository: str, error: BaseException, missing: bool) 
         return f"{place} has none of {', '.join(FILES)}"
     if status is not None:
         return f"the server answered {status} for {place}"
-    told = (str(cause).splitlines() or [""])[0].split(". ")[0]
+    told = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
+    told = told.partition("\n")[0].partition(". ")[0]
     return f"{place} could not be fetched ({told or type(cause).__name__}); the same command starts it again"
 
 

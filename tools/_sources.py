@@ -123,7 +123,7 @@ def from_hub(wanted: Wanted) -> None:
         raise SourceError(f"{source} cannot be converted to {wanted.model_type}: {e}") from e
     if wanted.upstream != "imagenet21k":
         missing = [name for name in missing if name != "pre_logits"]  # nor has Google's
-    lacks = f"; without {' and '.join(missing)}, which that file lacks and no training reads" if missing else ""
+    lacks = f"; without {' and '.join(missing)}, which that file lacks and a training does without" if missing else ""
     print(f"{path}: {os.path.getsize(path):,} bytes, converted{lacks}")
     if path == wanted.path:
         Download("", path).forget()  # what came of it from the bucket before
@@ -177,7 +177,7 @@ def from_url(url: str, path: str, model_type: str) -> None:
         file.forget()
         raise ValueError(f"{url} cannot be loaded as {model_type}: {e}") from e
     file.forget()
-    lacks = ", without a head, which no training reads" if "head" in missing else ""
+    lacks = ", without a head, as that file is" if "head" in missing else ""
     print(f"{path}: {os.path.getsize(path):,} bytes{lacks}")
 
 

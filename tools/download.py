@@ -73,10 +73,13 @@ def print_list(to: str) -> None:
         for upstream in upstreams(name):
             path = destination(to, upstream, name)
             google = UPSTREAMS[upstream][name]
-            place = hub.repository(google) or "-"
-            if hub.other_run(google):
+            place, run = hub.repository(google) or "-", hub.other_run(google)
+            state = "there" if os.path.isfile(path) else ""
+            if run is not None:
                 place += " (another run)"
-            rows.append((name, upstream, path, place, "there" if os.path.isfile(path) else ""))
+                if not state and os.path.isfile(os.path.join(to, run)):
+                    state = "another run is there"
+            rows.append((name, upstream, path, place, state))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
