@@ -35,6 +35,7 @@ _PREFIXES = ("", "opt/target/", "opt/target/params/", "params/", "target/")
 _OPTIMIZER_STATE = ("opt/state/", "opt_state/", "state/")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
+_PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
 
 
 class Entry(NamedTuple):
@@ -204,12 +205,11 @@ class Matched(Mapping[str, np.ndarray]):
     They need not be looked through again for a model that needs no others.
 
     Attributes:
-        entries: the arrays.
-        has_pre_logits: the file has a layer before its head, which no model here has.
+        entries: the arrays, but for those of the layer before the head that some files have and no model here.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], entries: list[Entry], has_pre_logits: bool) -> None:
-        self._arrays, self.entries, self.has_pre_logits = arrays, entries, has_pre_logits
+    def __init__(self, arrays: dict[str, np.ndarray], entries: list[Entry]) -> None:
+        self._arrays, self.entries = arrays, entries
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
@@ -256,11 +256,12 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
             wrong.append(f"{name}: it holds NaN, infinity or what float32 cannot hold")
     if wrong:
         raise ValueError(first_faults(wrong) + _hint(weights, spelling, config))
-    known = {*arrays, "head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
+    arrays |= {name: weights[spelled] for name in _PRE_LOGITS if (spelled := spelling.spell(name)) in weights}
+    known = {*arrays, "head/kernel", "head/bias"}
     own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
     if extra := sorted(name for name in own if spelling.historical(name) not in known):
         logger.warning("The .npz holds arrays that the model has no place for: %s", ", ".join(extra))
-    return Matched(arrays, entries, spelling.spell("pre_logits/kernel") in weights)
+    return Matched(arrays, entries)
 
 
 def num_classes(weights: Mapping[str, np.ndarray]) -> int | None:
@@ -306,7 +307,7 @@ def to_state_dict(
         ValueError: an array is missing or has the wrong shape.
     """
     matched = match(weights, config, num_classes)
-    if num_classes is not None and matched.has_pre_logits:
+    if num_classes is not None and _PRE_LOGITS[0] in matched:
         logger.warning("The head was trained behind a pre_logits layer, which this model has not")
     arrays = dict(matched)
     arrays[POSITIONS] = resize_positions(arrays[POSITIONS].astype(np.float32), config.grid_size(img_size))
@@ -367,6 +368,11 @@ def from_state_dict(
     if wrong:
         raise ValueError(first_faults(wrong))
     arrays = {entry.google: entry.to_array(state[entry.ours], dtype) for entry in entries}
+    return in_files_order(arrays)
+
+
+def in_files_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays in the order of Google's files, whose nested dictionaries are sorted at every level."""
     return dict(sorted(arrays.items(), key=lambda item: item[0].split("/")))
 
 

@@ -16,7 +16,7 @@ TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if "__m
 
 
 def test_these_are_the_tools():
-    assert TOOLS == ["attention_map", "download", "export", "predict", "pretrain_demo", "reproduce"]
+    assert TOOLS == ["attention_map", "convert", "download", "export", "predict", "pretrain_demo", "reproduce"]
 
 
 @pytest.mark.parametrize("name", TOOLS)

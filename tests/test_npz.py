@@ -356,7 +356,7 @@ def test_a_complete_file_is_loaded_without_a_warning(config, caplog):
 
 def test_load_reads_a_whole_file(make_npz, caplog):
     arrays = load(make_npz("testing", pre_logits=True, newer_names=True), "testing")
-    expected = fake_npz.arrays(PLAIN)
+    expected = fake_npz.arrays(PLAIN, pre_logits=True)
     assert arrays.keys() == expected.keys()
     assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
     assert not caplog.records

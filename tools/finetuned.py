@@ -32,11 +32,13 @@ class Finetuned:
 
     Attributes:
         classes: their names, in the order of the logits; None where nothing tells them.
+        description: what train.py wrote beside the checkpoint, which flags may have overruled; None without it.
     """
 
     model: VisionTransformer
     model_type: str
     classes: list[str] | None
+    description: checkpoint.Description | None = None
 
     def class_names(self) -> list[str]:
         """The names of the classes.
@@ -87,7 +89,7 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
     if told is None and args.model_type is None:
         raise ValueError(
             f"there is no {checkpoint.description_path(path)} that tells what {path} is of; "
-            "give --model_type, and --img_size and --gelu if they were not the defaults"
+            f"give --model_type {source.model_type}, and --img_size and --gelu if they were not the defaults"
         )
     if told is not None and told.model_type is not None:
         setting(args, told, "model_type", "")  # for its warning
@@ -105,7 +107,7 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
         classes, where = told.classes, f"{told.source} names"
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{path} has {model.num_classes} classes, {where} {len(classes)}")
-    return Finetuned(model.eval(), source.model_type, classes)
+    return Finetuned(model.eval(), source.model_type, classes, None if told is None else told.description)
 
 
 def setting(args: argparse.Namespace, told: Told | None, flag: str, default: Any) -> Any:

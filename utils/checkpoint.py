@@ -121,9 +121,9 @@ class Description:
     Attributes:
         model_type, img_size, gelu: as the flags of the training.
         classes: their names, in the order of the head's outputs.
-        dataset: what they were trained on.
-        step: updates they had.
-        accuracy: on the test pictures, 0 to 1.
+        dataset: what they were trained on; empty where nothing tells it.
+        step: updates they had; 0 where nothing tells it.
+        accuracy: on the test pictures, 0 to 1; -1 where nothing tells it.
     """
 
     model_type: str
@@ -158,19 +158,33 @@ _KINDS: dict[str, Any] = {
 
 
 def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> None:
-    """Writes a plain state_dict, its tensors on the CPU, and its description beside it.
+    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``described_write``."""
+    tensors = {name: x.detach().cpu() for name, x in state.items()}
+    with described_write(path, tensors, description) as f:
+        torch.save(tensors, f)
+
+
+@contextlib.contextmanager
+def described_write(
+    path: str, state: Mapping[str, Tensor], description: Description | None = None
+) -> Iterator[IO[bytes]]:
+    """Opens a file for weights, as ``atomic_write`` does, and writes their description beside it.
 
     The weights are on the disk under a temporary name when the description takes its place, and take
     their own at once after it: a full disk leaves the old pair as it was.  For a kill between the two,
     the description holds a checksum of its weights, by which ``read_description`` knows them.
+
+    Args:
+        path: of the weights.
+        state: what the block writes, on the CPU, by the names that the file has.
+        description: of the weights; None to write none.
     """
-    tensors = {name: x.detach().cpu() for name, x in state.items()}
     with atomic_write(path) as f:
-        torch.save(tensors, f)
+        yield f
         if description is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(description), "crc32": checksum(tensors)}, indent=1, allow_nan=False)
+            text = json.dumps({**asdict(description), "crc32": checksum(state)}, indent=1, allow_nan=False)
             with atomic_write(description_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 

@@ -41,6 +41,7 @@ class Told:
         classes: their names, in the order of the head's outputs.
         num_heads: attention heads.
         mean, std: what images are normalised with, for values from 0 to 1.
+        description: all that this project's own .json tells, where it is that.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Told:
     num_heads: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    description: checkpoint.Description | None = None
 
     def check(self, num_heads: int) -> None:
         """Compares what weights do not show with what this project's models compute.
@@ -78,8 +80,8 @@ def read_told(weights: Weights) -> Told | None:
     """
     description = checkpoint.read_description(weights.path, weights.tensors())
     if description is not None:
-        d = description
-        return Told(checkpoint.description_path(weights.path), d.model_type, d.img_size, d.gelu, d.classes)
+        source, d = checkpoint.description_path(weights.path), description
+        return Told(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
     folder = os.path.dirname(weights.path)
     config = _read_json(os.path.join(folder, "config.json"))
     if weights.path.endswith(".npz") or config is None:
