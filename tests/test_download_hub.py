@@ -542,27 +542,35 @@ def test_flags_that_contradict_each_other_are_one_line(capsys, args, words):
 # ---- the whole way ----
 
 
-def test_the_readmes_command_and_the_training_after_it(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "google"),
+    [
+        ("ViT-Ti_16", "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"),
+        pytest.param("ViT-B_32", "imagenet21k/ViT-B_32", marks=pytest.mark.soak),
+    ],
+)
+def test_the_readmes_command_and_the_training_after_it(folder, tmp_path, monkeypatch, model, google):
     """Google's true address behind a proxy that refuses, the hub a mirror: one line, the file, two steps."""
     import train
 
     with serving(Hub()) as hub, serving(RefusingProxy()) as proxy:
-        hub.add("timm/vit_tiny_patch16_224.augreg_in21k", SAFE, timm_file("ViT-Ti_16", head=True))
+        hub.add(table.REPOSITORIES[google], SAFE, timm_file(model))
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
                     "no_proxy": "127.0.0.1,localhost", "https_proxy": proxy.url,
                     "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "tools.download", "ViT-Ti_16"], cwd=tmp_path, text=True,
+        done = subprocess.run([sys.executable, "-m", "tools.download", model], cwd=tmp_path, text=True,
                               env=os.environ | settings, capture_output=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert proxy.requests == ["storage.googleapis.com:443"]
     (line,) = done.stderr.splitlines()
-    assert "https://storage.googleapis.com/vit_models/augreg/Ti_16" in line
+    assert f"https://storage.googleapis.com/vit_models/{google}.npz" in line
     assert "403" in line
     assert "the Hugging Face hub is taken" in line
-    assert_same_weights(tmp_path / "checkpoint" / "augreg_ViT-Ti_16.npz", google_arrays("ViT-Ti_16"), ["pre_logits"])
+    path = os.path.join("checkpoint", f"{google.split('/')[0]}_{model}.npz")
+    assert_same_weights(tmp_path / path, google_arrays(model))
     monkeypatch.chdir(tmp_path)
-    flags = ["--name", "x", "--dataset", str(folder), "--model_type", "ViT-Ti_16", "--img_size", "32",
-             "--pretrained_dir", "checkpoint/augreg_ViT-Ti_16.npz", "--num_steps", "2", "--train_batch_size", "8",
+    flags = ["--name", "x", "--dataset", str(folder), "--model_type", model, "--img_size", "32",
+             "--pretrained_dir", path, "--num_steps", "2", "--train_batch_size", "8",
              "--device", "cpu"]  # fmt: skip
     assert train.main(flags) == 0
     assert (tmp_path / "output" / "x_checkpoint.bin").exists()

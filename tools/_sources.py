@@ -148,15 +148,10 @@ def convert(source: str, path: str, model_type: str) -> list[str]:
     """
     config = CONFIGS[model_type]
     found = layouts.to_google(weights.read(source).arrays, config)
-    arrays = dict(npz.match(found, config, npz.num_classes(found)))
-    spelling = npz.Spelling.of(found)
-    layer = ("pre_logits/kernel", "pre_logits/bias")  # no model here has it, but Google's files of imagenet21k do
-    arrays |= {name: found[spelled] for name in layer if (spelled := spelling.spell(name)) in found}
-    del found
-    names = sorted(arrays, key=lambda name: name.split("/"))  # as Google's files are
+    arrays = npz.in_files_order(npz.match(found, config, npz.num_classes(found)))
     with checkpoint.atomic_write(path) as f:
-        npz.write(f, {name: np.ascontiguousarray(arrays.pop(name)) for name in names})
-    return [name for name in ("head", "pre_logits") if f"{name}/kernel" not in names]
+        npz.write(f, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return [name for name in ("head", "pre_logits") if f"{name}/kernel" not in arrays]
 
 
 def from_url(url: str, path: str, model_type: str) -> None:
