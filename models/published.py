@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 
+from models import hub
 from models.commands import own_path, tool_command
 from models.configs import DEMO, GOOGLE_NAMES, canonical_name
 
@@ -45,7 +46,9 @@ UPSTREAMS: dict[str, dict[str, str]] = {
         "imagenet21k+imagenet2012": {
             name: f"imagenet21k+imagenet2012/{name}"
             for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
-        },
+        }
+        # Google's vit_jax.ipynb lists it.
+        | {"R50-ViT-B_16": "imagenet21k+imagenet2012/R50+ViT-B_16"},
         "augreg": {
             "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
             "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
@@ -65,6 +68,12 @@ def upstreams(name: str) -> list[str]:
 def file_name(upstream: str, name: str) -> str:
     """What a file of ``UPSTREAMS`` is called here, such as imagenet21k_ViT-B_32.npz."""
     return f"{upstream.split('+')[-1]}_{name}.npz"
+
+
+def run_names(model_type: str) -> list[str]:
+    """What files of other AugReg runs than Google's recommended one are called here that the hub has of a model."""
+    name = canonical_name(model_type)
+    return [run for files in UPSTREAMS.values() if name in files and (run := hub.other_run(files[name])) is not None]
 
 
 #: What marks a folder that another program wrote: its weights (utils/weights.py chooses), or the list of their parts.

@@ -106,7 +106,7 @@ def test_a_remedy_is_a_command_that_works_where_it_is_printed(monkeypatch, tmp_p
     assert words[0] == "python"
     done = start([*words[1:], "--list"], tmp_path)  # the same command, but without the network
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^ViT-B_32 +imagenet21k +my files/ViT-B_32\.npz$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ViT-B_32 +imagenet21k +my files/ViT-B_32\.npz ", done.stdout, re.MULTILINE)
 
 
 def test_the_demos_weights_are_named_as_they_are_reached(monkeypatch, tmp_path):

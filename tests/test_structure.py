@@ -67,7 +67,7 @@ def allowed(path: Path) -> set[str]:
     if name == "models.layouts":
         return {"models.configs", "models.npz"}
     if name == "models.published":
-        return {"models.commands", "models.configs"}
+        return {"models.commands", "models.configs", "models.hub"}
     if package == "models":
         return set()
     if package == "utils":
