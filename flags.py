@@ -68,9 +68,13 @@ def make_parser() -> Parser:
     p.add_argument("--model_type", choices=CONFIGS, default="ViT-B_16", metavar="MODEL", help=", ".join(CONFIGS))
     p.add_argument(
         "--pretrained_dir",
-        default="checkpoint/ViT-B_16.npz",
-        help="Google's .npz file, or a folder that has it; '' trains from random weights",
+        default=None,
+        metavar="PATH",
+        help="weights to start from: Google's .npz, a .safetensors or PyTorch file in the names of timm, transformers "
+        "or this project, or a folder with one; by default MODEL's in checkpoint/; '' trains from random weights",
     )
+    p.add_argument("--zero_head", action="store_true", help="start from a head of zeros, also where the classes of "
+                   "--pretrained_dir are the data set's")  # fmt: skip
     p.add_argument("--output_dir", default="output", help="where checkpoints are written")
     p.add_argument("--img_size", type=int, default=224, help="side of the pictures the model sees, in pixels")
     p.add_argument("--train_batch_size", type=int, default=512, help="pictures of one update, per process")
@@ -111,7 +115,8 @@ def make_parser() -> Parser:
         "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
         help="evaluate a fine-tuned checkpoint instead of training",
     )  # fmt: skip
-    p.add_argument("--load_model_dir", default=None, help="what -v evaluates, if not OUTPUT_DIR/NAME_checkpoint.bin")
+    p.add_argument("--load_model_dir", default=None, help="what -v evaluates, if not OUTPUT_DIR/NAME_checkpoint.bin: a "
+                   "file or folder as for --pretrained_dir, with its head")  # fmt: skip
     return p
 
 
@@ -155,6 +160,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
     if args.load_model_dir is not None and not args.eval_only:
         raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
+    if args.zero_head and (args.eval_only or args.pretrained_dir == ""):
+        logger.warning("--zero_head has no effect without weights to train on from")
     if args.num_workers is None:
         args.num_workers = min(8, hardware.num_cpus())
     if args.num_workers < 0:

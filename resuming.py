@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flags import checkpoint_path, last_path, log_dir, report_path
+from flags import checkpoint_path, last_path, log_dir, make_parser, report_path
 from models.configs import ViTConfig, canonical_name
 from utils import checkpoint, datasets, dist_util
 from utils.metrics import TrainingLog
@@ -27,16 +27,23 @@ logger = logging.getLogger("train")
 
 #: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
 RESULT_FLAGS = (
-    "pretrained_dir", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
+    "zero_head", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
     "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
 )  # fmt: skip
 
 
 def settings(
-    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision
+    args: argparse.Namespace, pretrained: str, config: ViTConfig, data: datasets.DataSets, precision: Precision
 ) -> dict[str, Any]:
-    """What decides on a run's result: a run goes on only under the same."""
+    """What decides on a run's result: a run goes on only under the same.
+
+    Args:
+        args: the flags.
+        pretrained: the weights that the run starts from, given or found.
+        config, data, precision: what is trained, on what, in which number formats.
+    """
     return {
+        "--pretrained_dir": pretrained,
         "--model_type": canonical_name(args.model_type),
         "--dataset": f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}",
         **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
@@ -79,16 +86,70 @@ def resumes_own(args: argparse.Namespace) -> bool:
     return args.resume == "auto" or os.path.realpath(args.resume) == os.path.realpath(last_path(args))
 
 
-def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
-    """Leaves nothing under the run's name that could be taken for its own, and has its best weights there.
+class BestWeights:
+    """The run's ``<name>_checkpoint.bin``.  The first write keeps what another run, or a person, left under its name.
+
+    Args:
+        path: of the weights.
+        is_own: what is there was written by this run.
+    """
+
+    def __init__(self, path: str, is_own: bool) -> None:
+        self.path, self.is_own = path, is_own
+
+    def save(self, weights: dict[str, Tensor], description: checkpoint.Description) -> int:
+        """Writes weights and their description; returns the weights' checksum.
+
+        The same weights need no second name: a run that is killed before its first state computes them again.
+        """
+        weights = {name: x.detach().cpu() for name, x in weights.items()}
+        if not self.is_own and os.path.exists(self.path) and not _holds(self.path, weights):
+            kept = checkpoint.keep_earlier(self.path)
+            logger.warning("%s was not written by this run; it is kept as %s", self.path, kept)
+        self.is_own = True
+        return checkpoint.save_weights(self.path, weights, description)
+
+
+def _holds(path: str, weights: dict[str, Tensor]) -> bool:
+    try:
+        return checkpoint.checksum(checkpoint.load_weights(path)) == checkpoint.checksum(weights)
+    except ValueError:  # damaged, or somebody else's
+        return False
+
+
+def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> bool:
+    """Whether the weights under the run's name are those of the state's best evaluation, or of a later one.
+
+    A later one is found where the run was killed between saving the weights and its state.
+    """
+    path = checkpoint_path(args)
+    if not resumes_own(args) or state.best_accuracy < 0 or not os.path.exists(path):
+        return False
+    if not dist_util.is_main():  # which writes nothing
+        return True
+    try:
+        weights = checkpoint.load_weights(path)
+        if checkpoint.checksum(weights) == state.best_crc32:
+            return True
+        told = checkpoint.read_description(path, weights)
+    except ValueError:  # damaged, or copied without its description
+        return False
+    if told is None or told.model_type != state.settings.get("--model_type"):
+        return False
+    return told.step > state.step or (told.step, told.accuracy) == (state.best_step, state.best_accuracy)
+
+
+def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> BestWeights:
+    """Leaves no state under the run's name that could be taken for its own, and has its best weights there.
 
     A run that replaces another and is killed before its first save must not go on as the other one.
     """
+    best = BestWeights(checkpoint_path(args), wrote_best(args, state))
     if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
         logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
         os.unlink(last_path(args))
-    if state.best_accuracy < 0 or (resumes_own(args) and os.path.exists(checkpoint_path(args))):
-        return
+    if state.best_accuracy < 0 or best.is_own:
+        return best
     source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
     try:
         weights = checkpoint.load_weights(source)
@@ -101,7 +162,8 @@ def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> None
         state.best_accuracy, state.best_step = -1.0, 0
     else:
         if dist_util.is_main():
-            checkpoint.save_weights(checkpoint_path(args), weights, told)
+            best.save(weights, told)
+    return best
 
 
 def begin(
@@ -114,7 +176,8 @@ def begin(
     """
     if state is None:
         return checkpoint.TrainingState(now, here)
-    was = dict(state.settings)
+    # A flag that is younger than the state had its default's effect.
+    was = {name: make_parser().get_default(name.removeprefix("--")) for name in now} | state.settings
     if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
                        n, args.num_steps)  # fmt: skip

@@ -22,15 +22,17 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import loading
 from flags import check_args, checkpoint_path, last_path, log_dir, make_parser
-from models import npz
+from models import published
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
 from resuming import (
+    BestWeights,
     begin,
     check_processes,
     circumstances,
@@ -76,7 +78,7 @@ def train(
     images_per_step = args.train_batch_size * dist_util.world_size()
     evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
     wrapped, start = dist_util.wrap(model), time.perf_counter()
-    take_name(args, state)  # every process is past reading what another run of this name left
+    best_weights = take_name(args, state)  # every process is past reading what another run of this name left
 
     with (
         MetricsWriter(log_dir(args), dist_util.is_main(), logs_to_keep(args, state), state.step) as writer,
@@ -113,7 +115,7 @@ def train(
                     is_best = found.accuracy > state.best_accuracy
                     if is_best:
                         state.best_accuracy, state.best_step, state.best = found.accuracy, step, vars(found)
-                        save_best(args, model, precision, data.classes, state)
+                        save_best(args, model, precision, data.classes, state, best_weights)
                         show_best(writer, found, data, step)
                     if step == args.num_steps:
                         writer.hyperparameters(step, {**state.settings, "--dataset": args.dataset})
@@ -197,6 +199,7 @@ def save_best(
     precision: Precision,
     classes: list[str],
     state: checkpoint.TrainingState,
+    best_weights: BestWeights,
 ) -> None:
     """Writes the weights of the best evaluation so far, and what they are of."""
     if dist_util.is_main():
@@ -204,8 +207,8 @@ def save_best(
             canonical_name(args.model_type), args.img_size, classes, args.gelu, args.dataset,
             state.step, state.best_accuracy,
         )  # fmt: skip
-        checkpoint.save_weights(checkpoint_path(args), precision.state_dict(model), description)
-        logger.info("Saved model checkpoint to %s", checkpoint_path(args))
+        state.best_crc32 = best_weights.save(precision.state_dict(model), description)
+        logger.info("Saved model checkpoint to %s", best_weights.path)
 
 
 def save_last(
@@ -249,35 +252,54 @@ def prepare(
     if args.dropout is not None:
         config = replace(config, dropout_rate=args.dropout)
     config.check_img_size(args.img_size)
-    datasets.check_name(args.dataset)
-    pretrained = None
-    if args.eval_only:
-        path = args.load_model_dir or checkpoint_path(args)
-        finetuned = checkpoint.load_weights(path)
-    elif state is not None:
-        path, finetuned = "the state to go on from", state.model
-    elif args.pretrained_dir:
-        pretrained = npz.load(args.pretrained_dir, args.model_type)
-    else:
+    datasets.check_layout(args.dataset)
+    path, source = start_path(args, state), None
+    if state is None and path:
+        source = loading.load(path, args.model_type, strict=False)
+    elif state is None:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
     data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)
-    has_weights = args.eval_only or state is not None or pretrained is not None
-    goes_on = state is not None
+    goes_on, resumed = state is not None, {} if state is None else state.model
     if not args.eval_only:
-        state = begin(args, state, settings(args, config, data, precision), circumstances(args, precision.device))
+        pretrained = path if args.pretrained_dir is None else args.pretrained_dir
+        now = settings(args, pretrained, config, data, precision)
+        state = begin(args, state, now, circumstances(args, precision.device))
+    if source is not None:
+        warn_of_contradictions(args, source)
+    keeps_head = args.eval_only or (source is not None and loading.keeps_head(source, data.classes, args.zero_head))
     torch.manual_seed(args.seed)
-    with torch.device("meta" if has_weights else "cpu"):  # else it would draw weights that are then overwritten
-        model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not args.eval_only)
-    if args.eval_only:
-        warn_of_contradictions(args, path, finetuned, data.classes)
-    if args.eval_only or goes_on:
-        try:
-            model.load_finetuned(finetuned)
-        except ValueError as e:
-            raise ValueError(f"{path} cannot be loaded as {args.model_type}: {e}") from e
-    elif pretrained is not None:
-        model.load_from(pretrained)
+    with torch.device("meta" if goes_on or source else "cpu"):  # else it would draw weights that are then overwritten
+        model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not keeps_head)
+    try:
+        if goes_on:
+            model.load_finetuned(resumed)
+        elif source is not None and args.eval_only:
+            warn_of_other_classes(args, source, data.classes)
+            model.load_exactly(source.arrays)
+        elif source is not None:
+            model.load_from(source.arrays)
+    except ValueError as e:
+        where = source.path if source else "the state to go on from"
+        raise ValueError(f"{where} cannot be loaded as {args.model_type}: {e}") from e
     return model, data, state
+
+
+def start_path(args: argparse.Namespace, state: checkpoint.TrainingState | None) -> str:
+    """The weights to evaluate, or to start from; '' for random ones.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if args.eval_only:
+        path = args.load_model_dir or checkpoint_path(args)
+        if not os.path.exists(path):
+            raise ValueError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
+        return path
+    if state is not None:  # which has the weights: the flag is compared if it is given
+        return state.settings.get("--pretrained_dir", "") if args.pretrained_dir is None else args.pretrained_dir
+    if args.pretrained_dir == "":
+        return ""
+    return published.find(args.pretrained_dir, args.model_type)
 
 
 def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -287,24 +309,25 @@ def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
     return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
 
 
-def warn_of_contradictions(args: argparse.Namespace, path: str, state: dict[str, Tensor], classes: list[str]) -> None:
-    """Warns where an evaluation differs from the training that the file beside the weights tells of."""
-    try:
-        told = checkpoint.read_description(path, state)
-    except ValueError as e:
-        logger.warning("%s", e)
-        return
+def warn_of_contradictions(args: argparse.Namespace, source: loading.Source) -> None:
+    """Warns where the flags differ from the training that stands beside the weights."""
+    told = source.told
     if told is None:
         return
-    if canonical_name(told.model_type) != canonical_name(args.model_type):
-        logger.warning("%s was trained with --model_type %s, not %s", path, told.model_type, args.model_type)
-    if told.gelu != args.gelu:
-        logger.warning("%s was trained with --gelu %s, not %s", path, told.gelu, args.gelu)
-    if len(told.classes) == len(classes) and told.classes != classes:
-        first = next(i for i, name in enumerate(classes) if told.classes[i] != name)
+    if told.model_type is not None and canonical_name(told.model_type) != canonical_name(args.model_type):
+        logger.warning("%s was trained with --model_type %s, not %s", source.path, told.model_type, args.model_type)
+    if told.gelu not in (None, args.gelu):
+        logger.warning("%s was trained with --gelu %s, not %s", source.path, told.gelu, args.gelu)
+
+
+def warn_of_other_classes(args: argparse.Namespace, source: loading.Source, classes: list[str]) -> None:
+    """Warns where an evaluation is on as many classes as the training was, but on others."""
+    trained = None if source.told is None else source.told.classes
+    if trained is not None and len(trained) == len(classes) and trained != classes:
+        first = next(i for i, name in enumerate(classes) if trained[i] != name)
         logger.warning(
             "%s was trained on other classes than %s has: number %d was %s, here it is %s",
-            path, args.dataset, first, told.classes[first], classes[first],
+            source.path, args.dataset, first, trained[first], classes[first],
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from models import npz
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
 from models.published import PUBLISHED
+from utils.weights import read_npz
 
 NUM_CLASSES = 1000
 DTYPES = (torch.float32, torch.float64)
@@ -128,7 +129,7 @@ def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x
     with torch.no_grad(), mock.patch.object(StdConv2dSame, "forward", standardised_as_google):
         model.load_pretrained(path)
         # timm resizes position embeddings with the grids' edges aligned, Google with their corners.
-        positions = torch.from_numpy(npz.read(path)[npz.POSITIONS].astype(np.float32))  # (1, 1 + n * n, D)
+        positions = torch.from_numpy(read_npz(path)[npz.POSITIONS].astype(np.float32))  # (1, 1 + n * n, D)
         old = round((positions.shape[1] - 1) ** 0.5)
         square = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, n, n)
         square = F.interpolate(square.double(), (grid, grid), mode="bilinear", align_corners=True).float()
@@ -141,7 +142,7 @@ def difference(config: ViTConfig, path: str, img_size: int, dtype: torch.dtype) 
     with torch.device("meta"):
         model = VisionTransformer(config, img_size, NUM_CLASSES)
     model = model.to_empty(device="cpu").eval()
-    model.load_from(npz.read(path))
+    model.load_from(read_npz(path))
     x = torch.rand(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
     with torch.no_grad():
         logits = model.to(dtype)(x)[0]

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import npz
 from models.configs import CONFIGS, DEMO, ViTConfig
 from models.modeling import Attention, VisionTransformer
 from utils import augment, data_utils, datasets
 from utils.precision import Precision
 from utils.scheduler import Schedule, make_schedule
+from utils.weights import read_npz
 
 IMG_SIZE, NUM_CLASSES, BATCH_SIZE, NUM_STEPS, WARMUP_STEPS, LEARNING_RATE = 32, 10, 32, 200, 20, 0.05
 PRETRAINED = Path(__file__).resolve().parent.parent / "checkpoint" / f"{DEMO}.npz"
@@ -136,7 +136,7 @@ def google_schedule(decay_type: str, linear_end: float = 1e-5, first: int = 0) -
 
 def pretrained_values(model: VisionTransformer) -> None:
     """What fine-tuning starts from."""
-    model.load_from(npz.read(str(PRETRAINED)))
+    model.load_from(read_npz(str(PRETRAINED)))
 
 
 def own_values(model: VisionTransformer) -> None:

@@ -151,7 +151,7 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
     Raises:
         ValueError: they are another model's, or have parts that this project's models have no place for.
     """
-    if any(name.endswith(("/kernel", "/scale")) for name in arrays):
+    if _is_flax(arrays):
         return _from_flax(arrays)
     layout = _detect(arrays)
     files = {layout.short(name): name for name in arrays}
@@ -210,18 +210,38 @@ def _fault(name: str, parts: list[npz.Entry], array: np.ndarray | None) -> str |
 
 def _hint(arrays: Mapping[str, np.ndarray], layout: Layout, config: ViTConfig) -> str:
     """Names the model whose arrays a file has, if that is a known one and not this one."""
-    files = {layout.short(name): array for name, array in arrays.items()}
-
-    def is_of(other: ViTConfig) -> bool:
-        entries = layout.entries(other)
-        return not any(_fault(name, parts, files.get(name)) for name, parts in entries.items())
-
-    if is_of(config):
+    if _is_of(arrays, layout, config):
         return ""
-    return next((f"; it fits --model_type {name}" for name, other in CONFIGS.items() if is_of(other)), "")
+    other = _model_of(arrays, layout)
+    return "" if other is None else f"; it fits --model_type {other}"
+
+
+def _is_of(arrays: Mapping[str, np.ndarray], layout: Layout, config: ViTConfig) -> bool:
+    files = {layout.short(name): array for name, array in arrays.items()}
+    return not any(_fault(name, parts, files.get(name)) for name, parts in layout.entries(config).items())
+
+
+def _model_of(arrays: Mapping[str, np.ndarray], layout: Layout) -> str | None:
+    return next((name for name, config in CONFIGS.items() if _is_of(arrays, layout, config)), None)
+
+
+def model_of(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """The ``--model_type`` whose arrays these are, of any layout; None if it is none that is known."""
+    try:
+        if not _is_flax(arrays):
+            return _model_of(arrays, _detect(arrays))
+        arrays = _from_flax(arrays)
+    except ValueError:
+        return None
+    return npz.model_of(arrays)
 
 
 # ---- big_vision's ----
+
+
+def _is_flax(arrays: Mapping[str, np.ndarray]) -> bool:
+    return not arrays or any(name.endswith(("/kernel", "/scale")) for name in arrays)
+
 
 _SCANNED = "Transformer/encoderblock/"
 

@@ -300,8 +300,8 @@ class VisionTransformer(nn.Module):
         A model made under ``torch.device("meta")``, which takes no time for it has no weights, has them afterwards.
 
         Args:
-            weights: arrays by Google's names, such as ``np.load(path)`` or ``npz.read(path)`` give; what ``npz.load``
-                gives has been checked, and is not again.
+            weights: arrays by Google's names, such as ``np.load(path)`` gives; what ``npz.match`` gives has been
+                checked, and is not again.
 
         Raises:
             ValueError: an array is missing, or has another shape than this model's; the message
@@ -312,8 +312,34 @@ class VisionTransformer(nn.Module):
             state |= {f"head.{name}": torch.zeros(p.shape) for name, p in self.head.named_parameters()}
         self.load_state_dict(state, assign=self.head.weight.is_meta)
 
+    def load_exactly(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Loads fine-tuned weights in Google's layout of exactly this model, its head and size of images included.
+
+        Args:
+            weights: as for ``load_from``.
+
+        Raises:
+            ValueError: as ``load_from``; or they have no head, or are for another number of classes or size of images.
+        """
+        num_classes = google.num_classes(weights)
+        if num_classes is None:
+            raise ValueError("it has no head: it was pretrained, not fine-tuned; train it first with --pretrained_dir")
+        matched = google.match(weights, self.config, num_classes)
+        self._check_sizes(num_classes, matched[google.POSITIONS].shape[1])
+        self.load_from(matched)
+
+    def _check_sizes(self, num_classes: int, num_tokens: int) -> None:
+        """Raises ValueError unless the model has so many classes and position embeddings."""
+        if num_classes != self.num_classes:
+            raise ValueError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")
+        if num_tokens != self.transformer.embeddings.position_embeddings.shape[1]:
+            trained_for = round((num_tokens - 1) ** 0.5) * self.config.stride
+            raise ValueError(
+                f"it was trained at --img_size {trained_for}, not {self.img_size}; give --img_size {trained_for}"
+            )
+
     def load_finetuned(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a fine-tuned state_dict of exactly this model: all of it, or nothing; "meta" as in ``load_from``.
+        """Loads a state_dict of exactly this model: all of it, or nothing; "meta" as in ``load_from``.
 
         Args:
             state: as ``state_dict()`` gives it, of any float type.
@@ -337,15 +363,7 @@ class VisionTransformer(nn.Module):
         wrong += [f"{name}: not in this model" for name in state if name not in own]
         if wrong:
             raise ValueError(google.first_faults(wrong))
-        num_classes = state[head].numel()
-        if num_classes != self.num_classes:
-            raise ValueError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")
-        num_tokens = state[positions].shape[1]
-        if num_tokens != own[positions].shape[1]:
-            trained_for = round((num_tokens - 1) ** 0.5) * self.config.stride
-            raise ValueError(
-                f"it was trained at --img_size {trained_for}, not {self.img_size}; give --img_size {trained_for}"
-            )
+        self._check_sizes(state[head].numel(), state[positions].shape[1])
         if misfits:
             raise ValueError("; ".join(misfits.values()))
         self.load_state_dict({name: x.float() for name, x in state.items()}, assign=self.head.weight.is_meta)

@@ -4,18 +4,14 @@ Source: the published files (storage.googleapis.com/vit_models) and
 github.com/google-research/vision_transformer, ``vit_jax/checkpoint.py``.
 
 Kernels are stored (in, out), convolutions HWIO, and attention projections with a separate head axis.
-This module must not know data sets, devices or training; it never unpickles.
+This module must not know data sets, devices or training, nor read files (utils/weights.py does).
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import math
-import os
 import re
 import zipfile
-import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import IO, NamedTuple
 
@@ -24,7 +20,6 @@ import torch
 from torch import Tensor
 
 from models.configs import CONFIGS, ViTConfig
-from models.published import find
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +33,9 @@ _OLD_NUMBERING = {old: new for new, old in _NEW_NUMBERING.items()}
 #: Where files keep their weights, and what else is in a train state.
 _PREFIXES = ("", "opt/target/", "opt/target/params/", "params/", "target/")
 _OPTIMIZER_STATE = ("opt/state/", "opt_state/", "state/")
-#: Weights hardly compress: what unpacks to more than both is no checkpoint, but made to fill the memory.
-MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**28, 20
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
+_PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
 
 
 class Entry(NamedTuple):
@@ -167,56 +160,6 @@ def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[Entry, None, 
     return channels
 
 
-def load(path: str, model_type: str) -> Matched:
-    """Finds, reads and checks the pretrained weights that ``path`` means for a model.
-
-    Args:
-        path: the .npz file, or a folder that has it under one of its usual names.
-        model_type: one of ``CONFIGS``.
-
-    Raises:
-        ValueError: there is no such file (the message has the command that downloads it), or it is
-            damaged, or another model's (the message names what was expected and what was found).
-    """
-    path = find(path, model_type)
-    try:
-        return match(read(path), CONFIGS[model_type])
-    except ValueError as e:
-        raise ValueError(f"{path} cannot be loaded as {model_type}: {e}") from e
-
-
-def read(path: str) -> dict[str, np.ndarray]:
-    """Reads every array of an .npz into memory.
-
-    Raises:
-        ValueError: the file is not an .npz, cannot be read, is damaged, or holds something other than numbers.
-    """
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is not an .npz archive, or only the beginning of one; fetch it again")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-            if total > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * os.path.getsize(path)):
-                raise ValueError(f"it would unpack to {total / 2**30:.1f} GiB")
-            # archive.read compares the checksum before anything of a member is believed; np.load does not.
-            return {name.removesuffix(".npy"): _read_array(name, archive.read(name)) for name in archive.namelist()}
-    except (ValueError, EOFError, KeyError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"it is a damaged .npz archive ({e}); fetch it again") from e
-
-
-def _read_array(name: str, data: bytes) -> np.ndarray:
-    """One array of an .npz; raises ValueError before it takes memory for more numbers than are there."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    if version not in _HEADERS:
-        raise ValueError(f"{name} is of a format that is not known")
-    shape, _, dtype = _HEADERS[version](file)
-    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"{name} says it is of shape {shape}, and has {len(data) - file.tell():,} bytes")
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
-
-
 class Spelling(NamedTuple):
     """How a file names its arrays.
 
@@ -259,7 +202,10 @@ def _renumber(name: str, numbering: Mapping[str, str]) -> str:
 class Matched(Mapping[str, np.ndarray]):
     """Arrays that ``match`` found to be all that a model needs, by their historical names.
 
-    They need not be looked through again for a model of the same ``entries``.
+    They need not be looked through again for a model that needs no others.
+
+    Attributes:
+        entries: the arrays, but for those of the layer before the head that some files have and no model here.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], entries: list[Entry]) -> None:
@@ -280,7 +226,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
 
     Args:
         weights: arrays by Google's names, of any float type; what is not needed is named in a warning.
-            What was matched with such a model before comes back as it is.
+            What was matched with such a model before, perhaps with a head as well, comes back as it is.
         config: the architecture.
         num_classes: outputs of the head, or None to leave the head out.
 
@@ -290,7 +236,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
     """
     # Position embeddings may have any grid, so any picture's size will do here.
     entries = list(layout(config, config.stride, num_classes))
-    if isinstance(weights, Matched) and weights.entries == entries:
+    if isinstance(weights, Matched) and set(entries) <= set(weights.entries):
         return weights
     spelling = Spelling.of(weights)
     arrays: dict[str, np.ndarray] = {}
@@ -310,13 +256,18 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
             wrong.append(f"{name}: it holds NaN, infinity or what float32 cannot hold")
     if wrong:
         raise ValueError(first_faults(wrong) + _hint(weights, spelling, config))
-    if num_classes is not None and spelling.spell("pre_logits/kernel") in weights:
-        logger.warning("The head was trained behind a pre_logits layer, which this model has not")
-    known = {*arrays, "head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
+    arrays |= {name: weights[spelled] for name in _PRE_LOGITS if (spelled := spelling.spell(name)) in weights}
+    known = {*arrays, "head/kernel", "head/bias"}
     own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
     if extra := sorted(name for name in own if spelling.historical(name) not in known):
         logger.warning("The .npz holds arrays that the model has no place for: %s", ", ".join(extra))
     return Matched(arrays, entries)
+
+
+def num_classes(weights: Mapping[str, np.ndarray]) -> int | None:
+    """Outputs of the head of a checkpoint in Google's layout; None if it has no head."""
+    bias = weights.get(Spelling.of(weights).spell("head/bias"))
+    return None if bias is None else bias.size
 
 
 def first_faults(faults: list[str]) -> str:
@@ -326,14 +277,21 @@ def first_faults(faults: list[str]) -> str:
 
 def _hint(weights: Mapping[str, np.ndarray], spelling: Spelling, config: ViTConfig) -> str:
     """Names the model that a checkpoint is of, if it is a known one and not this one."""
-
-    def is_of(other: ViTConfig) -> bool:
-        entries = ((spelling.spell(entry.google), entry) for entry in layout(other, other.stride))
-        return all(name in weights and fits(entry, weights[name].shape) for name, entry in entries)
-
-    if is_of(config):
+    if _is_of(weights, spelling, config):
         return ""
-    return next((f"; it fits --model_type {name}" for name, other in CONFIGS.items() if is_of(other)), "")
+    other = model_of(weights)
+    return "" if other is None else f"; it fits --model_type {other}"
+
+
+def _is_of(weights: Mapping[str, np.ndarray], spelling: Spelling, config: ViTConfig) -> bool:
+    entries = ((spelling.spell(entry.google), entry) for entry in layout(config, config.stride))
+    return all(name in weights and fits(entry, weights[name].shape) for name, entry in entries)
+
+
+def model_of(weights: Mapping[str, np.ndarray]) -> str | None:
+    """The ``--model_type`` whose arrays a checkpoint in Google's layout has; None if it is none that is known."""
+    spelling = Spelling.of(weights)
+    return next((name for name, config in CONFIGS.items() if _is_of(weights, spelling, config)), None)
 
 
 def to_state_dict(
@@ -348,7 +306,10 @@ def to_state_dict(
     Raises:
         ValueError: an array is missing or has the wrong shape.
     """
-    arrays = dict(match(weights, config, num_classes))
+    matched = match(weights, config, num_classes)
+    if num_classes is not None and _PRE_LOGITS[0] in matched:
+        logger.warning("The head was trained behind a pre_logits layer, which this model has not")
+    arrays = dict(matched)
     arrays[POSITIONS] = resize_positions(arrays[POSITIONS].astype(np.float32), config.grid_size(img_size))
     return {entry.ours: entry.to_tensor(arrays[entry.google]) for entry in layout(config, img_size, num_classes)}
 
@@ -407,6 +368,11 @@ def from_state_dict(
     if wrong:
         raise ValueError(first_faults(wrong))
     arrays = {entry.google: entry.to_array(state[entry.ours], dtype) for entry in entries}
+    return in_files_order(arrays)
+
+
+def in_files_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays in the order of Google's files, whose nested dictionaries are sorted at every level."""
     return dict(sorted(arrays.items(), key=lambda item: item[0].split("/")))
 
 

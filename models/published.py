@@ -5,10 +5,15 @@ Source: github.com/google-research/vision_transformer (README).  This module mus
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 
+from models import hub
+from models.commands import own_path, tool_command
 from models.configs import DEMO, GOOGLE_NAMES, canonical_name
+
+logger = logging.getLogger("train")
 
 BUCKET = "https://storage.googleapis.com/vit_models"
 
@@ -41,7 +46,9 @@ UPSTREAMS: dict[str, dict[str, str]] = {
         "imagenet21k+imagenet2012": {
             name: f"imagenet21k+imagenet2012/{name}"
             for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
-        },
+        }
+        # Google's vit_jax.ipynb lists it.
+        | {"R50-ViT-B_16": "imagenet21k+imagenet2012/R50+ViT-B_16"},
         "augreg": {
             "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
             "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
@@ -63,39 +70,59 @@ def file_name(upstream: str, name: str) -> str:
     return f"{upstream.split('+')[-1]}_{name}.npz"
 
 
-def find(path: str, model_type: str) -> str:
-    """The .npz file that a file's or a folder's path means.
+def run_names(model_type: str) -> list[str]:
+    """What files of other AugReg runs than Google's recommended one are called here that the hub has of a model."""
+    name = canonical_name(model_type)
+    return [run for files in UPSTREAMS.values() if name in files and (run := hub.other_run(files[name])) is not None]
+
+
+#: What marks a folder that another program wrote: its weights (utils/weights.py chooses), or the list of their parts.
+_OTHER_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".index.json")
+#: Where files are looked for that no flag names.
+FOLDER = "checkpoint"
+
+
+def find(path: str | None, model_type: str) -> str:
+    """The weights that a path means: a file, or a folder with a model's file or with weights of other programs.
+
+    Args:
+        path: as --pretrained_dir has it; None looks in ``FOLDER`` and logs what is taken.
+        model_type: one of ``CONFIGS``.
 
     Raises:
         ValueError: there is none; the message has the command that downloads it.
     """
-    if os.path.isfile(path):
+    if path is not None and os.path.isfile(path):
         return path
     name = canonical_name(model_type)
     own_names = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
-    folder, file = os.path.split(path)
+    folder, file = os.path.split(path or FOLDER)
     problem = f"there is no file {path}"
-    if os.path.isdir(path):
-        folder, file = path, ""
+    if path is None or os.path.isdir(path):
+        folder, file = path or FOLDER, ""
         candidates = [f"{upstream}{own}.npz" for upstream in ("", "imagenet21k_", "augreg_") for own in own_names]
         if name in PUBLISHED and os.path.basename(PUBLISHED[name]) not in own_names:
             candidates.append(os.path.basename(PUBLISHED[name]) + ".npz")
         for candidate in candidates:
-            if os.path.isfile(os.path.join(folder, candidate)):
-                return os.path.join(folder, candidate)
-        problem = f"{path} has none of {', '.join(candidates)}"
+            if os.path.isfile(found := os.path.join(folder, candidate)):
+                if path is None:
+                    logger.info("--pretrained_dir is not given: starting from %s", found)
+                return found
+        if path is not None and any(file.endswith(_OTHER_ENDINGS) for file in os.listdir(path)):
+            return path
+        problem = f"{folder} has none of {', '.join(candidates)}"
     if name == DEMO:
-        raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
+        raise ValueError(f"{problem}; this repository comes with {own_path('checkpoint', f'{DEMO}.npz')}")
     if name not in PUBLISHED:
         raise ValueError(
             f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
         )
-    remedy = ""
+    target, remedy = os.path.join(folder, file), ""
     if not any(own in file for own in own_names):
-        path = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
-        remedy = f" and give --pretrained_dir {shlex.quote(path)}"
+        target = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
+        remedy = f" and give --pretrained_dir {shlex.quote(target)}" if path is not None else ""
         problem += f", and --model_type {name} needs its own" if file else ""
-    raise ValueError(f"{problem}; download it with: {download_command(path, name)}{remedy}")
+    raise ValueError(f"{problem}; download it with: {download_command(target, name)}{remedy}")
 
 
 def download_command(path: str, name: str) -> str:
@@ -105,11 +132,11 @@ def download_command(path: str, name: str) -> str:
     upstream = next((u for u in having if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
     if upstream is not None:
         name = next((other for other in UPSTREAMS[upstream] if file == file_name(upstream, other)), name)  # "-224"
-    words = ["python", "-m", "tools.download", name]
+    words = [name]
     if upstream is not None and upstream != having[0]:
         words += ["--upstream", upstream]
     if upstream is None or file != file_name(upstream, name):
         words += ["--to", path]
     elif folder != "checkpoint":
         words += ["--to", folder or "."]
-    return shlex.join(words)
+    return tool_command("download", *words)

@@ -174,20 +174,6 @@ def test_weights_come_back_as_they_were_saved(tmp_path):
     assert not any(x.requires_grad for x in plain.values())
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_the_prefix_of_a_data_parallel_wrapper_is_dropped(tmp_path, zipped):
-    state = make_state()
-    wrapped = {f"module.{name}": x for name, x in state.items()}
-    (tmp_path / "a.bin").write_bytes(saved(wrapped, _use_new_zipfile_serialization=zipped))
-    assert_same_state(checkpoint.load_weights(str(tmp_path / "a.bin")), state)
-
-
-def test_only_a_leading_module_is_dropped(tmp_path):
-    path = str(tmp_path / "a.bin")
-    checkpoint.save_weights(path, {"head.module.weight": torch.zeros(1)})
-    assert list(checkpoint.load_weights(path)) == ["head.module.weight"]
-
-
 @pytest.mark.parametrize("make", ["missing", "folder"])
 def test_a_missing_file_is_named(tmp_path, make):
     path = tmp_path / "a.bin"

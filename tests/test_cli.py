@@ -16,11 +16,12 @@ TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if "__m
 
 
 def test_these_are_the_tools():
-    assert TOOLS == ["attention_map", "download", "export", "predict", "pretrain_demo", "reproduce"]
+    assert TOOLS == ["attention_map", "convert", "download", "export", "predict", "pretrain_demo", "reproduce"]
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_help_has_examples_that_the_tool_takes(name, capsys):
+def test_help_has_examples_that_the_tool_takes(name, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     tool = importlib.import_module(f"tools.{name}")
     with pytest.raises(SystemExit) as ended:
         tool.main(["--help"])

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import socket
 import struct
@@ -38,14 +39,14 @@ def test_a_folder_gives_sorted_classes_and_all_its_pictures(folder):
 
 
 def test_the_names_of_classes_need_no_pictures(folder, tmp_path):
-    assert class_names(str(folder), "") == load_datasets(str(folder), "", 1).classes
-    assert class_names("digits", "") == list("0123456789")
+    assert class_names(str(folder)) == load_datasets(str(folder), "", 1).classes
+    assert class_names("digits") == list("0123456789")
     (tmp_path / "none" / "train" / ".hidden").mkdir(parents=True)
     for path in (tmp_path / "none", tmp_path / "none" / "train"):
         with pytest.raises(ValueError, match="has no class folders"):
-            class_names(str(path), "")
+            class_names(str(path))
     with pytest.raises(ValueError, match="neither a folder nor a known data set"):
-        class_names("mnist", "")
+        class_names("mnist")
 
 
 def test_val_stands_in_for_test(folder):
@@ -136,6 +137,51 @@ def test_a_class_without_pictures_is_named(folder, split):
     assert str(folder / split / "dog") in str(e.value)
 
 
+WRONG_LAYOUTS = {
+    "no train": lambda root: (root / "train").rename(root / "elsewhere"),
+    "no test": lambda root: (root / "test").rename(root / "elsewhere"),
+    "no classes": lambda root: [c.rename(root / c.name) for c in sorted((root / "train").iterdir())],
+    "a class that is only tested": lambda root: (root / "train" / "cat").rename(root / "cat"),
+    "a class that is not tested": lambda root: (root / "test" / "cat").rename(root / "cat"),
+    "an empty class": lambda root: (root / "test" / "zebra").mkdir() or (root / "train" / "zebra").mkdir(),
+    "a class of other files": lambda root: [
+        p.rename(p.with_suffix(".txt")) for p in sorted((root / "train" / "dog").iterdir())
+    ],
+    "hidden pictures only": lambda root: [
+        p.rename(p.with_name("." + p.name)) for p in sorted((root / "test" / "dog").iterdir())
+    ],
+    "nothing": lambda root: root.rename(root.with_name("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LAYOUTS)
+def test_a_wrong_layout_is_told_before_anything_is_read_and_in_the_same_words(folder, monkeypatch, case):
+    WRONG_LAYOUTS[case](folder)
+    with pytest.raises(ValueError, match=str(folder)) as loading:
+        load_datasets(str(folder), "", 1)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match=str(folder)) as checking:
+        datasets.check_layout(str(folder))
+    assert str(checking.value) == str(loading.value)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "digits"])
+def test_named_data_sets_have_no_layout_and_are_not_downloaded_to_check_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    datasets.check_layout(name)
+    assert os.listdir() == []
+
+
+def test_a_layout_is_fine_with_pictures_in_deeper_folders_and_behind_links(folder, rng):
+    for split in ("train", "test"):
+        save(noise(rng), folder, split, "bee", "deeper", "still", "0.PNG")
+    (folder / "test").rename(folder / "elsewhere")
+    (folder / "val").symlink_to(folder / "elsewhere")
+    (folder / "train" / "dog" / "loop").symlink_to(folder / "train")
+    datasets.check_layout(str(folder))
+    assert load_datasets(str(folder), "", 1).classes == ["bee", "cat", "dog"]
+
+
 @pytest.mark.parametrize("name", ["imagenet", "CIFAR10", "no/such/folder"])
 def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -197,7 +243,9 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, text):
         content = text if isinstance(text, bytes) else text.encode()
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        short = len(content) < 256
+        self.write(pickle.SHORT_BINSTRING if short else pickle.BINSTRING)
+        self.write(struct.pack("B" if short else "<i", len(content)) + content)
         self.memoize(text)
 
     dispatch[str] = dispatch[bytes] = save_string
@@ -206,7 +254,9 @@ class Python2Pickler(pickle._Pickler):
 
 def python2_pickle(value):
     buffer = io.BytesIO()
-    Python2Pickler(buffer, protocol=2).dump(value)
+    pickler = Python2Pickler(buffer, protocol=2)
+    pickler.memo[None] = None  # Python 2 counts what it has written from 1
+    pickler.dump(value)
     return buffer.getvalue()
 
 
@@ -277,7 +327,7 @@ class FakeCifar:
     def __init__(self, name, server, monkeypatch, rng):
         self.name, self.server = name, server
         fine = name == "cifar100"
-        self.classes = [f"class {i}" for i in range(100 if fine else 10)]
+        self.classes = class_names(name)
         self.folder = "cifar-100-python" if fine else "cifar-10-batches-py"
         self.archive_name = "cifar-100-python.tar.gz" if fine else "cifar-10-python.tar.gz"
         train = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
@@ -319,6 +369,22 @@ class FakeCifar:
         return tar_gz({f"{self.folder}/{file}": evil for file in self.files})
 
 
+COARSE = (
+    "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices "
+    "household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes "
+    "large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles small_mammals trees "
+    "vehicles_1 vehicles_2"
+)
+
+
+def test_cifars_names_are_those_of_the_published_files():
+    """The files that list them, rebuilt, have the md5 that torchvision asks of the published ones."""
+    ten = {"num_cases_per_batch": 10_000, "label_names": class_names("cifar10"), "num_vis": 3072}
+    assert md5(python2_pickle(ten)) == torchvision.datasets.CIFAR10.meta["md5"]
+    hundred = {"fine_label_names": class_names("cifar100"), "coarse_label_names": COARSE.split()}
+    assert md5(python2_pickle(hundred)) == torchvision.datasets.CIFAR100.meta["md5"]
+
+
 @pytest.fixture
 def make_cifar(server, monkeypatch, rng):
     return lambda name: FakeCifar(name, server, monkeypatch, rng)
@@ -336,7 +402,7 @@ def test_cifar_is_downloaded_once_and_comes_through(make_cifar, server, tmp_path
     for _ in ("downloaded", "found"):
         data = load_datasets(name, str(root), 1)
         assert data.classes == cifar.classes
-        assert class_names(name, str(root)) == cifar.classes
+        assert class_names(name) == cifar.classes
         for split, pictures in (("train", data.train), ("test", data.test)):
             rows = np.concatenate(cifar.rows[split])
             assert pictures.images.shape == (len(rows), 3, 32, 32)

@@ -1,120 +1,34 @@
 """Downloads from a loopback server that behaves as badly as the network does."""
 
-import base64
-import hashlib
-import http.server
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from models.configs import CONFIGS
 from models.published import PUBLISHED, UPSTREAMS, find
-from tools import download
+from tests.servers import Bucket, make_content, serving
+from tools import _sources, _transfer, download
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOTE = "/imagenet21k/ViT-B_32.npz"
 FILE = "imagenet21k_ViT-B_32.npz"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files`` as Google's store does, but for what ``faults`` says, one entry a request.
-
-    A fault is a dict: ``drop`` (bytes after which the connection breaks), ``status``, ``ignore_range``,
-    ``corrupt`` (position of a byte that is changed), ``headers`` (to replace or, if None, leave out),
-    ``slow`` (seconds between the pieces), ``replace`` (new content of the file from this request on),
-    ``split`` (headers of several values are sent in as many lines, as the store does).
-    """
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.every, self.requests = {}, [], {}, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        server = self.server
-        fault = {**server.every, **(server.faults.pop(0) if server.faults else {})}
-        server.requests.append(self.headers.get("Range"))
-        if "replace" in fault:
-            server.files[self.path] = fault["replace"]
-        content = server.files.get(self.path)
-        if content is None or "status" in fault:
-            self.send_error(fault.get("status", 404))
-            return
-        etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        start = 0
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        unchanged = self.headers.get("If-Range") in (None, etag) or fault.get("ignore_if_range")
-        if wanted and unchanged and not fault.get("ignore_range"):
-            start = int(wanted[1])
-            if start >= len(content):
-                self.send_error(416)
-                return
-        body = bytearray(content[start:])
-        if "corrupt" in fault:
-            body[fault["corrupt"]] ^= 1
-        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
-        headers = {
-            "Content-Length": str(len(body)),
-            "ETag": etag,
-            "x-goog-generation": str(len(content)),
-            "x-goog-hash": f"crc32c=AAAAAA==,md5={md5}",
-            "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}" if start else None,
-            **fault.get("headers", {}),
-        }
-        self.send_response(206 if start else 200)
-        for name, value in headers.items():
-            if value is None:
-                continue
-            for line in value.split(",") if fault.get("split") else [value]:
-                self.send_header(name, line)
-        self.end_headers()
-        self.send(body[: fault.get("drop", len(body))], fault.get("slow", 0))
-
-    def send(self, body, pause):
-        try:
-            for at in range(0, len(body), 10_000):
-                self.wfile.write(body[at : at + 10_000])
-                time.sleep(pause)
-        except OSError:  # the client has gone
-            self.close_connection = True
-
-
 @pytest.fixture
 def server(monkeypatch):
     """A server with one file; failures are followed by no pause."""
-    monkeypatch.setattr(download, "PAUSES_SECS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(_transfer, "PAUSES_SECS", (0.0, 0.0, 0.0))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = Server()
-    server.files[REMOTE] = make_content(0)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def make_content(seed, size=25_000):
-    """An .npz of about 100 kB."""
-    import io
-
-    f = io.BytesIO()
-    np.savez(f, cls=np.random.default_rng(seed).standard_normal(size, dtype=np.float32))
-    return f.getvalue()
+    with serving(Bucket()) as server:
+        server.files[REMOTE] = make_content(0)
+        yield server
 
 
 def fetch(server, folder, *args):
@@ -190,7 +104,7 @@ def test_another_run_goes_on_with_the_part_that_the_first_left(server, tmp_path,
 
 def test_a_part_that_is_whole_is_only_verified(server, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(download.Download, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(_transfer.Download, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert fetch(server, tmp_path) == 130
     del server.requests[:]
     assert fetch(server, tmp_path) == 0
@@ -313,8 +227,8 @@ def test_an_answer_of_the_server_is_told_in_one_line(server, tmp_path, capsys, s
 
 
 def test_a_server_that_falls_silent_is_given_up(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(download, "TIMEOUT_SECS", 0.2)
-    monkeypatch.setattr(download, "PAUSES_SECS", ())
+    monkeypatch.setattr(_transfer, "TIMEOUT_SECS", 0.2)
+    monkeypatch.setattr(_transfer, "PAUSES_SECS", ())
     server.every = {"slow": 1}
     assert fetch(server, tmp_path) == 1
     assert "broke off" in capsys.readouterr().err.splitlines()[-1]
@@ -337,13 +251,13 @@ def test_a_disk_without_room_is_told_before_the_download(server, tmp_path, monke
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which this system lacks")
 def test_a_disk_that_fills_up_is_one_line(server, tmp_path, capsys):
 
-    class Full(download.Download):
+    class Full(_transfer.Download):
         def append(self, response):
             os.symlink("/dev/full", self.part)
             super().append(response)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(download, "Download", Full)
+        m.setattr(_sources, "Download", Full)
         assert fetch(server, tmp_path) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in error
@@ -378,7 +292,7 @@ def test_ctrl_c_before_anything_came_promises_nothing(server, tmp_path, monkeypa
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download.Download, "fetch_once", interrupted)
+    monkeypatch.setattr(_transfer.Download, "fetch_once", interrupted)
     assert fetch(server, tmp_path) == 130
     assert capsys.readouterr().err == "tools.download: error: interrupted\n"
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import train
-from models import npz
 from tests.exporting import assert_same_logits, export_as, make_checkpoint, original, run, variables_of
-from utils import checkpoint
+from utils import checkpoint, weights
 
 
 def names_in(folder):
@@ -22,7 +21,7 @@ def names_in(folder):
 
 def described(path):
     """The description beside an .npz, whose checksum is compared with the file's arrays."""
-    return checkpoint.read_description(path, {name: torch.from_numpy(x) for name, x in npz.read(path).items()})
+    return checkpoint.read_description(path, weights.read(path).tensors())
 
 
 # ---- npz ----

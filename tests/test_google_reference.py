@@ -16,6 +16,7 @@ from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
 from models.published import PUBLISHED
 from tests import fake_npz
+from utils.weights import read_npz
 
 SIZES = [("testing", 32), ("testing", 48), ("testing", 64)]
 SIZES += [("testing-hybrid", 64), ("testing-hybrid", 72), ("testing-hybrid", 100)]
@@ -37,7 +38,7 @@ def google_npz(shared_data) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def reference(shared_data) -> dict[str, np.ndarray]:
-    return npz.read(str(shared_data / "google_reference.npz"))
+    return read_npz(str(shared_data / "google_reference.npz"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def build(google_npz, reference, tmp_path_factory):
         path = tmp_path_factory.mktemp("google") / f"{model_type}.npz"
         crc = google_npz.make_npz(model_type, path, num_classes=10, seed=0, img_size=own_size)
         assert crc == reference[f"{model_type}/npz_crc32"], "the generated weights are not the reference's"
-        weights[model_type] = npz.read(str(path))
+        weights[model_type] = read_npz(str(path))
 
     def make(model_type: str, img_size: int, **kwargs: Any) -> VisionTransformer:
         # Flax's gelu is the tanh approximation; the reference was computed without dropout.

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.agreement import timm_logits
-from models import npz
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
 from tests import fake_npz
+from utils.weights import read_npz
 
 pytest.importorskip("timm", reason="timm is the independent implementation")
 
@@ -34,7 +34,7 @@ def check_logits(path: str, config: ViTConfig, img_size: int, dtype: torch.dtype
     with torch.device("meta"):
         model = VisionTransformer(config, img_size, NUM_CLASSES)
     model = model.to_empty(device="cpu").eval()
-    model.load_from(npz.read(path))
+    model.load_from(read_npz(path))
     with torch.no_grad():
         logits, _ = model.to(dtype)(x)
     expected = timm_logits(path, config, img_size, NUM_CLASSES, x)
@@ -62,7 +62,7 @@ def test_features_of_real_weights_are_timms(shared_data):
     config = CONFIGS["ViT-S_14"]
     x = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)) * 2 - 1
     model = VisionTransformer(config, 56, NUM_CLASSES, zero_head=True).eval()
-    model.load_from(npz.read(path))
+    model.load_from(read_npz(path))
     with torch.no_grad():
         features = model.transformer(x)[0][:, 0]
     expected = timm_logits(path, config, 56, 0, x)  # no classes: the class token after the last norm

@@ -223,7 +223,8 @@ def test_several_float32_updates_are_those_of_a_plain_formulation_and_torchs_own
     for step in range(1, 7):
         generator = torch.Generator().manual_seed(step)
         images, labels = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1, torch.arange(8) % 10
-        torch.testing.assert_close(model(images)[0], plain(images), rtol=0, atol=1e-5)
+        # Logits are of size 3: processors without AVX-512, whose sums are ordered otherwise, reach 1.1e-5.
+        torch.testing.assert_close(model(images)[0], plain(images), rtol=1e-5, atol=1e-5)
         loss, plain_loss = model(images, labels), plain(images, labels)
         assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
         precision.backward(loss)

@@ -164,6 +164,23 @@ def test_flags_describe_what_the_reference_script_wrote(finetuned_digits, bare, 
         assert json.loads(out) == expected
 
 
+@pytest.mark.parametrize(("name", "last"), [("cifar10", "truck"), ("cifar100", "worm")])
+def test_cifars_classes_are_known_without_the_data_set(draw, tmp_path, monkeypatch, capsys, caplog, name, last):
+    monkeypatch.chdir(tmp_path)
+    count = len(datasets.CLASS_NAMES[name])
+    model = VisionTransformer(CONFIGS["testing"], 48, count)
+    torch.nn.init.constant_(model.head.bias[-1:], 99.0)
+    torch.save(model.state_dict(), "bare.bin")
+    flags = ["--load_model_dir", "bare.bin", "--model_type", "testing", "--img_size", "48", "--dataset", name]
+    status, out, _ = run(capsys, *flags, "--top_k", "1", "--json", draw())
+    assert status == 0
+    assert json.loads(out)[0]["label"] == last
+    assert not os.path.exists("data")
+    assert caplog.text == ""
+    assert run(capsys, *flags, "--data_dir", "data", draw())[0] == 0
+    assert "--data_dir has no effect" in caplog.text
+
+
 def test_flags_overrule_the_description_with_a_warning(finetuned_digits, draw, capsys, caplog):
     args = ["--load_model_dir", finetuned_digits, "--json", draw()]
     plain = json.loads(run(capsys, *args)[1])
@@ -243,12 +260,22 @@ def test_a_description_that_cannot_be_true_is_one_line(finetuned_digits, draw, t
         assert word in err[0]
 
 
+def test_the_tool_as_a_file_takes_paths_from_the_users_folder(finetuned_digits, draw, tmp_path):
+    draw("a.png")
+    shutil.copytree(os.path.dirname(finetuned_digits), tmp_path / "output")
+    path = os.path.join("output", os.path.basename(finetuned_digits))
+    command = [sys.executable, str(ROOT / "tools" / "predict.py"), "--load_model_dir", path, "--json", "a.png"]
+    environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["path"] == "a.png"
+    assert found["label"] in "0123456789"
+
+
 def test_the_command_line_from_outside_ends_well_when_its_reader_leaves(finetuned_digits, draw):
     command = [sys.executable, "-m", "tools.predict", "--load_model_dir", finetuned_digits, "--json", draw()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["label"] in "0123456789"
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     error = process.stderr.read().decode()

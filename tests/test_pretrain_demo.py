@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import pretrain_demo
+from utils.weights import read_npz
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_the_written_file_loads_and_the_weights_were_trained(folder):
     file = folder / "demo.npz"
     args = ["--dataset", str(folder), "--output", str(file), "--num_steps", "4", "--batch_size", "4"]
     assert pretrain_demo.main(args) == 0
-    arrays = npz.read(str(file))
+    arrays = read_npz(str(file))
     assert {x.dtype for x in arrays.values()} == {np.dtype(np.float16)}
     assert not arrays["head/kernel"].any()
     torch.manual_seed(0)

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 from models import published
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _in_the_root(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # where commands are shortest
 
 
 def test_a_file_is_found_whatever_its_name(tmp_path):

@@ -364,7 +364,7 @@ DIFFERENT = {
     "--model_type": "testing-hybrid", "--pretrained_dir": "other.npz", "--img_size": "48", "--learning_rate": "0.2",
     "--weight_decay": "0.1", "--num_steps": "12", "--decay_type": "linear", "--warmup_steps": "4",
     "--max_grad_norm": "2", "--dropout": "0.3", "--gelu": "tanh", "--hflip": None, "--seed": "1", "--eval_every": "6",
-    "--train_batch_size": "8", "--fp16": None, "--dataset": "pets",
+    "--train_batch_size": "8", "--fp16": None, "--dataset": "pets", "--zero_head": None,
 }  # fmt: skip
 
 
@@ -551,7 +551,7 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
 def test_settings_hold_every_flag_that_decides_on_the_result():
     """A new flag must be put somewhere: among the settings, the circumstances, or here as without influence."""
     names = {action.dest for action in train.make_parser()._actions} - {"help"}
-    told = set(resuming.RESULT_FLAGS) | {"model_type", "dataset", "dropout", "train_batch_size"}
+    told = set(resuming.RESULT_FLAGS) | {"pretrained_dir", "model_type", "dataset", "dropout", "train_batch_size"}
     told |= {"fp16", "fp16_opt_level", "amp_dtype", "amp_backend"}  # the precision's text
     told |= {"device", "gradient_accumulation_steps", "eval_batch_size", "compile", "deterministic"}
     without = {"name", "data_dir", "output_dir", "log_every", "num_workers", "resume", "save_every", "local_rank",

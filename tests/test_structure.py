@@ -11,16 +11,16 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGES = ("models", "utils", "tools", "benchmarks")
-OURS = {*PACKAGES, "train", "flags", "resuming", "showing", "tests"}
+OURS = {*PACKAGES, "train", "flags", "loading", "resuming", "showing", "tests"}
 FILES = sorted(
     [
-        *(REPOSITORY / name for name in ("train.py", "flags.py", "resuming.py", "showing.py")),
+        *(REPOSITORY / name for name in ("train.py", "flags.py", "loading.py", "resuming.py", "showing.py")),
         *(path for package in PACKAGES for path in (REPOSITORY / package).glob("*.py")),
     ]
 )
 
 #: What a user installs; Pillow comes with torchvision.  NVIDIA's apex is optional.
-RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "PIL", "apex"}
+RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "safetensors", "huggingface_hub", "PIL", "apex"}
 
 
 def module_name(path: Path) -> str:
@@ -63,27 +63,35 @@ def allowed(path: Path) -> set[str]:
     if name == "models.modeling":
         return {"models.configs", "models.dropout", "models.modeling_resnet", "models.npz"}
     if name == "models.npz":
-        return {"models.configs", "models.published"}
+        return {"models.configs"}
     if name == "models.layouts":
         return {"models.configs", "models.npz"}
     if name == "models.published":
-        return {"models.configs"}
+        return {"models.commands", "models.configs", "models.hub"}
     if package == "models":
         return set()
     if package == "utils":
         hardware = {"utils.hardware"}
-        below = {"dist_util": hardware, "augment": hardware, "data_utils": {"utils.datasets"} | hardware}
+        below = {
+            "dist_util": hardware,
+            "datasets": {"utils.dist_util", "utils.cifar"},
+            "augment": hardware,
+            "data_utils": {"utils.datasets"} | hardware,
+            "weights": {"utils.checkpoint"},
+            "told": {"utils.checkpoint", "utils.weights"},
+        }
         return below.get(name.removeprefix("utils."), {"utils.dist_util"})
-    if name in ("train", "resuming", "showing", "flags"):
+    if name in ("train", "loading", "resuming", "showing", "flags"):
         above = {
-            "train": {"flags", "resuming", "showing"},
+            "train": {"flags", "loading", "resuming", "showing"},
+            "loading": set(),
             "resuming": {"flags"},
             "showing": {"flags"},
             "flags": set(),
         }[name]
         return above | {module_name(file) for file in FILES if module_name(file).split(".")[0] in ("models", "utils")}
     every = {module_name(file) for file in FILES}
-    mine = {"models", "utils", package} if package in ("tools", "benchmarks") else {"models", "utils"}
+    mine = {"models", "utils", "loading", package} if package in ("tools", "benchmarks") else {"models", "utils"}
     return {module for module in every if module.split(".")[0] in mine}
 
 
@@ -94,7 +102,11 @@ def test_modules_import_only_what_their_room_may(path):
 
 @pytest.mark.parametrize(
     "path",
-    [f for f in FILES if module_name(f).split(".")[0] in ("train", "flags", "resuming", "showing", "models", "utils")],
+    [
+        f
+        for f in FILES
+        if module_name(f).split(".")[0] in ("train", "flags", "loading", "resuming", "showing", "models", "utils")
+    ],
     ids=module_name,
 )
 def test_training_needs_only_the_runtime_packages(path):

@@ -605,10 +605,10 @@ def _file_in_the_way():
 BAD_INPUT = {
     "missing npz": (
         lambda: ["--model_type", "ViT-B_32", "--pretrained_dir", "checkpoint/imagenet21k_ViT-B_32.npz"],
-        ["checkpoint/imagenet21k_ViT-B_32.npz", "python -m tools.download ViT-B_32"],
+        ["checkpoint/imagenet21k_ViT-B_32.npz", "tools/download.py ViT-B_32"],
     ),
     "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
-    "no npz": (_not_npz, ["text.npz", "not an .npz archive"]),
+    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded as testing: it is neither an .npz nor"]),
     "npz of another model": (
         _another_model,
         ["expected (16, 16, 3, 32)", "found (8, 8, 3, 128)", "fits --model_type ViT-demo"],
@@ -663,6 +663,22 @@ def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, cap
         assert words in error[-1]
     created = set(map(str, Path().rglob("*"))) - set(before)
     assert not [p for p in created if Path(p).is_file()]
+
+
+@pytest.mark.parametrize("missing", [["--pretrained_dir", "checkpoint/nosuch.npz"], ["-v"]])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: os.rename("pets/test", "pets/tests"), "--dataset pets needs the folders"),
+        (lambda: os.mkdir("pets/train/wasp"), "pets/train/wasp holds no picture"),
+    ],
+)
+def test_a_folder_without_the_layout_is_told_before_weights_are_asked_for(capsys, missing, wrong, words):
+    write_pictures("pets")
+    wrong()
+    assert train.main(["--name", "a", *TINY, *SHORT, "--dataset", "pets", *missing]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert words in error
 
 
 def test_a_checkpoint_of_another_size_names_the_size_it_was_trained_for(checkpoint, capsys):
@@ -722,7 +738,7 @@ def test_a_flag_without_effect_is_a_warning(flags, caplog):
 def test_reference_defaults():
     args = train.make_parser().parse_args(["--name", "x"])
     expected = dict(
-        dataset="cifar10", model_type="ViT-B_16", pretrained_dir="checkpoint/ViT-B_16.npz", output_dir="output",
+        dataset="cifar10", model_type="ViT-B_16", pretrained_dir=None, output_dir="output",
         img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100, learning_rate=3e-2, weight_decay=0,
         num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0, local_rank=-1, seed=42,
         gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2", loss_scale=0, eval_only=False,
@@ -730,3 +746,11 @@ def test_reference_defaults():
         amp_backend="native", compile=False,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_the_reference_scripts_default_weights_are_still_the_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("checkpoint")
+    Path("checkpoint/ViT-B_16.npz").touch()
+    args = train.make_parser().parse_args(["--name", "x"])
+    assert train.start_path(args, None) == "checkpoint/ViT-B_16.npz"

@@ -15,6 +15,7 @@ from models.modeling import VisionTransformer
 from tests import fake_npz, oracle
 from utils import augment, data_utils, datasets
 from utils.precision import Precision
+from utils.weights import read_npz
 
 BOTH = pytest.mark.parametrize("model_type", ["testing", "testing-hybrid"])
 Batches = list[tuple[Tensor, Tensor]]
@@ -39,11 +40,14 @@ def updated(
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    """Every parameter within 1e-5, and within a hundredth of how far it moved or a few roundings of float32."""
+    """Every parameter within 2e-5, and within a hundredth of how far it moved or a few roundings of float32.
+
+    Of the first bound, processors with AVX-512 use a half, those with AVX2 only 1.7e-5.
+    """
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         error, moved = (found[name] - x).abs().max(), (x - before[name]).abs().max()
-        assert error <= 1e-5, name
+        assert error <= 2e-5, name
         if not name.endswith("key.bias"):  # whose gradient is zero but for rounding
             assert error <= max(1e-2 * moved, 5e-7 * x.abs().max()), name
 
@@ -85,7 +89,7 @@ def test_the_command_lines_updates_are_those_of_an_independent_recomputation(mod
     assert train.main([*args, "--gradient_accumulation_steps", "2"]) == 0
     found = torch.load("output/a_checkpoint.bin", weights_only=True)  # the only evaluation was after the last update
 
-    before = npz.to_state_dict(npz.read(start), config, img_size=32)
+    before = npz.to_state_dict(read_npz(start), config, img_size=32)
     before |= {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
     pictures, transform = datasets.load_datasets("digits", "", 0).train, augment.TrainTransform(32)
     sampler = data_utils.StepSampler(len(pictures), batch_size, transform.num_draws, seed)

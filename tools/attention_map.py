@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
 from utils import augment, checkpoint, datasets, dist_util, drawing

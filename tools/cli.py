@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from models.commands import tool_command
 from utils import checkpoint, runs
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -31,10 +32,11 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         name: the tool's.
-        doc: the docstring; ``--help`` begins with it.
+        doc: the docstring; ``--help`` begins with it, its examples such as work in the folder the user is in.
     """
 
     def __init__(self, name: str, doc: str | None) -> None:
+        doc = doc and doc.replace(f"python -m tools.{name}", tool_command(name))
         super().__init__(prog=f"tools.{name}", description=doc, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:

@@ -3,265 +3,36 @@
     python -m tools.download ViT-B_32
     python -m tools.download --list
 
-The files are verified by the size and the md5 that the store sends, and appear whole or not at all.  A
-download that stops leaves a .part file, with which the same command goes on.  The names are Google's
-(github.com/google-research/vision_transformer); this tool must not fetch anything else.
+A file comes from Google's bucket or, where that does not give it, from the Hugging Face hub, where timm and
+transformers keep the same weights: those are converted to Google's .npz, every number as it is.  Files are verified by
+the size and the md5 or sha256 that the server sends, and appear whole or not at all.  A download from the bucket that
+stops leaves a .part file, with which the same command goes on; one from the hub starts again.
+
+The names are Google's (github.com/google-research/vision_transformer); this tool must not fetch anything that it is not
+asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
-import hashlib
-import http.client
-import json
 import os
-import re
-import shutil
-import ssl
 import sys
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-import zipfile
-from dataclasses import asdict, dataclass, replace
-from typing import Any
 
-from tqdm import tqdm
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from models.configs import canonical_name
+from models import hub
+from models.configs import CONFIGS, canonical_name
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import cli
-from utils import checkpoint, dist_util, runs
-
-TIMEOUT_SECS = 30.0
-#: Waits after failures in a row; one more ends the download.  Bytes that arrive start the row anew.
-PAUSES_SECS = (1.0, 2.0, 4.0, 8.0, 16.0)
-CHUNK_BYTES = 2**18
-
-
-class TransientError(OSError):
-    """A failure after which another try may do."""
-
-
-class CorruptError(TransientError):
-    """All bytes came, and they are not those of the server's file."""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file as a server describes it; None where it does not say.
-
-    Attributes:
-        url: where it is.
-        size: in bytes.
-        md5: in hexadecimal.
-        version: what changes with the file: an ETag, or a date.
-        generation: Google's number of the object's version.
-    """
-
-    url: str
-    size: int | None = None
-    md5: str | None = None
-    version: str | None = None
-    generation: str | None = None
-
-
-def describe(url: str, headers: Any, size: int | None) -> Remote:
-    """What a response's headers say about the whole file."""
-    etag = headers.get("ETag")
-    if etag is None or etag.startswith("W/"):  # weak ones do not promise the same bytes
-        etag = headers.get("Last-Modified")
-    return Remote(url, size, sent_md5(headers), etag, headers.get("x-goog-generation"))
-
-
-def sent_md5(headers: Any) -> str | None:
-    """The md5, in hexadecimal, of ``x-goog-hash: crc32c=...,md5=...``, if there is one."""
-    for part in ",".join(headers.get_all("x-goog-hash", [])).split(","):
-        kind, _, value = part.strip().partition("=")
-        if kind == "md5":
-            try:
-                digest = base64.b64decode(value, validate=True)
-            except ValueError:
-                return None
-            return digest.hex() if len(digest) == 16 else None
-    return None
-
-
-# ---- one file ----
-
-
-class Download:
-    """One file on its way, with what is there of it: ``path``.part, and what is known in ``path``.part.json."""
-
-    def __init__(self, url: str, path: str) -> None:
-        self.path, self.part, self.notes = path, path + ".part", path + ".part.json"
-        self.remote = Remote(url)
-        with contextlib.suppress(OSError, ValueError, TypeError), open(self.notes, encoding="utf-8") as f:
-            noted = Remote(**json.load(f))
-            if noted.url == url:
-                self.remote = noted
-
-    def offset(self) -> int:
-        """Bytes that need not be fetched again: only those of a known version of the file."""
-        if self.remote.version is None or not os.path.isfile(self.part):
-            return 0
-        return os.path.getsize(self.part)
-
-    def forget(self) -> None:
-        """Removes what is there of the file."""
-        for path in (self.part, self.notes):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-        self.remote = Remote(self.remote.url)
-
-    def fetch(self) -> None:
-        """Fetches what is missing, in as many tries as it takes, and puts the verified file in its place.
-
-        Raises:
-            OSError: it could not be fetched or written; what is there of it stays for the next time.
-        """
-        failures, corrupt, farthest = 0, 0, self.offset()
-        while True:
-            try:
-                self.fetch_once()
-                self.finish()
-                return
-            except TransientError as e:
-                failures = 1 if self.offset() > farthest else failures + 1
-                farthest = max(farthest, self.offset())
-                corrupt += isinstance(e, CorruptError)
-                if failures > len(PAUSES_SECS) or corrupt > 1:
-                    raise
-                tqdm.write(f"{os.path.basename(self.path)}: {e}; trying again", file=sys.stderr)
-            time.sleep(PAUSES_SECS[failures - 1])
-
-    def fetch_once(self) -> None:
-        """One request for the bytes from ``offset`` on.
-
-        Raises:
-            TransientError: the answer broke off, or was none.
-            OSError: the server refuses, or the disk does.
-        """
-        offset, url = self.offset(), self.remote.url
-        if offset and offset == self.remote.size:
-            return
-        request = urllib.request.Request(url, headers={"User-Agent": "tools.download"})
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
-            request.add_header("If-Range", str(self.remote.version))
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECS) as response:
-                self.receive(response, offset)
-        except urllib.error.HTTPError as e:
-            if e.code == 416:  # the file has become shorter
-                self.forget()
-            if e.code in (408, 416, 429) or e.code >= 500:
-                raise TransientError(f"the server answered {e.code} ({e.reason}) for {url}") from e
-            raise OSError(f"the server answered {e.code} ({e.reason}) for {url}") from e
-        except urllib.error.URLError as e:
-            if isinstance(e.reason, ssl.SSLCertVerificationError):
-                raise OSError(f"the certificate of {url} cannot be verified ({e.reason})") from e
-            raise TransientError(f"{url} cannot be reached ({e.reason})") from e
-        except (TimeoutError, ConnectionError, http.client.HTTPException) as e:
-            raise TransientError(f"{url} gives no answer ({e or type(e).__name__})") from e
-
-    def receive(self, response: Any, offset: int) -> None:
-        """Appends a response's body to the part, or begins it anew where the server sends the whole file."""
-        headers = response.headers
-        if response.status == 206:
-            sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-            new = describe(self.remote.url, headers, int(sent[2]) if sent else None)
-            known = replace(self.remote, md5=new.md5, size=self.remote.size or new.size)
-            if sent is None or int(sent[1]) != offset or new != known:
-                self.forget()
-                raise TransientError("the server went on with another file, or at another byte")
-        elif response.status == 200:
-            self.forget()  # before the notes change: bytes of one version must not stand under another's
-            length = headers.get("Content-Length", "")
-            self.remote = describe(self.remote.url, headers, int(length) if length.isdecimal() else None)
-            check_space(self.path, self.remote.size)
-            with checkpoint.atomic_write(self.notes) as notes:
-                notes.write(json.dumps(asdict(self.remote)).encode())
-        else:
-            raise OSError(f"the server answered {response.status} ({response.reason}) for {self.remote.url}")
-        self.append(response)
-
-    def append(self, response: Any) -> None:
-        """Appends a response's body to the part.
-
-        Raises:
-            TransientError: it ends too early.
-        """
-        options = dict(desc=os.path.basename(self.path), unit="B", unit_scale=True, unit_divisor=1024)
-        with open(self.part, "ab") as f:
-            with tqdm(total=self.remote.size, initial=f.tell(), **options, **dist_util.bar_options()) as bar:
-                while chunk := read(response):
-                    f.write(chunk)
-                    bar.update(len(chunk))
-            f.flush()
-            os.fsync(f.fileno())
-        got = os.path.getsize(self.part)
-        if self.remote.size is not None and got != self.remote.size:
-            raise TransientError(f"the connection broke off after {got:,} of {self.remote.size:,} bytes")
-
-    def finish(self) -> None:
-        """Verifies the part and gives it its name.
-
-        Raises:
-            CorruptError: the bytes are not those of the server's file.  The part is removed: nobody
-                knows which of them are wrong.
-        """
-        fault = self.fault()
-        if fault is not None:
-            self.forget()
-            raise CorruptError(fault)
-        os.replace(self.part, self.path)
-        os.remove(self.notes)
-
-    def fault(self) -> str | None:
-        """What is wrong with the part, if anything."""
-        if self.remote.md5 is not None:
-            with open(self.part, "rb") as f:
-                digest = hashlib.md5(usedforsecurity=False)
-                while chunk := f.read(CHUNK_BYTES):
-                    digest.update(chunk)
-            if (got := digest.hexdigest()) != self.remote.md5:
-                return f"what came has the md5 {got}, the server's file {self.remote.md5}"
-        if not zipfile.is_zipfile(self.part):
-            return "what came is not an .npz archive"
-        if self.remote.md5 is None:  # then the archive's own checksums have to do
-            try:
-                with zipfile.ZipFile(self.part) as archive:
-                    damaged = archive.testzip()
-            except (zipfile.BadZipFile, OSError, EOFError, ValueError) as e:
-                return f"what came is a damaged .npz archive ({e})"
-            if damaged is not None:
-                return f"what came is a damaged .npz archive (Bad CRC-32 for file {damaged!r})"
-        return None
-
-
-def read(response: Any) -> bytes:
-    """The next bytes of a body; whatever the network does to it is a TransientError, unlike what the disk does."""
-    try:
-        return response.read(CHUNK_BYTES)
-    except (OSError, http.client.HTTPException) as e:
-        raise TransientError(f"the connection broke off ({e or type(e).__name__})") from e
-
-
-def check_space(path: str, size: int | None) -> None:
-    """Raises OSError if a file of ``size`` bytes cannot fit where ``path`` is."""
-    free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    if size is not None and size > free:
-        raise OSError(f"it takes {size:,} bytes, and the disk has {free:,} free")
-
+from tools._sources import KINDS, Sources, Wanted, from_url
+from utils import checkpoint, runs
 
 # ---- which file ----
 
 
-def check_address(url: str) -> None:
+def check_address(flag: str, url: str) -> None:
     """Raises ValueError unless files can be below such an address."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -269,7 +40,7 @@ def check_address(url: str) -> None:
     except ValueError:  # of the port
         fits = False
     if not fits or not all("!" <= letter <= "~" for letter in url):
-        raise ValueError(f"--base_url {url} is no address; expected https://HOST/FOLDER, or http://")
+        raise ValueError(f"{flag} {url} is no address; expected https://HOST/PATH, or http://")
 
 
 def choose(name: str, upstream: str | None) -> tuple[str, str]:
@@ -296,12 +67,19 @@ def destination(to: str, upstream: str, name: str) -> str:
 
 
 def print_list(to: str) -> None:
-    """Prints every file: the model, the upstream, what it is called here, and whether it is there."""
-    rows = [("MODEL", "UPSTREAM", "FILE", "")]
+    """Prints every file: the model, the upstream, its name here, its place on the hub, and whether it is there."""
+    rows = [("MODEL", "UPSTREAM", "FILE", "ON THE HUGGING FACE HUB", "")]
     for name in dict.fromkeys(name for files in UPSTREAMS.values() for name in files):
         for upstream in upstreams(name):
             path = destination(to, upstream, name)
-            rows.append((name, upstream, path, "there" if os.path.isfile(path) else ""))
+            google = UPSTREAMS[upstream][name]
+            place, run = hub.repository(google) or "-", hub.other_run(google)
+            state = "there" if os.path.isfile(path) else ""
+            if run is not None:
+                place += " (another run)"
+                if not state and os.path.isfile(os.path.join(to, run)):
+                    state = "another run is there"
+            rows.append((name, upstream, path, place, state))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -315,8 +93,47 @@ def make_parser() -> cli.Parser:
     p.add_argument("--upstream", choices=UPSTREAMS, help="what the weights were trained on; by default the model's "
                    "first in --list")  # fmt: skip
     p.add_argument("--to", default="checkpoint", help="the folder to write to, or a file ending in .npz")
-    p.add_argument("--base_url", default=BUCKET, help="of a mirror: <upstream>/<file>.npz are below it")
+    p.add_argument("--source", choices=KINDS, help="google: its bucket; hub: the Hugging Face hub, or the mirror that "
+                   "HF_ENDPOINT names; auto, the default: the hub if the bucket does not give a file")  # fmt: skip
+    p.add_argument("--base_url", metavar="URL", help="of a mirror of Google's bucket, with its layout: a file is at "
+                   "URL/<upstream>/<file>.npz; only --source auto asks anything else, the hub, after it")  # fmt: skip
+    p.add_argument("--url", help="of one file of MODEL's weights, of any kind that --pretrained_dir takes; it becomes "
+                   "<MODEL>.npz, and nothing else is asked")  # fmt: skip
     return p
+
+
+def settings(args: argparse.Namespace) -> Sources:
+    """The sources that the flags name.
+
+    Raises:
+        ValueError: they contradict each other, or name no address.
+    """
+    if args.base_url is None:
+        return Sources(args.source or "auto", BUCKET)
+    check_address("--base_url", args.base_url)
+    if args.source == "hub":
+        raise ValueError("--base_url has no effect with --source hub, whose mirror HF_ENDPOINT names; leave one out")
+    return Sources(args.source or "google", args.base_url)
+
+
+def download_url(url: str, name: str, to: str) -> int:
+    """Fetches the file of ``--url``; returns the exit status.
+
+    Raises:
+        ValueError: the model is not known, or the file is something else than its weights.
+        OSError: it could not be fetched or written.
+    """
+    model_type = canonical_name(name)
+    if model_type not in CONFIGS:
+        raise ValueError(f"no model is called {name}; expected a --model_type of train.py, such as ViT-B_32")
+    path = to if to.endswith(".npz") and not os.path.isdir(to) else os.path.join(to, f"{model_type}.npz")
+    checkpoint.check_writable(os.path.dirname(path) or ".")
+    with runs.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
+        if os.path.isfile(path):
+            print(f"{path} is there already; remove it to fetch it again")
+        else:
+            from_url(url, path, model_type)
+    return 0
 
 
 def download(args: argparse.Namespace) -> int:
@@ -331,31 +148,31 @@ def download(args: argparse.Namespace) -> int:
         return 0
     if not args.models:
         raise ValueError("name a model, such as ViT-B_32; --list prints them")
-    check_address(args.base_url)
+    if args.url is not None:
+        check_address("--url", args.url)
+        if others := [flag for flag in ("base_url", "source", "upstream") if getattr(args, flag) is not None]:
+            raise ValueError(f"--url names the file itself, so --{others[0]} has no effect; leave one out")
+        if len(args.models) > 1:
+            raise ValueError(f"--url is one file, for {len(args.models)} models; name one")
+        return download_url(args.url, args.models[0], args.to)
+    sources = settings(args)
     chosen = dict.fromkeys(choose(name, args.upstream) for name in args.models)
-    if len(chosen) > 1 and destination(args.to, "", "") == args.to:
+    is_folder = destination(args.to, "", "") != args.to
+    if len(chosen) > 1 and not is_folder:
         raise ValueError(f"--to {args.to} is one file, for {len(chosen)} models; give a folder")
     for upstream, name in chosen:
-        path = destination(args.to, upstream, name)
-        if os.path.isfile(path):
-            print(f"{path} is there already; remove it to fetch it again")
+        wanted = Wanted(upstream, name, destination(args.to, upstream, name), is_folder)
+        if os.path.isfile(wanted.path):
+            print(f"{wanted.path} is there already; remove it to fetch it again")
             continue
-        checkpoint.check_writable(os.path.dirname(path) or ".")
-        remote = urllib.parse.quote(f"{UPSTREAMS[upstream][name]}.npz", safe="/+")
-        with runs.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
-            if os.path.isfile(path):  # another process has just brought it
+        checkpoint.check_writable(os.path.dirname(wanted.path) or ".")
+        with runs.only_run(f"{wanted.path}.part.lock", f"downloading {wanted.path}; wait for it, or stop it"):
+            if os.path.isfile(wanted.path):  # another process has just brought it
                 continue
-            file = Download(f"{args.base_url.rstrip('/')}/{remote}", path)
             try:
-                file.fetch()
+                sources.bring(wanted)
             except OSError as e:
-                stays = f"; {file.part} stays, and the same command goes on with it" if file.offset() else ""
-                raise OSError(f"{path} could not be downloaded: {e}{stays}") from e
-            except KeyboardInterrupt:
-                if file.offset():
-                    print(f"{file.part} stays; the same command goes on with it", file=sys.stderr)
-                raise
-        print(f"{path}: {os.path.getsize(path):,} bytes")
+                raise OSError(f"{wanted.path} could not be downloaded: {e}") from e
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,10 @@ from functools import partial
 
 import torch
 
-from models import npz
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from models import commands, npz
 from tools import _export_folder, _export_hf, _export_programs, _export_timm, cli, finetuned
 from utils import checkpoint
 
@@ -34,17 +36,17 @@ def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
     model = loaded.model
     arrays = npz.from_state_dict(model.state_dict(), model.config, model.img_size)
     # The checksum of a description is over the arrays of the file that it stands beside, by their names there.
-    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
-    with checkpoint.described_write(path, tensors, describe(loaded)) as f:
+    crc32 = checkpoint.checksum({name: torch.from_numpy(x) for name, x in arrays.items()})
+    description = describe(loaded)
+    with checkpoint.described_write(path, crc32, description) as f:
         npz.write(f, arrays)
-    note = "" if loaded.classes is not None else (
-        "# nothing tells the names of its classes (--classes does), so there is no .json: "
+    note = "" if description is not None else (
+        "# its classes have no names, or share one (--classes gives them), so there is no .json: "
         "a training that goes on from it starts with a head of zeros\n"
     )  # fmt: skip
-    gelu = "" if model.config.gelu == finetuned.GELUS[0] else f" --gelu {model.config.gelu}"
-    return (
-        f"{note}# a training: python train.py --name NAME --dataset DATASET --model_type {loaded.model_type} "
-        f"--img_size {model.img_size}{gelu} --pretrained_dir {shlex.quote(path)}\n"
+    command = ["--name", "NAME", "--dataset", "DATASET", "--model_type", loaded.model_type]
+    command += ["--img_size", str(model.img_size), "--gelu", model.config.gelu, "--pretrained_dir", path]
+    return f"{note}# a training: {commands.train_command(*command)}\n{commands.import_lines()}" + (
         "from dataclasses import replace\n"
         "import numpy as np\n"
         "from models.configs import CONFIGS\n"
@@ -56,11 +58,11 @@ def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
 
 
 def describe(loaded: finetuned.Finetuned) -> checkpoint.Description | None:
-    """The description of a model as it was loaded; None if nothing tells the names of its classes."""
-    if loaded.classes is None:
+    """The description of a model as it was loaded; None if its classes have no names, or share one."""
+    if loaded.classes is None or len(set(loaded.classes)) < len(loaded.classes):
         return None
     model = loaded.model
-    known = loaded.told or checkpoint.Description("", 1, loaded.classes, "", dataset="", step=0, accuracy=-1.0)
+    known = loaded.description or checkpoint.Description("", 1, loaded.classes, "", dataset="", step=0, accuracy=-1.0)
     return replace(
         known, model_type=loaded.model_type, img_size=model.img_size, classes=loaded.classes, gelu=model.config.gelu
     )

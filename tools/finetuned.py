@@ -13,13 +13,12 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
+import loading
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import cli
 from utils import checkpoint, datasets
+from utils.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +32,13 @@ class Finetuned:
 
     Attributes:
         classes: their names, in the order of the logits; None where nothing tells them.
-        told: what stands beside the checkpoint, which the flags may have overruled; None without it.
+        description: what train.py wrote beside the checkpoint, which flags may have overruled; None without it.
     """
 
     model: VisionTransformer
     model_type: str
     classes: list[str] | None
-    told: checkpoint.Description | None = None
+    description: checkpoint.Description | None = None
 
     def class_names(self) -> list[str]:
         """The names of the classes.
@@ -69,7 +68,7 @@ def add_flags(p: cli.Parser) -> None:
     told.add_argument("--classes", metavar="NAMES", help="names of the classes with commas between them, or a text "
                       "file with one a line")  # fmt: skip
     told.add_argument("--dataset", help="the data set whose classes they are: cifar10, cifar100, digits or a folder")
-    told.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are, or are downloaded to")
+    told.add_argument("--data_dir", help="has no effect: the classes of cifar10 and cifar100 are known")
 
 
 def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
@@ -81,52 +80,43 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
 
     Raises:
         ValueError: the user got something wrong.
-        OSError: the classes of a data set could not be downloaded.
     """
     path = args.load_model_dir
-    state = checkpoint.load_weights(path)
-    told = checkpoint.read_description(path, state)
+    if not os.path.exists(path):
+        raise ValueError(f"there is no checkpoint {path}; name one with --load_model_dir")
+    source = loading.load(path, args.model_type)
+    told = source.told
     if told is None and args.model_type is None:
         raise ValueError(
             f"there is no {checkpoint.description_path(path)} that tells what {path} is of; "
-            "give --model_type, and --img_size and --gelu if they were not the defaults"
+            f"give --model_type {source.model_type}, and --img_size and --gelu if they were not the defaults"
         )
-    model_type, img_size, gelu = (
-        setting(args, told, flag, default)
-        for flag, default in (("model_type", ""), ("img_size", IMG_SIZE), ("gelu", GELUS[0]))
-    )
-    if model_type not in CONFIGS or gelu not in GELUS:
-        raise ValueError(f"{checkpoint.description_path(path)} names {model_type}, {gelu}, which are not known here")
-    config = replace(CONFIGS[model_type], gelu=gelu)
+    if told is not None and told.model_type is not None:
+        setting(args, told, "model_type", "")  # for its warning
+    img_size = setting(args, told, "img_size", IMG_SIZE)
+    config = replace(CONFIGS[source.model_type], gelu=setting(args, told, "gelu", GELUS[0]))
     config.check_img_size(img_size)
-    model = VisionTransformer(config, img_size, num_classes(state), vis=vis)
+    model = VisionTransformer(config, img_size, source.num_classes or 1, vis=vis)
     try:
-        model.load_finetuned(state)
+        model.load_exactly(source.arrays)
     except ValueError as e:
-        raise ValueError(f"{path} cannot be loaded as {model_type}: {e}") from e
+        raise ValueError(f"{source.path} cannot be loaded as {source.model_type}: {e}") from e
     classes = chosen_classes(args)
     where = "the flags name"
     if classes is None and told is not None:
-        classes, where = told.classes, f"{checkpoint.description_path(path)} names"
+        classes, where = told.classes, f"{told.source} names"
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{path} has {model.num_classes} classes, {where} {len(classes)}")
-    return Finetuned(model.eval(), model_type, classes, told)
+    return Finetuned(model.eval(), source.model_type, classes, None if told is None else told.description)
 
 
-def setting(args: argparse.Namespace, told: checkpoint.Description | None, flag: str, default: Any) -> Any:
-    """What a flag gives, else what the description tells, else a default; a contradiction is a warning."""
+def setting(args: argparse.Namespace, told: Told | None, flag: str, default: Any) -> Any:
+    """What a flag gives, else what is told, else a default; a contradiction is a warning."""
     given = getattr(args, flag)
     noted = None if told is None else getattr(told, flag)
-    if given is not None and noted not in (None, given):
-        beside = checkpoint.description_path(args.load_model_dir)
-        logger.warning("--%s %s is taken, but %s says %s", flag, given, beside, noted)
+    if given is not None and told is not None and noted not in (None, given):
+        logger.warning("--%s %s is taken, but %s says %s", flag, given, told.source, noted)
     return next((value for value in (given, noted) if value is not None), default)
-
-
-def num_classes(state: dict[str, Tensor]) -> int:
-    """How many classes weights are for; 1 where they lack a head, which is then missed on loading."""
-    bias = state.get("head.bias", torch.empty(1))
-    return max(bias.numel(), 1)
 
 
 def chosen_classes(args: argparse.Namespace) -> list[str] | None:
@@ -135,8 +125,10 @@ def chosen_classes(args: argparse.Namespace) -> list[str] | None:
     Raises:
         ValueError: a name is missing or there twice, or there is no such data set.
     """
+    if args.data_dir is not None:
+        logger.warning("--data_dir has no effect: the classes of cifar10 and cifar100 are known without their pictures")
     if args.classes is None:
-        return None if args.dataset is None else datasets.class_names(args.dataset, args.data_dir)
+        return None if args.dataset is None else datasets.class_names(args.dataset)
     if args.dataset is not None:
         raise ValueError("--classes and --dataset both name the classes; give one")
     if os.path.isfile(args.classes):

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
 from models.modeling import VisionTransformer
 from tools import cli, finetuned
 from utils import augment, datasets, dist_util, hardware, runs
@@ -109,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: the user got something wrong.
-        OSError: the classes of a data set could not be downloaded.
         OutOfMemory: a smaller ``--batch_size`` may do.
     """
     paths = find_pictures(args.pictures)

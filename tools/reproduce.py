@@ -27,6 +27,10 @@ from typing import Any
 
 import torch
 
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from models.commands import own_path, tool_command, train_command
 from models.configs import DEMO, GOOGLE_NAMES
 from models.published import file_name
 from tools import cli
@@ -82,9 +86,10 @@ def check_weights(rows: list[Row], folder: str) -> None:
     problem = f"there is no file {', '.join(missing)}"
     models = [model for model in missing.values() if model != DEMO]
     if not models:
-        raise ValueError(f"{problem}; this repository comes with checkpoint/{DEMO}.npz")
+        own = shlex.quote(own_path("checkpoint"))
+        raise ValueError(f"{problem}; it comes with this repository: give --checkpoint_dir {own}")
     to = [] if os.path.normpath(folder) == "checkpoint" else ["--to", folder]
-    raise ValueError(f"{problem}; download with: {shlex.join(['python', '-m', 'tools.download', *models, *to])}")
+    raise ValueError(f"{problem}; download with: {tool_command('download', *models, *to)}")
 
 
 def check_extra(extra: list[str]) -> None:
@@ -158,7 +163,7 @@ def reproduce(args: argparse.Namespace, rows: list[Row], extra: list[str]) -> in
                 print(f"[{number}/{len(rows)}] {row.name} is done: {record['accuracy']:.2f} % (--again trains it anew)")
                 continue
             words = command(row, args, extra)
-            print(f"[{number}/{len(rows)}] {row.name}\npython train.py {shlex.join(words)}", flush=True)
+            print(f"[{number}/{len(rows)}] {row.name}\n{train_command(*words)}", flush=True)
             spent = time_spent(row, args, record)
             start = time.perf_counter()
             status = child.run([sys.executable, TRAIN, *words])
@@ -203,7 +208,7 @@ def outcome(
         "accuracy": max(accuracies, default=None),
         "last_accuracy": accuracies[-1] if accuracies else None,
         "secs": secs,
-        "command": f"python train.py {shlex.join(words)}",
+        "command": train_command(*words),
         "hardware": device,
         "versions": report.versions(),
         "published": {"source": row.source, **{k: v for k, v in asdict(row).items() if k != "flags"}},
@@ -354,7 +359,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.dry_run:
         for row in rows:
-            print(f"python train.py {shlex.join(command(row, args, args.extra))}")
+            print(train_command(*command(row, args, args.extra)))
         return 0
     to_do = [row for row in rows if args.again or results.get(row.name, {}).get("status") != "done"]
     check_weights(to_do, args.checkpoint_dir)

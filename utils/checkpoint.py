@@ -7,11 +7,16 @@ module does not know models: it keeps what it is told.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import filecmp
 import glob
+import itertools
 import json
 import os
+import shutil
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -155,17 +160,21 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> None:
-    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``described_write``."""
+def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> int:
+    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``described_write``.
+
+    Returns:
+        The checksum of the weights.
+    """
     tensors = {name: x.detach().cpu() for name, x in state.items()}
-    with described_write(path, tensors, description) as f:
+    crc32 = checksum(tensors)
+    with described_write(path, crc32, description) as f:
         torch.save(tensors, f)
+    return crc32
 
 
 @contextlib.contextmanager
-def described_write(
-    path: str, state: Mapping[str, Tensor], description: Description | None = None
-) -> Iterator[IO[bytes]]:
+def described_write(path: str, crc32: int, description: Description | None = None) -> Iterator[IO[bytes]]:
     """Opens a file for weights, as ``atomic_write`` does, and writes their description beside it.
 
     The weights are on the disk under a temporary name when the description takes its place, and take
@@ -174,7 +183,7 @@ def described_write(
 
     Args:
         path: of the weights.
-        state: what the block writes, on the CPU, by the names that the file has.
+        crc32: ``checksum`` of what the block writes, by the names that the file has.
         description: of the weights; None to write none.
     """
     with atomic_write(path) as f:
@@ -182,9 +191,49 @@ def described_write(
         if description is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(description), "crc32": checksum(state)}, indent=1, allow_nan=False)
+            text = json.dumps({**asdict(description), "crc32": crc32}, indent=1, allow_nan=False)
             with atomic_write(description_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
+
+
+def keep_earlier(path: str) -> str:
+    """Gives weights, and the description beside them, a second name, ``<path>.earlier-N``, under which they stay.
+
+    Whoever writes ``path`` afterwards replaces only the first name.  A kill at any point leaves both files under the
+    first name or both under the second, and trying again takes the second name that is there already.
+
+    Returns:
+        The second name of the weights.
+
+    Raises:
+        OSError: the disk cannot hold them twice, where it has no links.
+    """
+    beside, (stem, ending) = description_path(path), os.path.splitext(path)
+    for n in itertools.count(1):
+        kept, kept_beside = f"{stem}.earlier-{n}{ending}", f"{stem}.earlier-{n}.json"
+        if _same_file(path, kept):
+            return kept
+        if not os.path.exists(kept) and (not os.path.exists(kept_beside) or _same_file(beside, kept_beside)):
+            break
+    if os.path.exists(beside) and not os.path.exists(kept_beside):
+        _link(beside, kept_beside)
+    _link(path, kept)
+    return kept
+
+
+def _same_file(path: str, other: str) -> bool:
+    """Whether both are there and hold the same: as links to one file, or as copies."""
+    if not (os.path.exists(path) and os.path.exists(other)):
+        return False
+    return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+
+
+def _link(path: str, other: str) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # exFAT and some network disks have no links
+        with open(path, "rb") as source, atomic_write(other) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def checksum(state: Mapping[str, Tensor]) -> int:
@@ -238,7 +287,7 @@ def _check_archive(path: str) -> None:
             raise ValueError("it would unpack to more than it holds")
 
 
-def _check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
+def check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
     """Raises ValueError for a tensor that is larger than what the file holds of it, or of a special kind."""
     size = os.path.getsize(path)
     for x in tensors:
@@ -248,35 +297,46 @@ def _check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
             raise ValueError(f"it has a tensor of shape {tuple(x.shape)} without that many numbers")
 
 
+SAVE_REMEDY = "save `model.state_dict()` and give that file"
+
+
+def load_torch(path: str) -> Any:
+    """Reads a file of torch.save: tensors and containers of them, and argparse's flags, which trainers put beside.
+
+    Raises:
+        ValueError: it is damaged, or holds anything else, which could run code.  The message begins with "it".
+    """
+    try:
+        _check_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), open(path, "rb") as f:
+            warnings.simplefilter("ignore")  # torch's words on old formats, or on bytes that are none of its own
+            return torch.load(f, map_location="cpu", weights_only=True)  # a path it would judge by its ending
+    except UnpicklingError as e:
+        # torch's own text advises to load the file without safety.
+        raise ValueError(
+            f"it is no checkpoint, or holds more than tensors, which could run code and is not read; {SAVE_REMEDY}"
+        ) from e
+    except Exception as e:  # damaged bytes lead the reader to IndexError, AssertionError, struct.error and more
+        raise ValueError("it is no file of torch.save, or cut off or damaged") from e
+
+
 def load_weights(path: str) -> dict[str, Tensor]:
-    """Reads a state_dict, without the ``module.`` that a data-parallel wrapper puts before names.
+    """Reads a state_dict that this program wrote.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else than tensors.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
+        raise ValueError(f"there is no checkpoint {path}")
     try:
-        _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as e:
-        # torch's own text advises to load the file without safety.
-        raise ValueError(
-            f"{path} is no checkpoint, or holds more than tensors, which could run code and is not read; "
-            "save `model.state_dict()` and give that file"
-        ) from e
-    except Exception as e:  # damaged bytes lead the reader to IndexError, AssertionError, struct.error and more
-        raise ValueError(f"{path} cannot be read as a checkpoint of torch.save; is it cut off or damaged?") from e
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items())
-    if not named or not state:
-        raise ValueError(
-            f"{path} holds no state_dict (names and tensors); save `model.state_dict()` and give that file"
-        )
-    try:
-        _check_tensors(path, state.values())
+        state = load_torch(path)
+        named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items())
+        if not named or not state:
+            raise ValueError(f"it holds no state_dict (names and tensors); {SAVE_REMEDY}")
+        check_tensors(path, state.values())
     except ValueError as e:
         raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from e
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    return state
 
 
 @dataclass
@@ -291,6 +351,7 @@ class TrainingState:
         best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
         best_step: the update after which that was.
         best: what that evaluation found, by the names of ``evaluation.Evaluation``.
+        best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
         model: float32 weights by the model's names.
         optimizer, precision, log: what these objects keep.
     """
@@ -302,6 +363,7 @@ class TrainingState:
     best_accuracy: float = -1.0
     best_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
+    best_crc32: int = 0
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
@@ -323,6 +385,7 @@ _STATE_KINDS: dict[str, type] = {
     "best_accuracy": float,
     "best_step": int,
     "best": dict,
+    "best_crc32": int,
     "model": dict,
     "optimizer": dict,
     "precision": dict,
@@ -358,7 +421,7 @@ def load_state(path: str) -> TrainingState:
     try:
         if found.pop("format") != STATE_FORMAT:
             raise ValueError("another version's")
-        _check_tensors(path, _tensors_in(found))
+        check_tensors(path, _tensors_in(found))
         return TrainingState(**found)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} holds no training state of this version; --resume none starts over") from e

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import os
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import dist_util
+from utils import cifar, dist_util
 
-NAMED_DATASETS = ("cifar10", "cifar100", "digits")
+CLASS_NAMES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100, "digits": tuple("0123456789")}
+NAMED_DATASETS = tuple(CLASS_NAMES)
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: A folder's split is decoded once, into memory, if its pictures have one size and are this small.
 MEMORY_PICTURE_PX = 256 * 256
@@ -110,12 +112,26 @@ def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
             return _load_cifar(name, data_dir)
     if name == "digits":
         return _load_digits()
-    check_name(name)
+    _check_name(name)
     return _load_folder(name, num_workers)
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError unless ``name`` is a data set's or a folder's."""
+def check_layout(name: str) -> None:
+    """Raises ValueError unless ``name`` is a data set's, or a folder's whose every class has pictures in both splits.
+
+    Lists folders and reads no picture, so that it can come before anything that takes long: 100,000 files on a
+    local disk take 0.1 s.
+    """
+    _check_name(name)
+    if name in NAMED_DATASETS:
+        return
+    train_dir, test_dir, classes = _layout(name)
+    for folder in (os.path.join(split_dir, name) for split_dir in (train_dir, test_dir) for name in classes):
+        if next(_each_picture(folder), None) is None:
+            raise _empty_class(folder)
+
+
+def _check_name(name: str) -> None:
     if name not in NAMED_DATASETS and not os.path.isdir(name):
         raise ValueError(
             f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
@@ -151,10 +167,11 @@ def _load_digits() -> DataSets:
         grey = arrays[f"{split}_images"][:, None].float() * (255 / 16)  # (N, 1, 8, 8), 0..16 in the file
         images = F.interpolate(grey, (32, 32), mode="bilinear").round().byte()  # (N, 1, 32, 32)
         splits.append(MemoryPictures(images.repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
-    return DataSets(splits[0], splits[1], [str(digit) for digit in range(10)])
+    return DataSets(splits[0], splits[1], class_names("digits"))
 
 
-def _load_folder(root: str, num_workers: int) -> DataSets:
+def _layout(root: str) -> tuple[str, str, list[str]]:
+    """A folder's two splits and the names of its classes; raises ValueError if it lacks them."""
     train_dir = os.path.join(root, "train")
     test_dir = next((d for d in (os.path.join(root, s) for s in ("test", "val")) if os.path.isdir(d)), None)
     if not os.path.isdir(train_dir) or test_dir is None:
@@ -164,6 +181,11 @@ def _load_folder(root: str, num_workers: int) -> DataSets:
         raise ValueError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<picture>")
     if unknown := sorted(set(_subfolders(test_dir)) - set(classes)):
         raise ValueError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
+    return train_dir, test_dir, classes
+
+
+def _load_folder(root: str, num_workers: int) -> DataSets:
+    train_dir, test_dir, classes = _layout(root)
     splits: list[Pictures] = []
     for folder in (train_dir, test_dir):
         paths, numbers = _list_pictures(folder, classes)
@@ -184,35 +206,42 @@ def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int
     for label, name in enumerate(classes):
         found = pictures_below(os.path.join(folder, name))
         if not found:
-            raise ValueError(
-                f"{os.path.join(folder, name)} holds no picture ({', '.join(e[1:] for e in EXTENSIONS)}); "
-                "fill the folder or remove the class"
-            )
+            raise _empty_class(os.path.join(folder, name))
         paths += found
         labels += [label] * len(found)
     return paths, labels
 
 
+def _empty_class(folder: str) -> ValueError:
+    kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
+    return ValueError(f"{folder} holds no picture ({kinds}); fill the folder or remove the class")
+
+
 def pictures_below(folder: str) -> list[str]:
     """The pictures of a folder and of those in it, sorted; hidden ones are left out."""
-    found: list[str] = []
+    return sorted(_each_picture(folder))
+
+
+def _each_picture(folder: str) -> Iterator[str]:
+    """The pictures of a folder, then those of the folders in it, which are not listed before."""
     seen: set[str] = set()  # a link may lead back up
     for parent, subfolders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(parent))
         subfolders[:] = [f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
-        found += [os.path.join(parent, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    return sorted(found)
+        for file in files:
+            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
+                yield os.path.join(parent, file)
 
 
-def class_names(name: str, data_dir: str) -> list[str]:
-    """The names of a data set's classes, as ``load_datasets`` has them; a folder's pictures are not read.
+def class_names(name: str) -> list[str]:
+    """The names of a data set's classes, as ``load_datasets`` has them; neither its pictures nor a copy are needed.
 
     Raises:
-        ValueError, ConnectionError: as for ``load_datasets``.
+        ValueError: no such data set, or a folder without class folders.
     """
-    if name in NAMED_DATASETS:
-        return load_datasets(name, data_dir, num_workers=0).classes
-    check_name(name)
+    if name in CLASS_NAMES:
+        return list(CLASS_NAMES[name])
+    _check_name(name)
     train_dir = os.path.join(name, "train")
     if not os.path.isdir(train_dir) or not (classes := _subfolders(train_dir)):
         raise ValueError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<picture>")

@@ -27,7 +27,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise ValueError(
             f"--local_rank {local_rank} without a launcher; start several processes with "
-            "`torchrun --nproc_per_node=N train.py ...`"
+            "`torchrun --nproc_per_node=N` in place of `python`"
         )
     if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
         raise ValueError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")

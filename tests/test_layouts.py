@@ -1,0 +1,228 @@
+"""models/layouts.py: every layout of a model's weights gives Google's arrays back, bit for bit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models import layouts, npz
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
+from tests import fake_npz
+
+PLAIN, HYBRID = "testing", "testing-hybrid"
+TORCH_LAYOUTS = {"ours": layouts.OURS, "timm": layouts.TIMM, "hf": layouts.HF, "hf5": layouts.HF5}
+#: timm has names for these hybrids; transformers has none.
+CASES = [(PLAIN, name) for name in TORCH_LAYOUTS] + [(HYBRID, "ours"), (HYBRID, "timm"), ("R-ViT-Ti_16", "timm")]
+
+
+def google(model_type, num_classes=10, img_size=None, **options):
+    """A checkpoint in Google's layout, and the same as our state_dict."""
+    config = CONFIGS[model_type]
+    size = img_size or 3 * config.stride
+    arrays = fake_npz.arrays(config, size, num_classes, **options)
+    return arrays, npz.to_state_dict(arrays, config, size, num_classes)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert found[name].shape == x.shape, name
+        np.testing.assert_array_equal(found[name], x)
+
+
+def as_arrays(state):
+    return {name: x.numpy() for name, x in state.items()}
+
+
+@pytest.mark.parametrize(("model_type", "layout"), CASES)
+def test_a_pytorch_layout_gives_googles_arrays_bit_for_bit(model_type, layout):
+    arrays, state = google(model_type)
+    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
+    assert layout == "ours" or theirs.keys() != state.keys()
+    assert_same(layouts.to_google(theirs, CONFIGS[model_type]), arrays)
+
+
+@pytest.mark.parametrize("layout", ["ours", "timm", "hf", "hf5"])
+def test_logits_are_the_same_bits_from_every_layout(layout):
+    arrays, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    logits = []
+    for weights in (arrays, layouts.to_google(theirs, CONFIGS[PLAIN])):
+        model = VisionTransformer(CONFIGS[PLAIN], 48, 10).eval()
+        model.load_from(weights)
+        with torch.no_grad():
+            logits.append(model(images)[0])
+    assert logits[0].std() > 0.05
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "theirs"),
+    [("ViT-Ti_16", "vit_tiny_patch16_224"), ("R-ViT-Ti_16", "vit_tiny_r_s16_p8_224")],
+)
+def test_what_timm_makes_of_googles_file_gives_it_back(tmp_path, model_type, theirs):
+    timm = pytest.importorskip("timm", reason="needs timm (requirements-dev.txt)")
+    arrays, _ = google(model_type, img_size=224)
+    model = timm.create_model(theirs, num_classes=10)
+    model.load_pretrained(fake_npz.save(tmp_path / "a.npz", arrays))  # timm's own reading of Google's layout
+    assert_same(layouts.to_google(as_arrays(model.state_dict()), CONFIGS[model_type]), arrays)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_what_transformers_saves_and_what_it_has_in_memory_give_googles_arrays(tmp_path, head):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
+    from utils import weights
+
+    c = CONFIGS[PLAIN]
+    arrays, state = google(PLAIN, num_classes=5, img_size=32)
+    settings = transformers.ViTConfig(
+        image_size=32, patch_size=16, hidden_size=c.hidden_size, intermediate_size=c.mlp_dim,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_labels=5,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(settings)
+    model.load_state_dict(layouts.from_ours(state, layouts.HF5))
+    if not head:
+        arrays = {name: x for name, x in arrays.items() if not name.startswith("head/")}
+        base = transformers.ViTModel(settings)  # names without vit., and a pooler
+        base.load_state_dict(model.vit.state_dict(), strict=False)
+        model = base
+    assert_same(layouts.to_google(as_arrays(model.state_dict()), c), arrays)
+    model.save_pretrained(tmp_path)
+    assert_same(layouts.to_google(weights.read(str(tmp_path)).arrays, c), arrays)
+
+
+@pytest.mark.parametrize("layout", ["timm", "hf", "hf5", "ours"])
+def test_a_head_may_be_missing(layout):
+    arrays, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
+    headless = {name: x for name, x in theirs.items() if not name.startswith(TORCH_LAYOUTS[layout].head)}
+    expected = {name: x for name, x in arrays.items() if not name.startswith("head/")}
+    assert_same(layouts.to_google(headless, CONFIGS[PLAIN]), expected)
+
+
+def test_timms_pre_logits_come_along_and_transformers_pooler_does_not():
+    arrays, state = google(PLAIN, pre_logits=True)
+    kernel, bias = arrays["pre_logits/kernel"], arrays["pre_logits/bias"]
+    timm = as_arrays(layouts.from_ours(state, layouts.TIMM)) | {
+        "pre_logits.fc.weight": kernel.T,
+        "pre_logits.fc.bias": bias,
+    }
+    assert_same(layouts.to_google(timm, CONFIGS[PLAIN]), arrays)
+    hf = as_arrays(layouts.from_ours(state, layouts.HF)) | {
+        "vit.pooler.dense.weight": kernel.T,
+        "vit.pooler.dense.bias": bias,
+    }
+    rest = {name: x for name, x in arrays.items() if not name.startswith("pre_logits")}
+    assert_same(layouts.to_google(hf, CONFIGS[PLAIN]), rest)
+
+
+@pytest.mark.parametrize(
+    ("layout", "extra"),
+    [
+        ("timm", "blocks.0.ls1.gamma"),
+        ("timm", "dist_token"),
+        ("timm", "reg_token"),
+        ("timm", "norm_pre.weight"),
+        ("timm", "fc_norm.weight"),
+        ("timm", "blocks.1.attn.q_norm.weight"),
+        ("timm", "head_dist.weight"),
+        ("hf", "vit.embeddings.mask_token"),
+        ("hf", "vit.encoder.layer.0.layer_scale1.lambda1"),
+        ("ours", "transformer.encoder.extra"),
+    ],
+)
+def test_a_part_without_a_place_is_named(layout, extra):
+    _, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout])) | {extra: np.zeros(32, np.float32)}
+    with pytest.raises(ValueError, match=f"^{re.escape(extra)}: not in this model$"):
+        layouts.to_google(theirs, CONFIGS[PLAIN])
+
+
+@pytest.mark.parametrize("layout", ["timm", "hf", "ours"])
+def test_another_models_weights_are_named_as_the_file_does_with_the_model_that_they_fit(layout):
+    _, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
+    with pytest.raises(ValueError, match="it fits --model_type testing") as e:
+        layouts.to_google(theirs, CONFIGS["ViT-demo"])
+    named = re.findall(r"(\S+): expected \(", str(e.value))
+    assert named
+    assert all(layout == "ours" or not name.startswith("transformer.") for name in named)
+    assert layouts.model_of(theirs) == PLAIN
+
+
+def test_a_missing_third_of_timms_joined_matrix_is_a_wrong_shape():
+    _, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, layouts.TIMM))
+    theirs["blocks.0.attn.qkv.weight"] = theirs["blocks.0.attn.qkv.weight"][:64]
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight: expected \(96, 32\), found \(64, 32\)"):
+        layouts.to_google(theirs, CONFIGS[PLAIN])
+
+
+@pytest.mark.parametrize(
+    "names", [["conv1.weight", "fc.bias"], ["class_token", "encoder.layers.encoder_layer_0.ln_1.weight"]]
+)
+def test_names_of_no_layout_are_said(names):
+    with pytest.raises(ValueError, match=f"{names[0]}.*none of Google's, timm's"):
+        layouts.to_google({name: np.zeros(3, np.float32) for name in names}, CONFIGS[PLAIN])
+    assert layouts.model_of({name: np.zeros(3, np.float32) for name in names}) is None
+
+
+# ---- big_vision's ----
+
+
+def big_vision(arrays, prefix="params/", scan=False, pool="tok"):
+    """The same model as big_vision stores it: positions without the class token's, blocks perhaps stacked."""
+    newer = {}
+    for name, x in arrays.items():
+        for old, new in fake_npz.NEWER_NAMES.items():
+            name = name.replace(old, new)
+        newer[name] = x
+    newer["pos_embedding"] = newer.pop(npz.POSITIONS)[:, 1:]
+    if pool != "tok":
+        del newer["cls"]
+    if pool == "map":
+        newer["MAPHead_0/probe"] = np.zeros((1, 1, 32), np.float32)
+    if scan:
+        for name in [name for name in newer if "encoderblock_0/" in name]:
+            stack = np.stack([newer.pop(name.replace("_0/", f"_{i}/", 1)) for i in range(CONFIGS[PLAIN].num_layers)])
+            newer[name.replace("encoderblock_0", "encoderblock")] = stack
+    return {prefix + name: x for name, x in newer.items()}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("prefix", ["", "params/", "params/img/"])
+def test_big_visions_class_token_models_convert_exactly(scan, prefix):
+    arrays, _ = google(PLAIN)
+    arrays[npz.POSITIONS][:, 0] = 0  # which has no position there
+    theirs = big_vision(arrays, prefix, scan) | {"opt/0/mu/params/pos_embedding": np.zeros((1, 9, 32), np.float32)}
+    found = layouts.to_google(theirs, CONFIGS[PLAIN])
+    matched = npz.match(found, CONFIGS[PLAIN], num_classes=10)
+    assert_same(dict(matched), arrays)
+    assert layouts.model_of(theirs) == PLAIN
+    model = VisionTransformer(CONFIGS[PLAIN], 48, 10)
+    model.load_from(found)
+
+
+@pytest.mark.parametrize(("pool", "words"), [("gap", r"pool_type=gap"), ("map", r"pool_type=map")])
+def test_big_visions_other_poolings_are_refused_by_name(pool, words):
+    arrays, _ = google(PLAIN)
+    with pytest.raises(ValueError, match=f"big_vision .*{words}"):
+        layouts.to_google(big_vision(arrays, pool=pool), CONFIGS[PLAIN])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_type", ["ViT-H_14", "ViT-L_16", "ViT-L_32", "R50-ViT-L_32", "R50-ViT-B_16"])
+def test_large_models_of_timm_and_transformers_convert_bit_for_bit(model_type):
+    config = replace(CONFIGS[model_type])
+    arrays, state = google(model_type, num_classes=10, img_size=7 * config.stride)
+    for layout in (layouts.TIMM,) if config.resnet_units else (layouts.TIMM, layouts.HF, layouts.HF5):
+        theirs = as_arrays(layouts.from_ours(state, layout))
+        found = layouts.to_google(theirs, config)
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[name], x) for name, x in arrays.items())

@@ -1,0 +1,235 @@
+"""train.py with weights of every layout: evaluated, trained on from, found where no flag names them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import train
+from models import layouts, npz
+from models.configs import CONFIGS
+from tests import fake_npz
+from tests.runs import TINY, last_state, write_pictures
+from tools import export
+from utils import checkpoint
+
+CONFIG = CONFIGS["testing"]
+LAYOUTS = {"timm": layouts.TIMM, "hf": layouts.HF, "hf5": layouts.HF5, "ours": layouts.OURS}
+SHORT = ["--name", "b", *TINY, "--train_batch_size", "8", "--num_steps", "2", "--warmup_steps", "1"]
+OWN = ["--img_size", "48"]  # of the checkpoint ``trained``
+ONE = ["--num_steps", "1", "--learning_rate", "0"]  # a step that changes nothing
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(finetuned_digits) -> str:
+    """A checkpoint of digits with its description, in the current folder."""
+    for ending in (".bin", ".json"):
+        shutil.copy(finetuned_digits.removesuffix(".bin") + ending, f"digits_checkpoint{ending}")
+    return "digits_checkpoint.bin"
+
+
+def accuracy(caplog) -> str:
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Valid Accuracy")][-1]
+
+
+def evaluate(path, caplog, *flags) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert train.main(["--name", "x", *TINY, *OWN, "-v", "--load_model_dir", str(path), *flags]) == 0
+    return accuracy(caplog)
+
+
+def written_in(layout: str, source: str, path: str) -> str:
+    """The weights of one of our checkpoints in another layout."""
+    save_file(layouts.from_ours(checkpoint.load_weights(source), LAYOUTS[layout]), path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["timm", "hf", "hf5", "npz", "folder", "wrapped"])
+def test_an_evaluation_gives_the_same_accuracy_from_every_layout(trained, layout, caplog, capsys):
+    expected = evaluate(trained, caplog)
+    path = "other"
+    if layout == "npz":
+        path = "other.npz"
+        assert export.main(["--load_model_dir", trained, "--format", "npz", "--output", path]) == 0
+    elif layout == "folder":
+        os.mkdir(path)
+        written_in("hf", trained, f"{path}/model.safetensors")
+    elif layout == "wrapped":
+        state = {f"module.{name}": x for name, x in checkpoint.load_weights(trained).items()}
+        torch.save({"model": state, "epoch": 1}, path)
+    else:
+        written_in(layout, trained, path)
+    assert evaluate(path, caplog) == expected
+
+
+def test_pretrained_weights_cannot_be_evaluated(capsys):
+    path = fake_npz.save("a.npz", {k: x for k, x in fake_npz.arrays(CONFIG).items() if not k.startswith("head")})
+    assert train.main(["--name", "x", *TINY, "-v", "--load_model_dir", path]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "a.npz cannot be loaded as testing: it has no head" in error
+
+
+@pytest.mark.parametrize("layout", ["timm", "hf", "hf5", "ours"])
+def test_a_training_starts_from_the_same_bits_in_every_layout(layout):
+    arrays = fake_npz.arrays(CONFIG, 48)
+    fake_npz.save("a.npz", arrays)
+    save_file(layouts.from_ours(npz.to_state_dict(arrays, CONFIG, 48, 10), LAYOUTS[layout]), "b.safetensors")
+    states = []
+    for name in ("a.npz", "b.safetensors"):
+        assert train.main([*SHORT, "--pretrained_dir", name, "--resume", "none"]) == 0
+        states.append(last_state("b").model)
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+# ---- going on from a fine-tuned model ----
+
+
+@pytest.mark.parametrize("layout", ["bin", "npz"])
+def test_a_head_for_the_same_classes_is_kept(trained, layout, caplog, capsys):
+    expected = evaluate(trained, caplog)
+    if layout == "npz":
+        assert export.main(["--load_model_dir", trained, "--format", "npz", "--output", "a.npz"]) == 0
+        trained = "a.npz"
+    with caplog.at_level(logging.INFO):
+        assert train.main([*SHORT, *ONE, *OWN, "--pretrained_dir", trained]) == 0
+    assert "The head is kept: it was trained for the same 10 classes" in caplog.text
+    assert accuracy(caplog) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("zero_head", "--zero_head"),
+        ("unnamed", "nothing tells the names of its classes"),
+        ("other order", "it was trained for other classes"),
+        ("other number", "it was trained for other classes"),
+    ],
+)
+def test_any_other_head_starts_from_zeros_and_the_log_says_why(trained, change, reason, caplog):
+    flags = ["--zero_head"] if change == "zero_head" else []
+    told = json.loads(Path("digits_checkpoint.json").read_text())
+    if change == "unnamed":
+        os.remove("digits_checkpoint.json")
+    elif change == "other order":
+        Path("digits_checkpoint.json").write_text(json.dumps({**told, "classes": told["classes"][::-1]}))
+    elif change == "other number":
+        write_pictures("pictures")
+        flags = ["--dataset", "pictures"]
+    with caplog.at_level(logging.INFO):
+        assert train.main([*SHORT, *ONE, "--pretrained_dir", trained, *flags]) == 0
+    assert f"The head starts from zeros: {reason}" in caplog.text
+    assert not last_state("b").model["head.weight"].any()
+
+
+def test_positions_of_a_fine_tuned_model_are_resized_to_the_new_size(trained, caplog):
+    with caplog.at_level(logging.INFO):
+        assert train.main([*SHORT, *ONE, "--pretrained_dir", trained, "--img_size", "64"]) == 0
+    assert "from a grid of 3 x 3 to 4 x 4" in caplog.text
+    assert "The head is kept" in caplog.text
+
+
+def test_contradictions_with_the_description_are_warnings(trained, caplog):
+    assert train.main([*SHORT, *ONE, "--pretrained_dir", trained, "--gelu", "tanh"]) == 0
+    assert f"{trained} was trained with --gelu erf, not tanh" in caplog.text
+
+
+def test_weights_for_images_of_another_mean_are_a_warning_with_the_numbers(caplog):
+    os.mkdir("deit")
+    state = npz.to_state_dict(fake_npz.arrays(CONFIG), CONFIG, 32, 10)
+    save_file(layouts.from_ours(state, layouts.TIMM), "deit/model.safetensors")
+    images = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_size": [3, 32, 32]}
+    Path("deit/config.json").write_text(json.dumps({"architecture": "deit", "pretrained_cfg": images}))
+    assert train.main([*SHORT, "--pretrained_dir", "deit"]) == 0
+    assert "mean [0.485, 0.456, 0.406]" in caplog.text
+    images |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    Path("deit/config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": images}))
+    caplog.clear()
+    assert train.main([*SHORT, "--pretrained_dir", "deit", "--resume", "none"]) == 0
+    assert "mean" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_attention_heads": 8, "hidden_act": "gelu"}, "tells of 8 attention heads, expected 4"),
+        ({"num_attention_heads": 4, "hidden_act": "quick_gelu"}, "activation quick_gelu"),
+    ],
+)
+def test_what_the_weights_do_not_show_is_compared(config, words, capsys):
+    os.mkdir("hf")
+    state = npz.to_state_dict(fake_npz.arrays(CONFIG), CONFIG, 32, 10)
+    save_file(layouts.from_ours(state, layouts.HF), "hf/model.safetensors")
+    Path("hf/config.json").write_text(json.dumps(config))
+    assert train.main([*SHORT, "--pretrained_dir", "hf"]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- states that are older than a flag, files that are found ----
+
+
+def test_a_state_that_is_older_than_a_flag_resumes_with_the_flags_default(capsys):
+    assert train.main([*SHORT, "--pretrained_dir", "", "--num_steps", "4", "--save_every", "2"]) == 0
+    state = last_state("b")
+    for flag in ("--zero_head", "--hflip"):
+        del state.settings[flag]
+    checkpoint.save_state("output/b_last.pt", state)
+    more = [*SHORT, "--pretrained_dir", "", "--num_steps", "6"]
+    assert train.main([*more, "--zero_head"]) == 2
+    assert "--zero_head was False, is True" in capsys.readouterr().err
+    assert train.main(more) == 0
+    assert last_state("b").settings["--zero_head"] is False
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["imagenet21k_ViT-Ti_16.npz", "augreg_ViT-Ti_16.npz", "ViT-Ti_16.npz"], "ViT-Ti_16.npz"),
+        (["augreg_ViT-Ti_16.npz", "imagenet21k_ViT-Ti_16.npz"], "imagenet21k_ViT-Ti_16.npz"),
+        (["augreg_ViT-Ti_16.npz", "ViT-S_16.npz"], "augreg_ViT-Ti_16.npz"),
+    ],
+)
+def test_files_that_are_there_are_found_and_named(there, taken, caplog):
+    os.mkdir("checkpoint")
+    for name in there:
+        Path("checkpoint", name).touch()
+    fake_npz.save(f"checkpoint/{taken}", fake_npz.arrays(CONFIGS["ViT-Ti_16"], 32))
+    flags = ["--model_type", "ViT-Ti_16", "--eval_batch_size", "180"]
+    with caplog.at_level(logging.INFO):
+        assert train.main([*SHORT, *ONE, *flags]) == 0
+    assert f"starting from checkpoint/{taken}" in caplog.text
+    os.remove(f"checkpoint/{taken}")  # which a run that goes on does not need
+    shutil.rmtree("checkpoint")
+    assert train.main([*SHORT, *flags, "--num_steps", "2", "--learning_rate", "0"]) == 0
+    assert last_state("b").settings["--pretrained_dir"] == f"checkpoint/{taken}"
+
+
+@pytest.mark.parametrize("given", [[], ["--pretrained_dir", "mine.npz"], ["--pretrained_dir", "checkpoint"]])
+def test_a_path_that_was_given_is_taken_or_is_an_error(given, capsys):
+    os.mkdir("checkpoint")
+    Path("checkpoint/ViT-B_16.npz").touch()
+    assert train.main([*SHORT, "--model_type", "ViT-B_32", *given]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"tools[./]download(.py)? ViT-B_32", error)
+    assert ("mine.npz" in error) == ("mine.npz" in given)
+
+
+def test_a_training_state_is_refused_with_the_name_of_its_checkpoint(capsys):
+    assert train.main([*SHORT, "--pretrained_dir", ""]) == 0
+    assert train.main([*SHORT, "--name", "c", "--pretrained_dir", "output/b_last.pt"]) == 2
+    assert "give the weights: output/b_checkpoint.bin" in capsys.readouterr().err.splitlines()[-1]
+    assert np.isfinite(last_state("b").best_accuracy)

@@ -1,0 +1,231 @@
+"""utils/weights.py: files of every kind as names and arrays, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from utils import weights
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"head.weight": torch.randn(3, 4, generator=generator), "head.bias": torch.randn(3, generator=generator)}
+
+
+def assert_read(path: Path | str, expected: dict[str, torch.Tensor] | None = None) -> None:
+    found = weights.read(str(path)).arrays
+    expected = tensors() if expected is None else expected
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], x.numpy())
+
+
+def write(path: Path, kind: str) -> Path:
+    if kind == "safetensors":
+        save_file(tensors(), path)
+    elif kind == "npz":
+        with path.open("wb") as f:
+            np.savez(f, **{name: x.numpy() for name, x in tensors().items()})
+    else:
+        torch.save(tensors(), path, _use_new_zipfile_serialization=kind == "torch")
+    return path
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors", ".bin", ".pth", ""])
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "torch", "old torch"])
+def test_a_file_is_read_by_what_it_holds_and_not_by_its_name(tmp_path, kind, ending):
+    assert_read(write(tmp_path / f"weights{ending}", kind))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: {"model": x},
+        lambda x: {"state_dict": x, "epoch": 3},
+        lambda x: {"model_state_dict": x, "optimizer_state_dict": {}},
+        lambda x: {"model": {"state_dict": x}, "step": 3},
+        lambda x: {f"module.{name}": t for name, t in x.items()},
+        lambda x: {f"_orig_mod.{name}": t for name, t in x.items()},
+        lambda x: {"state_dict": {f"module._orig_mod.{name}": t for name, t in x.items()}},
+        lambda x: {f"_orig_mod.module.{name}": t for name, t in x.items()},
+        lambda x: {"model": {f"model.{name}": t for name, t in x.items()}},
+        lambda x: {"state_dict": x, "args": argparse.Namespace(lr=0.1, model="vit"), "optimizer": {"state": {}}},
+    ],
+)
+def test_what_programs_wrap_a_state_dict_in_is_taken_off(tmp_path, wrap):
+    torch.save(wrap(tensors()), tmp_path / "a.pth")
+    assert_read(tmp_path / "a.pth")
+
+
+def test_a_prefix_that_only_some_names_have_is_part_of_them(tmp_path):
+    state = {"module.a": torch.ones(1), "b.module.c": torch.ones(1)}
+    torch.save(state, tmp_path / "a.pth")
+    assert_read(tmp_path / "a.pth", state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_half_precision_becomes_float32(tmp_path, kind, dtype):
+    halves = {name: x.to(dtype) for name, x in tensors().items()}
+    (save_file if kind == "safetensors" else torch.save)(halves, tmp_path / "a")
+    assert_read(tmp_path / "a", {name: x.float() for name, x in halves.items()})
+
+
+def test_bfloat16_in_an_npz_is_read_as_what_it_is(tmp_path):
+    halves = {name: x.bfloat16() for name, x in tensors().items()}
+    stored = {name: x.view(torch.int16).numpy().view("V2") for name, x in halves.items()}  # as JAX's programs do
+    np.savez(tmp_path / "a.npz", **stored)
+    assert_read(tmp_path / "a.npz", {name: x.float() for name, x in halves.items()})
+
+
+def test_tensors_that_are_views_are_read_as_they_are_seen(tmp_path):
+    x = torch.arange(12.0).reshape(3, 4)
+    torch.save({"t": x.t(), "s": x[:, ::2]}, tmp_path / "a.bin")
+    assert_read(tmp_path / "a.bin", {"t": x.t(), "s": x[:, ::2]})
+
+
+# ---- folders ----
+
+
+@pytest.mark.parametrize(
+    "names", [["model.safetensors"], ["pytorch_model.bin"], ["model.safetensors", "x.bin"], ["x.pth"]]
+)
+def test_a_folder_stands_for_the_file_in_it(tmp_path, names):
+    write(tmp_path / names[0], "safetensors" if names[0].endswith(".safetensors") else "torch")
+    for other in names[1:]:
+        (tmp_path / other).write_bytes(b"of no use")
+    (tmp_path / "config.json").write_text("{}")
+    assert_read(tmp_path)
+    assert weights.read(str(tmp_path)).path == str(tmp_path / names[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "has no weights; expected model.safetensors"),
+        (["a.bin", "b.bin"], "several files of weights"),
+        (["model.safetensors.index.json", "model-00001-of-00002.safetensors"], "max_shard_size"),
+        (["pytorch_model.bin.index.json"], "max_shard_size"),
+    ],
+)
+def test_a_folder_that_does_not_tell_its_file_is_refused(tmp_path, names, words):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=words):
+        weights.read(str(tmp_path))
+
+
+# ---- what is none ----
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 345579424\n"
+INDEX = b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "HTML page"),
+        (b"\xef\xbb\xbf<HTML><head>", "HTML page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML page"),
+        (LFS, "Git LFS pointer"),
+        (INDEX, "max_shard_size"),
+        (b'{"hidden_size": 768}', "JSON"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+        (b"\x1f\x8b\x08" + bytes(100), "unpack"),
+        (b"GGUF" + bytes(100), "GGUF"),
+        (b"PK\x03\x04" + bytes(100), "only the beginning"),
+        (np.random.default_rng(0).bytes(1000), "it is neither an .npz nor"),
+        (b"the weights", "it begins with b'the weights'"),
+        (b"\x80\x02" + bytes(100), "cut off or damaged|could run code"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.npz", "a.bin", "a.safetensors"])
+def test_what_a_file_is_instead_is_said(tmp_path, content, words, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as e:
+        weights.read(str(tmp_path / name))
+    assert str(e.value).startswith("it ")
+    assert "\n" not in str(e.value)
+    if content and not content.startswith(b"PK"):
+        assert "fetch it again" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "torch", "old torch"])
+def test_files_that_are_cut_off_anywhere_are_refused(tmp_path, kind):
+    whole = write(tmp_path / "a", kind).read_bytes()
+    for length in (1, 4, 9, 60, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "a").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"^it "):
+            weights.read(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"format": 1, "step": 5, "optimizer": {}, "model": {}}, "<name>_checkpoint.bin"),
+        ({}, "no state_dict"),
+        ({"epoch": 3}, "epoch is something else"),
+        ([torch.zeros(3)], "no state_dict"),
+        (torch.zeros(3), "no state_dict"),
+        ({"weight": [1.0]}, "weight is something else"),
+        ({"weight": torch.zeros(3).to_sparse()}, "special kind"),
+        (torch.nn.Linear(2, 2), "could run code"),
+    ],
+)  # fmt: skip
+def test_a_pytorch_file_without_a_state_dict_is_refused(tmp_path, value, words):
+    torch.save(value, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=words):
+        weights.read(str(tmp_path / "a.bin"))
+
+
+def test_a_training_state_is_refused_whatever_is_around_it(tmp_path):
+    torch.save({"format": 1, "step": 5, "optimizer": {}, "model": tensors()}, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"--resume takes; give the weights: <name>_checkpoint\.bin"):
+        weights.read(str(tmp_path / "a.bin"))
+    os.rename(tmp_path / "a.bin", tmp_path / "cifar10_last.pt")
+    with pytest.raises(ValueError, match=f"give the weights: {tmp_path}/cifar10_checkpoint.bin"):
+        weights.read(str(tmp_path / "cifar10_last.pt"))
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "npz", "wrapped"])
+def test_nothing_in_a_file_is_run(tmp_path, kind):
+    touched, path = tmp_path / "touched", tmp_path / "a.bin"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Touch(touched), protocol=2))
+    elif kind == "npz":
+        with path.open("wb") as f:
+            np.savez(f, cls=np.array([Touch(touched)], dtype=object))
+    else:
+        torch.save({"model": tensors(), "evil": Touch(touched)} if kind == "wrapped" else Touch(touched), path)
+    with pytest.raises(ValueError, match="could run code"):
+        weights.read(str(path))
+    assert not touched.exists()
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path):
+    path = write(tmp_path / "a.bin", "torch")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root may read everything")
+    with pytest.raises(ValueError, match="it cannot be read"):
+        weights.read(str(path))

@@ -1,0 +1,185 @@
+"""Files of weights from the Hugging Face hub, by ``huggingface_hub``, compared with the sha256 that the hub tells.
+
+``huggingface_hub`` knows HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies, and keeps the files in its cache.
+It compares their sizes only (file_download.py of 0.36 and 2.4): a byte that was changed on the way gets through.  This
+module must not know which files there are, and imports that library only when it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+from tools._transfer import CHUNK_BYTES, SourceError
+from utils.weights import FOLDER_FILES as FILES
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def load() -> Any:
+    """The library, imported with what its import reads from the environment.
+
+    Raises:
+        SourceError: it is not installed.
+    """
+    if os.environ.get("HF_ENDPOINT"):  # xet would go past a mirror to Hugging Face's own servers
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    if not sys.stderr.isatty():  # its bars write many lines into a file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, and would say all twice
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+    except ImportError as e:
+        raise SourceError(f"huggingface_hub cannot be imported ({e}): pip install 'huggingface_hub>=0.34'") from e
+    return huggingface_hub
+
+
+def address(repository: str) -> str:
+    """Where a repository can be looked at and its files fetched by hand."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return f"{endpoint.rstrip('/')}/{repository}"
+
+
+def fetch(repository: str) -> str:
+    """Brings a repository's weights into the hub's cache, or finds them there.
+
+    Returns:
+        The path of the file, whose sha256 is the one that the hub tells.
+
+    Raises:
+        SourceError: it cannot be had; nothing damaged stays in the cache.
+    """
+    library = load()
+    path = take(library, repository)
+    fault = fault_of(library, repository, path)
+    if fault is not None and not library.constants.HF_HUB_OFFLINE:
+        print(f"{fault}; fetching it again", file=sys.stderr)
+        discard(path)
+        path = take(library, repository, force=True)
+        fault = fault_of(library, repository, path)
+    if fault is not None:
+        discard(path)
+        raise SourceError(f"{fault}; it was removed from the cache")
+    return path
+
+
+def take(library: Any, repository: str, force: bool = False) -> str:
+    """The path in the cache of the best of ``FILES`` that a repository has.
+
+    Args:
+        library: what ``load`` returns.
+        repository: "owner/name".
+        force: fetch it whatever is in the cache.
+
+    Raises:
+        SourceError: the hub does not give it.
+    """
+    for file in FILES:
+        try:
+            return library.hf_hub_download(repository, file, force_download=force)
+        except Exception as e:  # requests, httpx, httpx2 and xet raise errors without a common base
+            missing = lacks_file(library, e)
+            if missing and file != FILES[-1]:
+                continue
+            raise SourceError(explain(library, repository, e, missing)) from e
+        except KeyboardInterrupt:
+            print(f"{file} of {repository} had not come whole; the same command starts it again", file=sys.stderr)
+            raise
+    raise AssertionError("unreachable")
+
+
+def origin(error: BaseException) -> BaseException:
+    """What an error came of: the library's own say that something happened, and not what; requests' wrap urllib3's."""
+    while True:
+        inner = error.__cause__ or getattr(error, "reason", None) or next(iter(error.args), None)
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status that a server answered, of an error that came of an answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def lacks_file(library: Any, error: BaseException) -> bool:
+    """Whether the repository is there, or in the cache, and not the file."""
+    errors = library.errors
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return False
+    if isinstance(error, errors.LocalEntryNotFoundError):  # also raised where nothing could be asked
+        return library.constants.HF_HUB_OFFLINE or status_of(origin(error)) == 404
+    return isinstance(error, errors.EntryNotFoundError) or status_of(error) == 404
+
+
+def explain(library: Any, repository: str, error: BaseException, missing: bool) -> str:
+    """What went wrong, in one line that names the hub and the remedy."""
+    place, cause = address(repository), origin(error)
+    status = status_of(cause)
+    if library.constants.HF_HUB_OFFLINE:
+        cache = library.constants.HF_HUB_CACHE
+        return f"HF_HUB_OFFLINE is set, and the cache {cache} has none of {', '.join(FILES)} of {repository}"
+    if isinstance(error, library.errors.GatedRepoError):
+        return f"{place} asks for consent: give it there, and set HF_TOKEN"
+    if isinstance(error, library.errors.RepositoryNotFoundError) or status == 401:
+        return f"{place} is not there, or wants an HF_TOKEN"
+    if missing:
+        return f"{place} has none of {', '.join(FILES)}"
+    if status is not None:
+        return f"the server answered {status} for {place}"
+    told = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
+    told = told.partition("\n")[0].partition(". ")[0]
+    return f"{place} could not be fetched ({told or type(cause).__name__}); the same command starts it again"
+
+
+def fault_of(library: Any, repository: str, path: str) -> str | None:
+    """What is wrong with a file in the cache, if anything, by the sha256 that the hub tells."""
+    expected = expected_sha256(library, repository, path)
+    if expected is None:
+        print(f"{address(repository)} tells no sha256 of {os.path.basename(path)}: only its size is known to be right",
+              file=sys.stderr)  # fmt: skip
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(CHUNK_BYTES):
+            digest.update(chunk)
+    if (got := digest.hexdigest()) != expected:
+        return f"{path} has the sha256 {got}, the hub's file {expected}"
+    return None
+
+
+def expected_sha256(library: Any, repository: str, path: str) -> str | None:
+    """The sha256 of a file in the cache, as the hub told it: in the ETag, or in the list of the repository's files.
+
+    The cache keeps the ETag: ``path`` is a link to a file of that name, where the system has links.
+    """
+    commit, file = path.split(os.sep)[-2:]
+    with contextlib.suppress(OSError):
+        if SHA256.fullmatch(etag := os.path.basename(os.readlink(path))):
+            return etag
+    with contextlib.suppress(Exception):  # as in ``take``; whoever can tell nothing is no reason to stop
+        url = library.hf_hub_url(repository, file, revision=commit)
+        if SHA256.fullmatch(etag := library.get_hf_file_metadata(url).etag or ""):
+            return etag
+    with contextlib.suppress(Exception):
+        for entry in library.HfApi().list_repo_tree(repository, revision=commit):
+            if entry.path == file and SHA256.fullmatch(entry.lfs.sha256):
+                return entry.lfs.sha256
+    return None
+
+
+def discard(path: str) -> None:
+    """Removes a file from the cache, so that nobody else takes it for whole."""
+    paths = [path]
+    with contextlib.suppress(OSError):
+        paths.append(os.path.join(os.path.dirname(path), os.readlink(path)))
+    for each in paths:
+        with contextlib.suppress(OSError):
+            os.remove(each)

@@ -1,0 +1,226 @@
+"""Where the files of tools.download come from: Google's bucket, the Hugging Face hub, or an address of the user's.
+
+What comes in another layout is converted to Google's .npz.  This module must not know flags.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.parse
+from dataclasses import dataclass
+
+import numpy as np
+
+from models import hub, layouts, npz
+from models.commands import tool_command
+from models.configs import CONFIGS
+from models.published import BUCKET, UPSTREAMS, file_name, upstreams
+from tools import _hub
+from tools._transfer import Download, SourceError
+from utils import checkpoint, weights
+
+KINDS = ("auto", "google", "hub")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file of Google's that is to be written.
+
+    Attributes:
+        upstream, name: as in ``UPSTREAMS``.
+        path: where it goes to.
+        is_folder: the user named a folder, so that the file's name is this project's choice.
+    """
+
+    upstream: str
+    name: str
+    path: str
+    is_folder: bool
+
+    @property
+    def google(self) -> str:
+        """Google's name of it."""
+        return UPSTREAMS[self.upstream][self.name]
+
+    @property
+    def model_type(self) -> str:
+        """The model that it is of."""
+        return self.name.removesuffix("-224")
+
+    @property
+    def hub_path(self) -> str:
+        """Where what the hub has in its place goes to: another AugReg run keeps its own name.
+
+        Raises:
+            SourceError: the user named the file as this project calls the run that the hub does not have.
+        """
+        run = hub.other_run(self.google)
+        if run is None:
+            return self.path
+        if self.is_folder:
+            return os.path.join(os.path.dirname(self.path), run)
+        if os.path.basename(self.path) == file_name(self.upstream, self.name):
+            raise SourceError(f"the hub has another run, {run}, which is not called {self.path} here; --to a folder")
+        return self.path
+
+
+def google_url(base_url: str, wanted: Wanted) -> str:
+    """Where a file is in Google's bucket, or in a mirror of it."""
+    return f"{base_url.rstrip('/')}/{urllib.parse.quote(f'{wanted.google}.npz', safe='/+')}"
+
+
+def fetch(file: Download) -> None:
+    """Fetches a file as far as it goes, and says what stays of it if that is not the end."""
+    try:
+        file.fetch()
+    except KeyboardInterrupt:
+        if file.offset():
+            print(f"{file.part} stays; the same command goes on with it", file=sys.stderr)
+        raise
+
+
+def left_over(file: Download) -> str:
+    """What a message adds about the part of a file that could not be fetched."""
+    return f"; {file.part} stays, and the same command goes on with it" if file.offset() else ""
+
+
+def from_google(file: Download) -> None:
+    """Brings a file from Google's bucket or a mirror of it.
+
+    Raises:
+        SourceError: the server does not give it.
+        OSError: it cannot be written.
+    """
+    fetch(file)
+    file.finish()
+    print(f"{file.path}: {os.path.getsize(file.path):,} bytes")
+
+
+def from_hub(wanted: Wanted) -> None:
+    """Brings what the hub has in a file's place, and converts it.
+
+    Raises:
+        SourceError: the hub does not give it.
+        OSError: it cannot be written.
+    """
+    repository = hub.repository(wanted.google)
+    if repository is None:
+        raise SourceError(no_repository(wanted))
+    path, run = wanted.hub_path, hub.other_run(wanted.google)
+    which = "has the same weights"
+    if run is not None:
+        which = f"has another AugReg run, {run.removesuffix('.npz')}, which is written as {path}"
+    print(f"{wanted.google}.npz: {_hub.address(repository)} {which}")
+    if os.path.isfile(path):
+        print(f"{path} is there already; remove it to fetch it again")
+        return
+    source = _hub.fetch(repository)
+    print(f"{source} stays in the hub's cache")
+    try:
+        missing = convert(source, path, wanted.model_type)
+    except ValueError as e:
+        raise SourceError(f"{source} cannot be converted to {wanted.model_type}: {e}") from e
+    if wanted.upstream != "imagenet21k":
+        missing = [name for name in missing if name != "pre_logits"]  # nor has Google's
+    lacks = f"; without {' and '.join(missing)}, which that file lacks and a training does without" if missing else ""
+    print(f"{path}: {os.path.getsize(path):,} bytes, converted{lacks}")
+    if path == wanted.path:
+        Download("", path).forget()  # what came of it from the bucket before
+
+
+def no_repository(wanted: Wanted) -> str:
+    """What a message says of a file that is in Google's bucket only."""
+    others = [upstream for upstream in upstreams(wanted.name) if hub.repository(UPSTREAMS[upstream][wanted.name])]
+    remedy = "".join(f"; it has --upstream {upstream}" for upstream in others)
+    return f"the Hugging Face hub has no {wanted.google}{remedy}"
+
+
+def convert(source: str, path: str, model_type: str) -> list[str]:
+    """Writes the weights of a file in any layout as Google's .npz.
+
+    Returns:
+        What Google's files have and the source has not, of "head" and "pre_logits".
+
+    Raises:
+        ValueError: it holds something else than the model's weights.
+        OSError: it cannot be written.
+    """
+    config = CONFIGS[model_type]
+    found = layouts.to_google(weights.read(source).arrays, config)
+    arrays = npz.in_files_order(npz.match(found, config, npz.num_classes(found)))
+    with checkpoint.atomic_write(path) as f:
+        npz.write(f, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return [name for name in ("head", "pre_logits") if f"{name}/kernel" not in arrays]
+
+
+def from_url(url: str, path: str, model_type: str) -> None:
+    """Brings one file of a model's weights, in any layout.
+
+    Raises:
+        ValueError: the file is something else than the model's weights.
+        OSError: it could not be fetched or written; it says what stays of it.
+    """
+    file = Download(url, path, is_npz=False)
+    try:
+        fetch(file)
+    except OSError as e:
+        raise OSError(f"{path} could not be downloaded: {e}{left_over(file)}") from e
+    try:
+        missing = convert(file.part, path, model_type)
+    except ValueError as e:
+        file.forget()
+        raise ValueError(f"{url} cannot be loaded as {model_type}: {e}") from e
+    file.forget()
+    lacks = ", without a head, as that file is" if "head" in missing else ""
+    print(f"{path}: {os.path.getsize(path):,} bytes{lacks}")
+
+
+def by_hand(wanted: Wanted, url: str) -> str:
+    """What to do where no source gives a file, which would be at ``url`` in Google's bucket."""
+    repository = hub.repository(wanted.google)
+    convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", wanted.path)
+    places = f"{url} as {wanted.path}"
+    if repository is not None:
+        file = f"{_hub.address(repository)}/resolve/main/{_hub.FILES[0]}"
+        places += f", or {file} (or {_hub.FILES[1]})"
+    return f"by hand: fetch {places}; a file that you have is converted by: {convert_it}"
+
+
+class Sources:
+    """Where files are asked for, in turn; one that did not answer in auto is not asked again.
+
+    Args:
+        source: one of ``KINDS``.
+        base_url: of Google's bucket, or of a mirror.
+    """
+
+    def __init__(self, source: str, base_url: str) -> None:
+        self.source, self.base_url = source, base_url
+        self.refusal: str | None = None
+
+    def bring(self, wanted: Wanted) -> None:
+        """Brings one file.
+
+        Raises:
+            OSError: no source gives it, or it cannot be written.
+        """
+        file = Download(google_url(self.base_url, wanted), wanted.path, patient=self.source != "auto")
+        reasons = [] if self.refusal is None else [self.refusal]
+        if self.source != "hub" and self.refusal is None:
+            try:
+                return from_google(file)
+            except SourceError as e:
+                reasons.append(str(e))
+                if self.source == "auto":
+                    self.refusal = str(e)
+                    print(f"{self.refusal}: the Hugging Face hub is taken from here on", file=sys.stderr)
+            except OSError as e:
+                raise OSError(f"{e}{left_over(file)}") from e
+        if self.source != "google":
+            try:
+                return from_hub(wanted)
+            except SourceError as e:
+                reasons.append(str(e))
+        remedy = "" if self.source == "google" and self.base_url != BUCKET else f"; {by_hand(wanted, file.remote.url)}"
+        raise OSError(f"{'; '.join(reasons)}{left_over(file)}{remedy}")

@@ -1,0 +1,96 @@
+"""Converts weights of any layout to Google's .npz, exactly.
+
+    python -m tools.convert model.safetensors --model_type ViT-B_16 --output checkpoint/ViT-B_16.npz
+    python -m tools.convert output/cifar10_checkpoint.bin --output cifar10.npz
+
+Reads .npz, .safetensors and PyTorch files in the names of Google, timm, transformers, big_vision or this project, and
+folders with one.  The numbers stay the same; half precision becomes float32, but for an .npz's.  A head is kept, and
+where files beside the weights tell the names of its classes they are written to a .json beside the .npz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import numpy as np
+
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+import loading
+from models import npz
+from models.configs import CONFIGS
+from tools import cli
+from utils import checkpoint
+from utils.told import Told
+from utils.weights import Weights
+
+
+def describe(source: loading.Source) -> checkpoint.Description | None:
+    """What is written beside the .npz: all that files beside the weights tell; None if they do not name the classes."""
+    told = source.told or Told("")
+    if told.description is not None:
+        return told.description
+    if told.classes is None or len(told.classes) != source.num_classes or len(set(told.classes)) < len(told.classes):
+        return None
+    config = CONFIGS[source.model_type]
+    trained_for = round((source.arrays[npz.POSITIONS].shape[1] - 1) ** 0.5) * config.stride
+    return checkpoint.Description(
+        source.model_type, told.img_size or trained_for, told.classes, told.gelu or config.gelu, "", 0, -1.0
+    )
+
+
+def write(source: loading.Source, path: str) -> None:
+    """Writes weights as an .npz in Google's layout, in the order of its files, and their description if there is one.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    arrays = {name: np.ascontiguousarray(x) for name, x in npz.in_files_order(source.arrays).items()}
+    description = describe(source)
+    crc32 = checkpoint.checksum(Weights(path, arrays).tensors())
+    with checkpoint.described_write(path, crc32, description) as f:
+        npz.write(f, arrays)
+
+
+def make_parser() -> cli.Parser:
+    """Every flag of the command line."""
+    p = cli.Parser("convert", __doc__)
+    p.add_argument("file", metavar="FILE", help="the weights: a file, or a folder with one")
+    p.add_argument("--model_type", choices=CONFIGS, metavar="MODEL", help="such as ViT-B_16; by default what the file "
+                   "shows")  # fmt: skip
+    p.add_argument("--output", required=True, metavar="X.npz", help="where to write them")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts what the flags name; returns the exit status.
+
+    Raises:
+        ValueError: the user got something wrong.
+        OSError: the file could not be written.
+    """
+    if not os.path.exists(args.file):
+        raise ValueError(f"there is no file {args.file}")
+    if not args.output.endswith(".npz"):
+        raise ValueError(f"--output {args.output} does not end in .npz, which is what is written")
+    source = loading.load(args.file, args.model_type)
+    beside = checkpoint.description_path(args.output)
+    cli.check_output(args.output, source.path, checkpoint.description_path(source.path))
+    cli.check_output(beside, source.path)
+    write(source, args.output)
+    head = "no head" if source.num_classes is None else f"a head of {source.num_classes} classes"
+    print(f"{args.output}: {source.model_type}, {head}, {os.path.getsize(args.output):,} bytes")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    return cli.run("convert", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

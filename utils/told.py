@@ -1,0 +1,168 @@
+"""What files beside weights tell of the model: this project's .json, and the config.json of timm and transformers.
+
+Sources: transformers (``configuration_vit.py``, ``image_processing_vit.py``) and timm (``models/_hub.py``).  This
+module must not know models.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from utils import checkpoint
+from utils.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+#: transformers' and timm's names of the two activations that this project's models know.
+_GELUS = {
+    "gelu": "erf",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_tanh": "tanh",
+    "gelu_erf": "erf",
+}
+GELUS = ("erf", "tanh")
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of a model; None where nothing tells it.
+
+    Attributes:
+        source: the file that tells it.
+        model_type, img_size, gelu: as the flags.
+        classes: their names, in the order of the head's outputs.
+        num_heads: attention heads.
+        mean, std: what images are normalised with, for values from 0 to 1.
+        description: all that this project's own .json tells, where it is that.
+    """
+
+    source: str
+    model_type: str | None = None
+    img_size: int | None = None
+    gelu: str | None = None
+    classes: list[str] | None = None
+    num_heads: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    description: checkpoint.Description | None = None
+
+    def check(self, num_heads: int) -> None:
+        """Compares what weights do not show with what this project's models compute.
+
+        Raises:
+            ValueError: the model has another activation, or number of attention heads.
+        """
+        if self.gelu not in (None, *GELUS):
+            raise ValueError(f"{self.source} tells of the activation {self.gelu}; known are {', '.join(_GELUS)}")
+        if self.num_heads not in (None, num_heads):
+            raise ValueError(f"{self.source} tells of {self.num_heads} attention heads, expected {num_heads}")
+        mean, std = self.mean or MEAN, self.std or STD
+        if (mean, std) != (MEAN, STD):
+            logger.warning(
+                "%s: these weights were trained on images normalised with mean %s and std %s; here they are "
+                "0.5 and 0.5, so accuracy begins lower", self.source, list(mean), list(std),
+            )  # fmt: skip
+
+
+def read_told(weights: Weights) -> Told | None:
+    """What stands beside weights; None if nothing does.
+
+    Raises:
+        ValueError: a file there cannot be read, or is of other weights.
+    """
+    description = checkpoint.read_description(weights.path, weights.tensors())
+    if description is not None:
+        source, d = checkpoint.description_path(weights.path), description
+        return Told(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
+    folder = os.path.dirname(weights.path)
+    config = _read_json(os.path.join(folder, "config.json"))
+    if weights.path.endswith(".npz") or config is None:
+        return None
+    source = os.path.join(folder, "config.json")
+    try:
+        if "pretrained_cfg" in config or "architecture" in config:
+            return _from_timm(source, config)
+        return _from_transformers(source, config, _read_json(os.path.join(folder, "preprocessor_config.json")) or {})
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise ValueError(f"{source} does not describe a model as timm or transformers do ({e}); remove it") from e
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+    """A file's dictionary; None where there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read ({e}); repair or remove it") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} cannot be read (it holds no dictionary); repair or remove it")
+    return found
+
+
+def _from_transformers(source: str, config: dict[str, Any], images: dict[str, Any]) -> Told:
+    labels = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
+    classes: list[str] | None = [labels[i] for i in range(len(labels))]
+    if not classes or all(re.fullmatch(r"LABEL_\d+", name) for name in classes):  # what it writes without names
+        classes = None
+    return Told(
+        source,
+        img_size=_side(config.get("image_size")),
+        gelu=_gelu(config.get("hidden_act")),
+        classes=classes,
+        num_heads=config.get("num_attention_heads"),
+        mean=_triple(images.get("image_mean")),
+        std=_triple(images.get("image_std")),
+    )
+
+
+def _from_timm(source: str, config: dict[str, Any]) -> Told:
+    images = config.get("pretrained_cfg") or config  # older files have these keys at the top
+    given = config.get("model_args") or {}
+    classes = config.get("label_names") or images.get("label_names")
+    return Told(
+        source,
+        img_size=_side(given.get("img_size") or (images.get("input_size") or (None,))[-1]),
+        gelu=_gelu(given.get("act_layer", "gelu")),
+        classes=[str(name) for name in classes] if classes else None,
+        num_heads=given.get("num_heads"),
+        mean=_triple(images.get("mean")),
+        std=_triple(images.get("std")),
+    )
+
+
+def _side(size: Any) -> int | None:
+    """The side of square images in pixels; None if it is not told.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    sides = set(size) if isinstance(size, list) else {size}
+    if len(sides) != 1:
+        raise ValueError(f"its images are {size} pixels, not square")
+    return sides.pop()
+
+
+def _gelu(name: str | None) -> str | None:
+    """An activation as --gelu has it, or as it is told if it is another."""
+    return None if name is None else _GELUS.get(name, name)
+
+
+def _triple(values: Any) -> tuple[float, ...] | None:
+    """A value for each channel, whether one is told for all or each."""
+    if values is None:
+        return None
+    return tuple(float(x) for x in values) if isinstance(values, list) else (float(values),) * 3
