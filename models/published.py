@@ -114,19 +114,18 @@ def find(path: str | None, model_type: str) -> str:
         return found
     if path is not None and any(each.endswith(_OTHER_ENDINGS) for each in os.listdir(path)):
         return path
-    remedy = _remedy(folder, "", model_type)
-    raise ValueError(
-        f"{folder} has none of {', '.join(names[:4])}{remedy if path else remedy.partition(' and give')[0]}"
-    )
+    remedy = _remedy(folder, "", model_type, looked_for=path is None)
+    raise ValueError(f"{folder} has none of {', '.join(names[:4])}{remedy}")
 
 
-def _remedy(folder: str, file: str, model_type: str) -> str:
+def _remedy(folder: str, file: str, model_type: str, looked_for: bool = False) -> str:
     """How to get the file that is missing in a folder, as the end of a message.
 
     Args:
         folder: where it was looked for.
         file: the name that was given; empty for any.
         model_type: whose weights it should hold.
+        looked_for: the file will be found without being named.
     """
     name = canonical_name(model_type)
     if name == DEMO:
@@ -137,8 +136,8 @@ def _remedy(folder: str, file: str, model_type: str) -> str:
         return f"; download it with: {download_command(os.path.join(folder, file), name)}"
     target = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
     needs = f", and --model_type {name} needs its own" if file else ""
-    command = download_command(target, name)
-    return f"{needs}; download it with: {command} and give --pretrained_dir {shlex.quote(target)}"
+    give = "" if looked_for else f" and give --pretrained_dir {shlex.quote(target)}"
+    return f"{needs}; download it with: {download_command(target, name)}{give}"
 
 
 def download_command(path: str, name: str) -> str:
