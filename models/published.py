@@ -82,6 +82,16 @@ _OTHER_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".index.json")
 FOLDER = "checkpoint"
 
 
+def usual_names(model_type: str) -> list[str]:
+    """What a model's file may be called in a folder, the preferred name first."""
+    name = canonical_name(model_type)
+    own = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
+    names = [f"{upstream}{each}.npz" for upstream in ("", "imagenet21k_", "augreg_") for each in own]
+    if name in PUBLISHED:
+        names.append(os.path.basename(PUBLISHED[name]) + ".npz")
+    return list(dict.fromkeys(names + run_names(name)))
+
+
 def find(path: str | None, model_type: str) -> str:
     """The weights that a path means: a file, or a folder with a model's file or with weights of other programs.
 
@@ -94,35 +104,40 @@ def find(path: str | None, model_type: str) -> str:
     """
     if path is not None and os.path.isfile(path):
         return path
+    if path is not None and not os.path.isdir(path):
+        raise ValueError(f"there is no file {path}{_remedy(*os.path.split(path), model_type)}")
+    folder, names = path or FOLDER, usual_names(model_type)
+    if found := next((each for each in names if os.path.isfile(os.path.join(folder, each))), None):
+        found = os.path.join(folder, found)
+        if path is None:
+            logger.info("--pretrained_dir is not given: starting from %s", found)
+        return found
+    if path is not None and any(each.endswith(_OTHER_ENDINGS) for each in os.listdir(path)):
+        return path
+    remedy = _remedy(folder, "", model_type, looked_for=path is None)
+    raise ValueError(f"{folder} has none of {', '.join(names[:4])}{remedy}")
+
+
+def _remedy(folder: str, file: str, model_type: str, looked_for: bool = False) -> str:
+    """How to get the file that is missing in a folder, as the end of a message.
+
+    Args:
+        folder: where it was looked for.
+        file: the name that was given; empty for any.
+        model_type: whose weights it should hold.
+        looked_for: the file will be found without being named.
+    """
     name = canonical_name(model_type)
-    own_names = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
-    folder, file = os.path.split(path or FOLDER)
-    problem = f"there is no file {path}"
-    if path is None or os.path.isdir(path):
-        folder, file = path or FOLDER, ""
-        candidates = [f"{upstream}{own}.npz" for upstream in ("", "imagenet21k_", "augreg_") for own in own_names]
-        if name in PUBLISHED and os.path.basename(PUBLISHED[name]) not in own_names:
-            candidates.append(os.path.basename(PUBLISHED[name]) + ".npz")
-        for candidate in candidates:
-            if os.path.isfile(found := os.path.join(folder, candidate)):
-                if path is None:
-                    logger.info("--pretrained_dir is not given: starting from %s", found)
-                return found
-        if path is not None and any(file.endswith(_OTHER_ENDINGS) for file in os.listdir(path)):
-            return path
-        problem = f"{folder} has none of {', '.join(candidates)}"
     if name == DEMO:
-        raise ValueError(f"{problem}; this repository comes with {own_path('checkpoint', f'{DEMO}.npz')}")
+        return f"; this repository comes with it: --pretrained_dir {shlex.quote(own_path('checkpoint', f'{DEMO}.npz'))}"
     if name not in PUBLISHED:
-        raise ValueError(
-            f"{problem}; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
-        )
-    target, remedy = os.path.join(folder, file), ""
-    if not any(own in file for own in own_names):
-        target = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
-        remedy = f" and give --pretrained_dir {shlex.quote(target)}" if path is not None else ""
-        problem += f", and --model_type {name} needs its own" if file else ""
-    raise ValueError(f"{problem}; download it with: {download_command(target, name)}{remedy}")
+        return f"; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
+    if any(own in file for own in (name, GOOGLE_NAMES.get(name, name))):
+        return f"; download it with: {download_command(os.path.join(folder, file), name)}"
+    target = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
+    needs = f", and --model_type {name} needs its own" if file else ""
+    give = "" if looked_for else f" and give --pretrained_dir {shlex.quote(target)}"
+    return f"{needs}; download it with: {download_command(target, name)}{give}"
 
 
 def download_command(path: str, name: str) -> str:

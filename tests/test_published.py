@@ -108,7 +108,7 @@ def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
 @pytest.mark.parametrize(
     ("model_type", "advice"),
     [
-        ("ViT-demo", "comes with checkpoint/ViT-demo.npz"),
+        ("ViT-demo", "comes with it: --pretrained_dir checkpoint/ViT-demo.npz"),
         (
             "ViT-S_14",
             "no file of ViT-S_14 is known here, give its path; --pretrained_dir '' starts from random weights",
@@ -120,3 +120,11 @@ def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model
     with pytest.raises(ValueError, match=f"there is no file .*{re.escape(advice)}") as e:
         published.find(str(tmp_path / "weights.npz"), model_type)
     assert "tools.download" not in str(e.value)
+
+
+def test_a_file_under_the_full_name_of_another_run_is_found(tmp_path):
+    (run,) = published.run_names("ViT-S_32")
+    (tmp_path / run).touch()
+    assert published.find(str(tmp_path), "ViT-S_32") == str(tmp_path / run)
+    (tmp_path / "augreg_ViT-S_32.npz").touch()  # Google's recommended run goes before
+    assert published.find(str(tmp_path), "ViT-S_32") == str(tmp_path / "augreg_ViT-S_32.npz")
