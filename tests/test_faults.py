@@ -215,6 +215,25 @@ def _shapes():
     return {entry.ours: entry.ours_shape for entry in layout(CONFIGS["testing"], 32, 10)}
 
 
+def _pointer_npz():
+    Path("pointer.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 350000000\n")
+    return flags("--pretrained_dir", "pointer.npz")()
+
+
+def _timm_npz():
+    """Weights of timm's with a part that Google's models have not."""
+    from models import layouts
+
+    state = {name: torch.zeros(shape) for name, shape in _shapes().items()}
+    torch.save({**layouts.from_ours(state, layouts.TIMM), "reg_token": torch.zeros(1, 4, 32)}, "timm.pth")
+    return flags("--pretrained_dir", "timm.pth")()
+
+
+def _state_npz():
+    torch.save({"format": 1, "step": 1, "optimizer": {}}, "b_last.pt")
+    return flags("--pretrained_dir", "b_last.pt")()
+
+
 def _text_bin():
     finetuned()
     Path("output/a_checkpoint.bin").write_text("hello")
@@ -300,6 +319,9 @@ INPUT = [
     (NPZ, "not a number", lambda: weights(cls=np.full((1, 1, 32), np.nan, np.float32))),
     (NPZ, "whole numbers", lambda: weights(cls=np.zeros((1, 1, 32), np.int32))),
     (NPZ, "another model's weights", _demo_npz),
+    (NPZ, "timm's weights with a part without a place", _timm_npz),
+    (NPZ, "a Git LFS pointer", _pointer_npz),
+    (NPZ, "a training state", _state_npz),
     (NPZ, "a pickle that would run code", _malicious_npz),
     (NPZ, "an absurd shape", _absurd_npz),
     (NPZ, "a file that unpacks to fill the memory", _bomb_npz),
@@ -314,7 +336,9 @@ INPUT = [
     (BEST, "another size", lambda: [*finetuned(), "--img_size", "64"]),
     (BEST, "other classes", lambda: [*finetuned(), *_folder()]),
     (BEST, "another model", lambda: [*finetuned(), "--model_type", "ViT-demo"]),
-    (BEST, "more than a state_dict", lambda: finetuned(lambda x: {"model": x})),
+    (BEST, "no state_dict", lambda: finetuned(lambda x: {"weights": list(x.values())})),
+    (BEST, "no head", lambda: finetuned(lambda x: {k: v for k, v in x.items() if "head" not in k})),
+    (BEST, "a part without a place", lambda: finetuned(lambda x: {**x, "transformer.reg_token": x["head.bias"]})),
     (BEST, "another kind of file", _text_bin),
     (BEST, "a file that is cut off", _cut_bin),
     (BEST, "a pickle that would run code", lambda: finetuned(_malicious)),
