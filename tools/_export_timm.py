@@ -154,8 +154,8 @@ def _scaled_stem(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     With f^2 the ratio of the group norms' epsilons, f * x has under timm's the norm that x has under Google's.  So
     every norm's output is f times as large, and with it every later convolution's; the patches' kernel undoes it.
-    Only the root's norm keeps timm's epsilon, for its input comes of the image: unless the printed line is run, logits
-    of images that are almost one grey (8 levels of contrast) differed by up to 0.02 with random weights, others by 2e-5.
+    Only the root's norm keeps timm's epsilon, for its input comes of the image: without the printed line, logits of
+    images that are almost one grey (8 levels of contrast) differed by up to 0.02, others by 2e-5 (random weights).
     """
     factor = (TIMM_GROUP_NORM_EPS / GROUP_NORM_EPS) ** 0.5
     stem = {name: x for name, x in state.items() if ".hybrid_model." in name}
