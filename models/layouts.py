@@ -165,6 +165,8 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
     ]
     if wrong:
         raise ValueError(f"{npz.first_faults(wrong)}{_hint(arrays, layout, config)}")
+    if layout is TIMM and _is_scaled(arrays):
+        raise ValueError("its stem was scaled for timm by an export of this project; give the model that was exported")
     found: dict[str, np.ndarray] = {}
     for name, parts in entries.items():
         thirds = np.split(arrays[files[name]], len(parts))
@@ -188,6 +190,16 @@ def _detect(arrays: Mapping[str, np.ndarray]) -> Layout:
     raise ValueError(
         f"its names ({names}, ...) are none of Google's, timm's, transformers' or this project's Vision Transformers"
     )
+
+
+def _is_scaled(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether the kernels of a stem were made to fit timm's arithmetic: then each of their channels has the mean 0.
+
+    No trained kernel has: nothing in Google's arithmetic depends on the mean, so a training leaves it where it began.
+    """
+    kernels = [x for name, x in arrays.items() if name.startswith("patch_embed.backbone.") and x.ndim == 4]
+    means = [(x.mean((1, 2, 3), np.float64), x.std((1, 2, 3), np.float64)) for x in kernels]
+    return bool(means) and all((np.abs(mean) <= 1e-4 * std).all() for mean, std in means)
 
 
 def _num_classes(arrays: Mapping[str, np.ndarray], layout: Layout) -> int | None:

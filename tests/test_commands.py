@@ -113,4 +113,4 @@ def test_the_demos_weights_are_named_as_they_are_reached(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="this repository comes with ") as e:
         published.find("checkpoint/ViT-demo.npz", "ViT-demo")
-    assert os.path.isfile(str(e.value).split("comes with ")[1])
+    assert os.path.isfile(str(e.value).split("--pretrained_dir ")[1])

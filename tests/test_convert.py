@@ -81,6 +81,32 @@ def test_the_names_in_a_config_go_along(tmp_path, capsys):
     assert told["classes"] == [f"c{i}" for i in range(10)]
 
 
+def test_an_npz_may_have_its_sources_name_but_for_the_ending(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file(layouts.from_ours(state_of(fake_npz.arrays(CONFIGS[MODEL])), layouts.TIMM), "a.safetensors")
+    assert run(capsys, "a.safetensors", "--output", "a.npz")[0] == 0
+    description = checkpoint.Description(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
+    checkpoint.save_weights("b.bin", state_of(fake_npz.arrays(CONFIGS[MODEL])), description)
+    status, _, err = run(capsys, "b.bin", "--output", "b.npz")  # whose .json would replace the one that is read
+    assert (status, len(err)) == (2, 1)
+    assert checkpoint.read_description("b.bin", checkpoint.load_weights("b.bin")) == description
+
+
+def test_a_description_of_what_is_replaced_goes_with_it_and_other_files_stay(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = fake_npz.save("a.npz", fake_npz.arrays(CONFIGS[MODEL]))
+    description = checkpoint.Description(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
+    checkpoint.save_weights("b.bin", state_of(fake_npz.arrays(CONFIGS[MODEL], seed=1)), description)
+    assert run(capsys, "b.bin", "--output", "c.npz")[0] == 0
+    assert run(capsys, path, "--output", "c.npz")[0] == 0
+    assert not Path("c.json").exists()
+    Path("d.json").write_text('{"mine": 1}')
+    status, _, err = run(capsys, path, "--output", "d.npz")
+    assert (status, len(err)) == (2, 1)
+    assert "would replace d.json" in err[0]
+    assert Path("d.json").read_text() == '{"mine": 1}'
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

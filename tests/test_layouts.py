@@ -74,6 +74,15 @@ def test_what_timm_makes_of_googles_file_gives_it_back(tmp_path, model_type, the
     assert_same(layouts.to_google(as_arrays(model.state_dict()), CONFIGS[model_type]), arrays)
 
 
+def test_a_stem_that_was_scaled_for_timm_is_refused():
+    from tools import _export_timm
+
+    _, state = google("R-ViT-Ti_16")
+    theirs = as_arrays(_export_timm.to_timm(state))
+    with pytest.raises(ValueError, match="its stem was scaled for timm by an export"):
+        layouts.to_google(theirs, CONFIGS["R-ViT-Ti_16"])
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_what_transformers_saves_and_what_it_has_in_memory_give_googles_arrays(tmp_path, head):
     transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")

@@ -10,15 +10,13 @@ import sys
 import urllib.parse
 from dataclasses import dataclass
 
-import numpy as np
-
 from models import hub, layouts, npz
 from models.commands import tool_command
 from models.configs import CONFIGS
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams
-from tools import _hub
+from tools import _hub, _npz_file
 from tools._transfer import Download, SourceError
-from utils import checkpoint, weights
+from utils import weights
 
 KINDS = ("auto", "google", "hub")
 
@@ -148,9 +146,8 @@ def convert(source: str, path: str, model_type: str) -> list[str]:
     """
     config = CONFIGS[model_type]
     found = layouts.to_google(weights.read(source).arrays, config)
-    arrays = npz.in_files_order(npz.match(found, config, npz.num_classes(found)))
-    with checkpoint.atomic_write(path) as f:
-        npz.write(f, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    arrays = npz.match(found, config, npz.num_classes(found))
+    _npz_file.write(path, arrays)
     return [name for name in ("head", "pre_logits") if f"{name}/kernel" not in arrays]
 
 

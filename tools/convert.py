@@ -14,18 +14,15 @@ import argparse
 import os
 import sys
 
-import numpy as np
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 import loading
 from models import npz
 from models.configs import CONFIGS
-from tools import cli
+from tools import _npz_file, cli
 from utils import checkpoint
 from utils.told import Told
-from utils.weights import Weights
 
 
 def describe(source: loading.Source) -> checkpoint.Description | None:
@@ -40,19 +37,6 @@ def describe(source: loading.Source) -> checkpoint.Description | None:
     return checkpoint.Description(
         source.model_type, told.img_size or trained_for, told.classes, told.gelu or config.gelu, "", 0, -1.0
     )
-
-
-def write(source: loading.Source, path: str) -> None:
-    """Writes weights as an .npz in Google's layout, in the order of its files, and their description if there is one.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    arrays = {name: np.ascontiguousarray(x) for name, x in npz.in_files_order(source.arrays).items()}
-    description = describe(source)
-    crc32 = checkpoint.checksum(Weights(path, arrays).tensors())
-    with checkpoint.described_write(path, crc32, description) as f:
-        npz.write(f, arrays)
 
 
 def make_parser() -> cli.Parser:
@@ -77,10 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".npz"):
         raise ValueError(f"--output {args.output} does not end in .npz, which is what is written")
     source = loading.load(args.file, args.model_type)
-    beside = checkpoint.description_path(args.output)
-    cli.check_output(args.output, source.path, checkpoint.description_path(source.path))
-    cli.check_output(beside, source.path)
-    write(source, args.output)
+    _npz_file.check_output(args.output, source.path, checkpoint.description_path(source.path))
+    _npz_file.write(args.output, source.arrays, describe(source))
     head = "no head" if source.num_classes is None else f"a head of {source.num_classes} classes"
     print(f"{args.output}: {source.model_type}, {head}, {os.path.getsize(args.output):,} bytes")
     return 0

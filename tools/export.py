@@ -11,20 +11,17 @@ onnx needs the packages onnx and onnxscript; the others need nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models import commands, npz
-from tools import _export_folder, _export_hf, _export_programs, _export_timm, cli, finetuned
+from tools import _export_folder, _export_hf, _export_programs, _export_timm, _npz_file, cli, finetuned
 from utils import checkpoint
 
 FOLDERS = {"timm": _export_timm.write, "hf": _export_hf.write}
@@ -35,11 +32,8 @@ def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
     """Writes Google's layout, head included, and a .json beside it if the classes have names; returns what uses it."""
     model = loaded.model
     arrays = npz.from_state_dict(model.state_dict(), model.config, model.img_size)
-    # The checksum of a description is over the arrays of the file that it stands beside, by their names there.
-    crc32 = checkpoint.checksum({name: torch.from_numpy(x) for name, x in arrays.items()})
     description = describe(loaded)
-    with checkpoint.described_write(path, crc32, description) as f:
-        npz.write(f, arrays)
+    _npz_file.write(path, arrays, description)
     note = "" if description is not None else (
         "# its classes have no names, or share one (--classes gives them), so there is no .json: "
         "a training that goes on from it starts with a head of zeros\n"
@@ -68,22 +62,6 @@ def describe(loaded: finetuned.Finetuned) -> checkpoint.Description | None:
     )
 
 
-def check_description(path: str, *sources: str) -> None:
-    """Raises ValueError if the .json beside an .npz would replace another file than a description of weights."""
-    beside = checkpoint.description_path(path)
-    if os.path.realpath(beside) in map(os.path.realpath, (path, *sources)):
-        raise ValueError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
-    if not os.path.lexists(beside):
-        return
-    try:
-        with open(beside, encoding="utf-8") as f:
-            ours = "crc32" in json.load(f)
-    except (OSError, ValueError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise ValueError(f"--output {path} would replace {beside}, which describes no weights; give another name")
-
-
 # ---- the command line ----
 
 
@@ -105,9 +83,7 @@ def check_output(args: argparse.Namespace) -> None:
     if args.format in FOLDERS:
         _export_folder.check_new_folder(args.output)
         return
-    cli.check_output(args.output, *sources)
-    if args.format == "npz":
-        check_description(args.output, *sources)
+    (_npz_file if args.format == "npz" else cli).check_output(args.output, *sources)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,65 @@
+"""An .npz that a tool writes, and the description beside it: what export, convert and download have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+from models import npz
+from tools import cli
+from utils import checkpoint
+from utils.weights import Weights
+
+
+def check_output(path: str, *sources: str) -> None:
+    """Makes the folder of an .npz that is to be written, if need be.
+
+    Args:
+        path: what ``--output`` gives.
+        sources: the files that are read.
+
+    Raises:
+        ValueError: the file or the .json beside it cannot be written, or would replace what is read or somebody's own.
+    """
+    beside = checkpoint.description_path(path)
+    if os.path.realpath(beside) in [os.path.realpath(x) for x in (path, *sources) if os.path.exists(x)]:
+        raise ValueError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
+    if os.path.lexists(beside) and not is_description(beside):
+        raise ValueError(f"--output {path} would replace {beside}, which describes no weights; give another name")
+    cli.check_output(path, *sources)
+
+
+def is_description(path: str) -> bool:
+    """Whether a file is a description of weights, as train.py and the tools write them."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return "crc32" in json.load(f)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def write(path: str, arrays: Mapping[str, np.ndarray], description: checkpoint.Description | None = None) -> None:
+    """Writes arrays in the order of Google's files, and what they are of beside them.
+
+    A description that stood there is of the file that is replaced, and goes with it.
+
+    Args:
+        path: of the .npz.
+        arrays: by Google's names; in memory as they come, such as views of others.
+        description: of the weights; its checksum is that of the arrays by these names.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    ordered = {name: np.ascontiguousarray(x) for name, x in npz.in_files_order(arrays).items()}
+    crc32 = checkpoint.checksum(Weights(path, ordered).tensors())
+    with checkpoint.described_write(path, crc32, description) as f:
+        npz.write(f, ordered)
+    beside = checkpoint.description_path(path)
+    if description is None and is_description(beside):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
