@@ -10,7 +10,7 @@ import logging
 from typing import NamedTuple
 
 from models import layouts, npz
-from models.configs import CONFIGS
+from models.configs import CONFIGS, canonical_name
 from utils import told as beside
 from utils import weights
 
@@ -98,3 +98,25 @@ def keeps_head(source: Source, classes: list[str], zero_head: bool) -> bool:
         return True
     logger.info("The head starts from zeros: %s", reason)
     return False
+
+
+def warn_of_contradictions(source: Source, model_type: str, gelu: str) -> None:
+    """Warns where the flags differ from the training that is told of beside the weights."""
+    told = source.told
+    if told is None:
+        return
+    if told.model_type is not None and canonical_name(told.model_type) != canonical_name(model_type):
+        logger.warning("%s was trained with --model_type %s, not %s", source.path, told.model_type, model_type)
+    if told.gelu not in (None, gelu):
+        logger.warning("%s was trained with --gelu %s, not %s", source.path, told.gelu, gelu)
+
+
+def warn_of_other_classes(source: Source, dataset: str, classes: list[str]) -> None:
+    """Warns where an evaluation is on as many classes as the training was, but on others."""
+    trained = None if source.told is None else source.told.classes
+    if trained is not None and len(trained) == len(classes) and trained != classes:
+        first = next(i for i, name in enumerate(classes) if trained[i] != name)
+        logger.warning(
+            "%s was trained on other classes than %s has: number %d was %s, here it is %s",
+            source.path, dataset, first, trained[first], classes[first],
+        )  # fmt: skip

@@ -265,7 +265,7 @@ def prepare(
         now = settings(args, pretrained, config, data, precision)
         state = begin(args, state, now, circumstances(args, precision.device))
     if source is not None:
-        warn_of_contradictions(args, source)
+        loading.warn_of_contradictions(source, args.model_type, args.gelu)
     keeps_head = args.eval_only or (source is not None and loading.keeps_head(source, data.classes, args.zero_head))
     torch.manual_seed(args.seed)
     with torch.device("meta" if goes_on or source else "cpu"):  # else it would draw weights that are then overwritten
@@ -274,7 +274,7 @@ def prepare(
         if goes_on:
             model.load_finetuned(resumed)
         elif source is not None and args.eval_only:
-            warn_of_other_classes(args, source, data.classes)
+            loading.warn_of_other_classes(source, args.dataset, data.classes)
             model.load_exactly(source.arrays)
         elif source is not None:
             model.load_from(source.arrays)
@@ -307,28 +307,6 @@ def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
     if args.fp16 and args.amp_backend == "apex":
         return ApexPrecision(import_apex_amp(device), device, args.fp16_opt_level, args.loss_scale)
     return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
-
-
-def warn_of_contradictions(args: argparse.Namespace, source: loading.Source) -> None:
-    """Warns where the flags differ from the training that stands beside the weights."""
-    told = source.told
-    if told is None:
-        return
-    if told.model_type is not None and canonical_name(told.model_type) != canonical_name(args.model_type):
-        logger.warning("%s was trained with --model_type %s, not %s", source.path, told.model_type, args.model_type)
-    if told.gelu not in (None, args.gelu):
-        logger.warning("%s was trained with --gelu %s, not %s", source.path, told.gelu, args.gelu)
-
-
-def warn_of_other_classes(args: argparse.Namespace, source: loading.Source, classes: list[str]) -> None:
-    """Warns where an evaluation is on as many classes as the training was, but on others."""
-    trained = None if source.told is None else source.told.classes
-    if trained is not None and len(trained) == len(classes) and trained != classes:
-        first = next(i for i, name in enumerate(classes) if trained[i] != name)
-        logger.warning(
-            "%s was trained on other classes than %s has: number %d was %s, here it is %s",
-            source.path, args.dataset, first, trained[first], classes[first],
-        )  # fmt: skip
 
 
 def log_start(args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, precision: Precision) -> None:
