@@ -146,3 +146,11 @@ class BestWeightsOf:
 
         description = checkpoint.Description("testing", 32, ["ant", "bee"], "erf", "pets", 5, 0.5)
         BestWeights(str(BEST), is_own=False).save({"x": torch.zeros(3)}, description)
+
+
+@pytest.mark.parametrize("name", ["a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html"])
+def test_a_folder_in_a_files_place_is_told_before_any_work(name, capsys):
+    os.makedirs(f"output/{name}")
+    assert run() == 2
+    assert f"output/{name} is a folder" in capsys.readouterr().err.splitlines()[-1]
+    assert os.listdir("output") == [name]

@@ -233,3 +233,37 @@ def test_a_training_state_is_refused_with_the_name_of_its_checkpoint(capsys):
     assert train.main([*SHORT, "--name", "c", "--pretrained_dir", "output/b_last.pt"]) == 2
     assert "give the weights: output/b_checkpoint.bin" in capsys.readouterr().err.splitlines()[-1]
     assert np.isfinite(last_state("b").best_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("config", "images"),
+    [
+        ("{", "{}"),
+        ("[1]", "{}"),
+        ("{}", "{"),
+        ('{"image_size": [32, 48]}', "{}"),
+        ('{"id2label": {"a": "b"}}', "{}"),
+        ('{"architecture": "vit", "pretrained_cfg": {"mean": "abc"}}', "{}"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_a_warning_that_names_it(config, images, caplog):
+    os.mkdir("hf")
+    state = npz.to_state_dict(fake_npz.arrays(CONFIG), CONFIG, 32, 10)
+    save_file(layouts.from_ours(state, layouts.HF), "hf/model.safetensors")
+    Path("hf/config.json").write_text(config)
+    Path("hf/preprocessor_config.json").write_text(images)
+    assert train.main([*SHORT, *ONE, "--pretrained_dir", "hf"]) == 0
+    (warning,) = [text for text in caplog.messages if "remove it" in text]
+    assert re.match(r"hf/(preprocessor_)?config\.json ", warning)
+
+
+@pytest.mark.parametrize("labels", [{"0": "a", "2": "b"}, {str(i): f"LABEL_{i}" for i in range(10)}, None, {}])
+def test_labels_that_name_no_classes_leave_the_head_at_zeros(labels, caplog):
+    os.mkdir("hf")
+    state = npz.to_state_dict(fake_npz.arrays(CONFIG), CONFIG, 32, 10)
+    save_file(layouts.from_ours(state, layouts.HF), "hf/model.safetensors")
+    Path("hf/config.json").write_text(json.dumps({"id2label": labels, "hidden_act": "gelu", "image_size": None}))
+    with caplog.at_level(logging.INFO):
+        assert train.main([*SHORT, *ONE, "--pretrained_dir", "hf"]) == 0
+    assert "The head starts from zeros: nothing tells the names of its classes" in caplog.text
+    assert "remove it" not in caplog.text

@@ -86,11 +86,11 @@ def read_told(weights: Weights) -> Told | None:
     config = _read_json(os.path.join(folder, "config.json"))
     if weights.path.endswith(".npz") or config is None:
         return None
-    source = os.path.join(folder, "config.json")
+    source, images = os.path.join(folder, "config.json"), _read_json(os.path.join(folder, "preprocessor_config.json"))
     try:
         if "pretrained_cfg" in config or "architecture" in config:
             return _from_timm(source, config)
-        return _from_transformers(source, config, _read_json(os.path.join(folder, "preprocessor_config.json")) or {})
+        return _from_transformers(source, config, images or {})
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise ValueError(f"{source} does not describe a model as timm or transformers do ({e}); remove it") from e
 
@@ -115,8 +115,9 @@ def _read_json(path: str) -> dict[str, Any] | None:
 
 def _from_transformers(source: str, config: dict[str, Any], images: dict[str, Any]) -> Told:
     labels = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
-    classes: list[str] | None = [labels[i] for i in range(len(labels))]
-    if not classes or all(re.fullmatch(r"LABEL_\d+", name) for name in classes):  # what it writes without names
+    classes: list[str] | None = [name for _, name in sorted(labels.items())] or None
+    # Some numbers may lack a name, and all have a made-up one where none was given.
+    if sorted(labels) != [*range(len(labels))] or all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
         classes = None
     return Told(
         source,
