@@ -229,9 +229,7 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
         best = checkpoint_path(args)
         files = (best, checkpoint.description_path(best), last_path(args), report_path(args))
         if taken := next((path for path in files if os.path.isdir(path)), None):
-            raise ValueError(
-                f"{taken} is a folder where a file is written; move it, or give another --name"
-            )
+            raise ValueError(f"{taken} is a folder where a file is written; move it, or give another --name")
         checkpoint.remove_stale(*files)
     state = newest_state(find_state(args))
     if state is not None:
