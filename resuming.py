@@ -35,7 +35,7 @@ RESULT_FLAGS = (
 def settings(
     args: argparse.Namespace, pretrained: str, config: ViTConfig, data: datasets.DataSets, precision: Precision
 ) -> dict[str, Any]:
-    """What decides on a run's result: a run goes on only under the same.
+    """Returns what decides on a run's result: a run resumes only under the same.
 
     Args:
         args: the flags.
@@ -118,7 +118,7 @@ def _holds(path: str, weights: dict[str, Tensor]) -> bool:
 
 
 def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> bool:
-    """Whether the weights under the run's name are those of the state's best evaluation, or of a later one.
+    """Tells the run's own weights: those of the state's best evaluation, or of a later one.
 
     A later one is found where the run was killed between saving the weights and its state.
     """

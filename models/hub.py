@@ -1,4 +1,4 @@
-"""Where on the Hugging Face hub the weights of Google's files are, in the layouts of timm and of transformers.
+"""Repositories of the Hugging Face hub with the weights of Google's files, in the layouts of timm and transformers.
 
 Sources, and what confirms each row:
 

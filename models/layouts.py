@@ -67,7 +67,7 @@ _UNIT_PARTS = {"conv": "conv", "gn": "norm", "downsample.": "downsample.conv.", 
 
 
 class Layout(NamedTuple):
-    """How a program names a model's tensors, whose shapes are this project's.
+    """A program's names of a model's tensors, whose shapes are this project's.
 
     Attributes:
         program: whose layout it is, for messages.
@@ -193,7 +193,7 @@ def _detect(arrays: Mapping[str, np.ndarray]) -> Layout:
 
 
 def _is_scaled(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Whether the kernels of a stem were made to fit timm's arithmetic: then each of their channels has the mean 0.
+    """Tells the kernels of a stem that were made to fit timm's arithmetic: each of their channels has the mean 0.
 
     No trained kernel has: nothing in Google's arithmetic depends on the mean, so a training leaves it where it began.
     """

@@ -315,7 +315,7 @@ def to_state_dict(
 
 
 def fits(entry: Entry, shape: tuple[int, ...]) -> bool:
-    """Whether an array of this shape can be the entry's; position embeddings may be of any square grid."""
+    """Compares an array's shape with the entry's; position embeddings may be of any square grid."""
     if entry.google == POSITIONS:
         square = len(shape) == 3 and shape[1] > 1 and round((shape[1] - 1) ** 0.5) ** 2 == shape[1] - 1
         return square and (shape[0], shape[2]) == (1, entry.shape[2])

@@ -66,12 +66,12 @@ def upstreams(name: str) -> list[str]:
 
 
 def file_name(upstream: str, name: str) -> str:
-    """What a file of ``UPSTREAMS`` is called here, such as imagenet21k_ViT-B_32.npz."""
+    """Returns this project's name of a file of ``UPSTREAMS``, such as imagenet21k_ViT-B_32.npz."""
     return f"{upstream.split('+')[-1]}_{name}.npz"
 
 
 def run_names(model_type: str) -> list[str]:
-    """What files of other AugReg runs than Google's recommended one are called here that the hub has of a model."""
+    """Names the files of a model that the hub has of another AugReg run than the one Google recommends."""
     name = canonical_name(model_type)
     return [run for files in UPSTREAMS.values() if name in files and (run := hub.other_run(files[name])) is not None]
 
@@ -83,7 +83,7 @@ FOLDER = "checkpoint"
 
 
 def usual_names(model_type: str) -> list[str]:
-    """What a model's file may be called in a folder, the preferred name first."""
+    """Lists the names that a model's file may have in a folder, the preferred one first."""
     name = canonical_name(model_type)
     own = dict.fromkeys((name, GOOGLE_NAMES.get(name, name)))
     names = [f"{upstream}{each}.npz" for upstream in ("", "imagenet21k_", "augreg_") for each in own]
@@ -119,7 +119,7 @@ def find(path: str | None, model_type: str) -> str:
 
 
 def _remedy(folder: str, file: str, model_type: str, looked_for: bool = False) -> str:
-    """How to get the file that is missing in a folder, as the end of a message.
+    """Says how to get the file that is missing in a folder, as the end of a message.
 
     Args:
         folder: where it was looked for.

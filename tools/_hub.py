@@ -42,7 +42,7 @@ def load() -> Any:
 
 
 def address(repository: str) -> str:
-    """Where a repository can be looked at and its files fetched by hand."""
+    """Returns the address at which a repository can be looked at and its files fetched by hand."""
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return f"{endpoint.rstrip('/')}/{repository}"
 
@@ -96,7 +96,7 @@ def take(library: Any, repository: str, force: bool = False) -> str:
 
 
 def origin(error: BaseException) -> BaseException:
-    """What an error came of: the library's own say that something happened, and not what; requests' wrap urllib3's."""
+    """Returns the cause of an error, which the library's own errors do not tell and requests' wrap."""
     while True:
         inner = error.__cause__ or getattr(error, "reason", None) or next(iter(error.args), None)
         if not isinstance(inner, BaseException):
@@ -110,7 +110,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def lacks_file(library: Any, error: BaseException) -> bool:
-    """Whether the repository is there, or in the cache, and not the file."""
+    """Tells a repository that is there, or in the cache, without the file."""
     errors = library.errors
     if isinstance(error, errors.RepositoryNotFoundError):
         return False
@@ -120,7 +120,7 @@ def lacks_file(library: Any, error: BaseException) -> bool:
 
 
 def explain(library: Any, repository: str, error: BaseException, missing: bool) -> str:
-    """What went wrong, in one line that names the hub and the remedy."""
+    """Says in one line what went wrong, and names the hub and the remedy."""
     place, cause = address(repository), origin(error)
     status = status_of(cause)
     if library.constants.HF_HUB_OFFLINE:
@@ -140,7 +140,7 @@ def explain(library: Any, repository: str, error: BaseException, missing: bool) 
 
 
 def fault_of(library: Any, repository: str, path: str) -> str | None:
-    """What is wrong with a file in the cache, if anything, by the sha256 that the hub tells."""
+    """Compares a file in the cache with the sha256 that the hub tells; returns what is wrong, None if nothing is."""
     expected = expected_sha256(library, repository, path)
     if expected is None:
         print(f"{address(repository)} tells no sha256 of {os.path.basename(path)}: only its size is known to be right",

@@ -34,7 +34,7 @@ def check_output(path: str, *sources: str) -> None:
 
 
 def is_description(path: str) -> bool:
-    """Whether a file is a description of weights, as train.py and the tools write them."""
+    """Tells a description of weights, as train.py and the tools write them, from other files."""
     try:
         with open(path, encoding="utf-8") as f:
             return "crc32" in json.load(f)

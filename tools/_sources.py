@@ -1,4 +1,4 @@
-"""Where the files of tools.download come from: Google's bucket, the Hugging Face hub, or an address of the user's.
+"""Sources of the files of tools.download: Google's bucket, the Hugging Face hub, or an address of the user's.
 
 What comes in another layout is converted to Google's .npz.  This module must not know flags.
 """
@@ -48,7 +48,7 @@ class Wanted:
 
     @property
     def hub_path(self) -> str:
-        """Where what the hub has in its place goes to: another AugReg run keeps its own name.
+        """The path of what the hub has in its place: another AugReg run keeps its own name.
 
         Raises:
             SourceError: the user named the file as this project calls the run that the hub does not have.
@@ -64,7 +64,7 @@ class Wanted:
 
 
 def google_url(base_url: str, wanted: Wanted) -> str:
-    """Where a file is in Google's bucket, or in a mirror of it."""
+    """Returns the address of a file in Google's bucket, or in a mirror of it."""
     return f"{base_url.rstrip('/')}/{urllib.parse.quote(f'{wanted.google}.npz', safe='/+')}"
 
 
@@ -79,7 +79,7 @@ def fetch(file: Download) -> None:
 
 
 def left_over(file: Download) -> str:
-    """What a message adds about the part of a file that could not be fetched."""
+    """Says what stays of a file that could not be fetched, as the end of a message."""
     return f"; {file.part} stays, and the same command goes on with it" if file.offset() else ""
 
 
@@ -128,7 +128,7 @@ def from_hub(wanted: Wanted) -> None:
 
 
 def no_repository(wanted: Wanted) -> str:
-    """What a message says of a file that is in Google's bucket only."""
+    """Says that a file is in Google's bucket only, and which upstream is on the hub."""
     others = [upstream for upstream in upstreams(wanted.name) if hub.repository(UPSTREAMS[upstream][wanted.name])]
     remedy = "".join(f"; it has --upstream {upstream}" for upstream in others)
     return f"the Hugging Face hub has no {wanted.google}{remedy}"
@@ -174,7 +174,7 @@ def from_url(url: str, path: str, model_type: str) -> None:
 
 
 def by_hand(wanted: Wanted, url: str) -> str:
-    """What to do where no source gives a file, which would be at ``url`` in Google's bucket."""
+    """Says what to do where no source gives a file, which would be at ``url`` in Google's bucket."""
     repository = hub.repository(wanted.google)
     convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", wanted.path)
     places = f"{url} as {wanted.path}"
@@ -185,7 +185,7 @@ def by_hand(wanted: Wanted, url: str) -> str:
 
 
 class Sources:
-    """Where files are asked for, in turn; one that did not answer in auto is not asked again.
+    """Asks for files at each source in turn; one that did not answer in auto is not asked again.
 
     Args:
         source: one of ``KINDS``.

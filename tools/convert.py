@@ -26,7 +26,7 @@ from utils.told import Told
 
 
 def describe(source: loading.Source) -> checkpoint.Description | None:
-    """What is written beside the .npz: all that files beside the weights tell; None if they do not name the classes."""
+    """Collects what files beside the weights tell; returns None if they do not name the classes."""
     told = source.told or Told("")
     if told.description is not None:
         return told.description

@@ -111,7 +111,7 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
 
 
 def setting(args: argparse.Namespace, told: Told | None, flag: str, default: Any) -> Any:
-    """What a flag gives, else what is told, else a default; a contradiction is a warning."""
+    """Returns what a flag gives, else what is told, else a default; a contradiction is a warning."""
     given = getattr(args, flag)
     noted = None if told is None else getattr(told, flag)
     if given is not None and told is not None and noted not in (None, given):

@@ -222,7 +222,7 @@ def keep_earlier(path: str) -> str:
 
 
 def _same_file(path: str, other: str) -> bool:
-    """Whether both are there and hold the same: as links to one file, or as copies."""
+    """Compares two files that may be missing: links to one file, or copies of it, are the same."""
     if not (os.path.exists(path) and os.path.exists(other)):
         return False
     return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)

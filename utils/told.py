@@ -1,4 +1,4 @@
-"""What files beside weights tell of the model: this project's .json, and the config.json of timm and transformers.
+"""Reads what files beside weights tell of the model: this project's .json, and the config.json of timm, transformers.
 
 Sources: transformers (``configuration_vit.py``, ``image_processing_vit.py``) and timm (``models/_hub.py``).  This
 module must not know models.
@@ -33,7 +33,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Told:
-    """What is told of a model; None where nothing tells it.
+    """Facts about a model that files beside its weights tell; None where nothing tells one.
 
     Attributes:
         source: the file that tells it.
@@ -73,7 +73,7 @@ class Told:
 
 
 def read_told(weights: Weights) -> Told | None:
-    """What stands beside weights; None if nothing does.
+    """Reads what stands beside weights; returns None if nothing does.
 
     Raises:
         ValueError: a file there cannot be read, or is of other weights.

@@ -50,7 +50,7 @@ _OTHER_FILES = (
 
 
 class Weights:
-    """What a file of weights holds.
+    """The contents of a file of weights.
 
     Attributes:
         path: the file; the one that was read, if a folder was named.
