@@ -7,6 +7,7 @@ must not know the flags.
 from __future__ import annotations
 
 import logging
+import os
 from typing import NamedTuple
 
 from models import layouts, npz
@@ -50,6 +51,7 @@ def load(path: str, model_type: str | None, strict: bool = True) -> Source:
         ValueError: they cannot be read, or are another model's; the message names the file.
     """
     try:
+        path = weights.file_in(path) if os.path.isdir(path) else path
         file = weights.read(path)
     except ValueError as e:
         as_model = "" if model_type is None else f" as {model_type}"
@@ -63,8 +65,10 @@ def load(path: str, model_type: str | None, strict: bool = True) -> Source:
         told = None
     model_type = model_type or (told and told.model_type) or layouts.model_of(file.arrays)
     if model_type not in CONFIGS:
-        whose = told.source if told is not None and told.model_type else path
-        raise ValueError(f"{whose} is of {model_type or 'a model'} that is not known here; known: {', '.join(CONFIGS)}")
+        known = f"; known models: {', '.join(CONFIGS)}"
+        if model_type is None:
+            raise ValueError(f"{path} has names or shapes of none of the known models{known}")
+        raise ValueError(f"{told.source if told else path} names {model_type}, which is not known here{known}")
     config = CONFIGS[model_type]
     try:
         arrays = layouts.to_google(file.arrays, config)

@@ -118,9 +118,9 @@ def _holds(path: str, weights: dict[str, Tensor]) -> bool:
 
 
 def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> bool:
-    """Tells the run's own weights: those of the state's best evaluation, or of a later one.
+    """Tells the run's own weights: those of the state's best evaluation.
 
-    A later one is found where the run was killed between saving the weights and its state.
+    Those of a later one, which a run leaves that is killed before it saves its state, are computed again.
     """
     path = checkpoint_path(args)
     if not resumes_own(args) or state.best_accuracy < 0 or not os.path.exists(path):
@@ -129,14 +129,14 @@ def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> boo
         return True
     try:
         weights = checkpoint.load_weights(path)
-        if checkpoint.checksum(weights) == state.best_crc32:
-            return True
+        if state.best_crc32:  # which older states lack
+            return checkpoint.checksum(weights) == state.best_crc32
         told = checkpoint.read_description(path, weights)
     except ValueError:  # damaged, or copied without its description
         return False
     if told is None or told.model_type != state.settings.get("--model_type"):
         return False
-    return told.step > state.step or (told.step, told.accuracy) == (state.best_step, state.best_accuracy)
+    return (told.step, told.accuracy) == (state.best_step, state.best_accuracy)
 
 
 def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> BestWeights:
@@ -177,7 +177,8 @@ def begin(
     if state is None:
         return checkpoint.TrainingState(now, here)
     # A flag that is younger than the state had its default's effect.
-    was = {name: make_parser().get_default(name.removeprefix("--")) for name in now} | state.settings
+    defaults = {name: make_parser().get_default(name.removeprefix("--")) for name in now}
+    was = {name: x if defaults[name] is None else defaults[name] for name, x in now.items()} | state.settings
     if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
                        n, args.num_steps)  # fmt: skip

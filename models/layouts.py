@@ -171,7 +171,7 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
     for name, parts in entries.items():
         thirds = np.split(arrays[files[name]], len(parts))
         found |= {entry.google: entry.from_ours(x) for entry, x in zip(parts, thirds)}
-    if layout is TIMM and "pre_logits.fc.weight" in arrays:
+    if layout is TIMM and {"pre_logits.fc.weight", "pre_logits.fc.bias"} <= arrays.keys():
         found["pre_logits/kernel"] = arrays["pre_logits.fc.weight"].T
         found["pre_logits/bias"] = arrays["pre_logits.fc.bias"]
     return found
@@ -216,6 +216,8 @@ def _fault(name: str, parts: list[npz.Entry], array: np.ndarray | None) -> str |
         expected = f"(1, 1 + n * n, {entry.ours_shape[2]})"
     if array is None:
         return f"{name}: expected {expected}, not in the file"
+    if not np.issubdtype(array.dtype, np.floating):
+        return f"{name}: expected floating-point numbers, found {array.dtype}"
     fits = npz.fits(entry, array.shape) if entry.google == npz.POSITIONS else str(array.shape) == expected
     return None if fits else f"{name}: expected {expected}, found {array.shape}"
 
@@ -273,6 +275,9 @@ def _from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
            if re.search(r"(^|/)pos_embedding$", name) and "posembed_input" not in name]  # fmt: skip
     prefix = next((prefix for prefix in own if f"{prefix}embedding/kernel" in arrays), None)
     if prefix is None:
+        if any("/MlpBlock_0/" in name for name in arrays) and not any("pos_embed" in name for name in arrays):
+            raise ValueError("it is a model of big_vision whose position embeddings are computed (posemb=sincos2d), "
+                             "which no model here does")  # fmt: skip
         return dict(arrays)
     found = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     if "cls" not in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import Killed, last_state, run
+import resuming
+import train
+from tests.runs import RUN, Killed, last_state, run
 from utils import checkpoint
 
 BEST, BESIDE = Path("output/a_checkpoint.bin"), Path("output/a_checkpoint.json")
@@ -101,6 +104,26 @@ def test_weights_that_took_the_place_of_a_stopped_runs_are_kept():
     assert run() == 0
     assert kept() == theirs
     assert last_state().best_step == steps_of(BEST)
+
+
+def test_another_runs_pair_in_the_place_of_a_stopped_runs_is_kept():
+    assert run("--name", "b", "--seed", "3") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_state", stop_after(checkpoint.save_state, 1))
+        with pytest.raises(Killed):
+            run()
+    theirs = {}
+    for ending, keeps in ((".bin", EARLIER), (".json", EARLIER_BESIDE)):
+        shutil.copy(f"output/b_checkpoint{ending}", f"output/a_checkpoint{ending}")
+        theirs[keeps] = Path(f"output/b_checkpoint{ending}").read_bytes()
+    told = json.loads(theirs[EARLIER_BESIDE])
+    for step in (told["step"], 1000):  # of an evaluation that the stopped run may have had, too
+        BEST.write_bytes(theirs[EARLIER])
+        BESIDE.write_text(json.dumps({**told, "step": step}))
+        assert not resuming.wrote_best(train.make_parser().parse_args(RUN), last_state())
+    BESIDE.write_bytes(theirs[EARLIER_BESIDE])
+    assert run() == 0
+    assert kept() == theirs
 
 
 @pytest.mark.parametrize("links", [True, False])

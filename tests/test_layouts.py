@@ -131,6 +131,24 @@ def test_timms_pre_logits_come_along_and_transformers_pooler_does_not():
     assert_same(layouts.to_google(hf, CONFIGS[PLAIN]), rest)
 
 
+def test_half_of_pre_logits_is_left_out():
+    _, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, layouts.TIMM)) | {
+        "pre_logits.fc.weight": np.zeros((32, 32), np.float32)
+    }
+    assert not any(name.startswith("pre_logits") for name in layouts.to_google(theirs, CONFIGS[PLAIN]))
+
+
+@pytest.mark.parametrize("layout", ["timm", "hf"])
+def test_whole_numbers_are_named_as_the_file_does(layout):
+    _, state = google(PLAIN)
+    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
+    name = next(name for name in theirs if name.endswith("cls_token"))
+    theirs[name] = theirs[name].astype(np.int32)
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: expected floating-point numbers, found int32"):
+        layouts.to_google(theirs, CONFIGS[PLAIN])
+
+
 @pytest.mark.parametrize(
     ("layout", "extra"),
     [
@@ -223,6 +241,13 @@ def test_big_visions_other_poolings_are_refused_by_name(pool, words):
     arrays, _ = google(PLAIN)
     with pytest.raises(ValueError, match=f"big_vision .*{words}"):
         layouts.to_google(big_vision(arrays, pool=pool), CONFIGS[PLAIN])
+
+
+def test_big_visions_computed_positions_are_refused_by_name():
+    arrays, _ = google(PLAIN)
+    theirs = {name: x for name, x in big_vision(arrays).items() if "pos_embedding" not in name}
+    with pytest.raises(ValueError, match=r"big_vision .*posemb=sincos2d"):
+        layouts.to_google(theirs, CONFIGS[PLAIN])
 
 
 @pytest.mark.soak

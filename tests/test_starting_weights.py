@@ -168,6 +168,8 @@ def test_weights_for_images_of_another_mean_are_a_warning_with_the_numbers(caplo
     [
         ({"num_attention_heads": 8, "hidden_act": "gelu"}, "tells of 8 attention heads, expected 4"),
         ({"num_attention_heads": 4, "hidden_act": "quick_gelu"}, "activation quick_gelu"),
+        ({"architecture": "vit", "global_pool": "avg"}, "pools its tokens by avg, expected token"),
+        ({"architecture": "vit", "model_args": {"global_pool": "map"}}, "pools its tokens by map"),
     ],
 )
 def test_what_the_weights_do_not_show_is_compared(config, words, capsys):
@@ -243,6 +245,11 @@ def test_a_training_state_is_refused_with_the_name_of_its_checkpoint(capsys):
         ("{}", "{"),
         ('{"image_size": [32, 48]}', "{}"),
         ('{"id2label": {"a": "b"}}', "{}"),
+        ('{"image_size": "big"}', "{}"),
+        ('{"image_size": true}', "{}"),
+        ('{"image_size": -32}', "{}"),
+        ('{"num_attention_heads": 4.5}', "{}"),
+        ("{}", '{"image_mean": [0.5, 0.5]}'),
         ('{"architecture": "vit", "pretrained_cfg": {"mean": "abc"}}', "{}"),
     ],
 )
@@ -257,6 +264,25 @@ def test_a_config_that_cannot_be_read_is_a_warning_that_names_it(config, images,
     assert re.match(r"hf/(preprocessor_)?config\.json ", warning)
 
 
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ({"image_mean": 0.48}, "mean [0.48, 0.48, 0.48] and std [0.5, 0.5, 0.5]"),
+        ({"image_mean": [0.5], "image_std": [0.5, 0.5, 0.5]}, None),
+        ({"do_normalize": False}, "mean [0.0, 0.0, 0.0] and std [1.0, 1.0, 1.0]"),
+    ],
+)
+def test_the_images_are_told_of_by_a_file_of_their_own(images, words, caplog):
+    os.mkdir("hf")
+    state = npz.to_state_dict(fake_npz.arrays(CONFIG), CONFIG, 32, 10)
+    save_file(layouts.from_ours(state, layouts.HF), "hf/model.safetensors")
+    Path("hf/preprocessor_config.json").write_text(json.dumps(images))
+    assert train.main([*SHORT, *ONE, "--pretrained_dir", "hf"]) == 0
+    told = [text for text in caplog.messages if text.startswith("hf/preprocessor_config.json: ")]
+    assert len(told) == (words is not None)
+    assert words is None or words in told[0]
+
+
 @pytest.mark.parametrize("labels", [{"0": "a", "2": "b"}, {str(i): f"LABEL_{i}" for i in range(10)}, None, {}])
 def test_labels_that_name_no_classes_leave_the_head_at_zeros(labels, caplog):
     os.mkdir("hf")
@@ -267,3 +293,10 @@ def test_labels_that_name_no_classes_leave_the_head_at_zeros(labels, caplog):
         assert train.main([*SHORT, *ONE, "--pretrained_dir", "hf"]) == 0
     assert "The head starts from zeros: nothing tells the names of its classes" in caplog.text
     assert "remove it" not in caplog.text
+
+
+def test_the_folder_of_a_run_stands_for_its_weights_and_its_state_for_none(trained, capsys):
+    assert train.main([*SHORT, "--pretrained_dir", ""]) == 0
+    assert train.main([*SHORT, *ONE, "--name", "c", "--pretrained_dir", "output", "--output_dir", "other"]) == 0
+    assert train.main([*SHORT, "--name", "c", "--pretrained_dir", "", "--resume", "output/b_checkpoint.bin"]) == 2
+    assert "output/b_checkpoint.bin holds weights" in capsys.readouterr().err.splitlines()[-1]

@@ -232,8 +232,11 @@ def _link(path: str, other: str) -> None:
     try:
         os.link(path, other)
     except OSError:  # exFAT and some network disks have no links
-        with open(path, "rb") as source, atomic_write(other) as copy:
-            shutil.copyfileobj(source, copy)
+        try:
+            with open(path, "rb") as source, atomic_write(other) as copy:
+                shutil.copyfileobj(source, copy)
+        except OSError:  # it may not be read, or there is no room for two
+            os.rename(path, other)
 
 
 def checksum(state: Mapping[str, Tensor]) -> int:
@@ -418,6 +421,8 @@ def load_state(path: str) -> TrainingState:
             f"{path} cannot be read as a training state (damaged, or not written by this program); "
             "--resume none starts over"
         ) from e
+    if isinstance(found, dict) and found and all(isinstance(x, Tensor) for x in found.values()):
+        raise ValueError(f"{path} holds weights, not a training state; --resume takes a <name>_last.pt")
     try:
         if found.pop("format") != STATE_FORMAT:
             raise ValueError("another version's")

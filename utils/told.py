@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from utils import checkpoint
@@ -40,6 +40,8 @@ class Told:
         model_type, img_size, gelu: as the flags.
         classes: their names, in the order of the head's outputs.
         num_heads: attention heads.
+        pooling: how tokens become features: "token" is the class token, as here.
+        images_source: the file that tells what follows, where it is another.
         mean, std: what images are normalised with, for values from 0 to 1.
         description: all that this project's own .json tells, where it is that.
     """
@@ -50,6 +52,8 @@ class Told:
     gelu: str | None = None
     classes: list[str] | None = None
     num_heads: int | None = None
+    pooling: str = "token"
+    images_source: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     description: checkpoint.Description | None = None
@@ -58,17 +62,19 @@ class Told:
         """Compares what weights do not show with what this project's models compute.
 
         Raises:
-            ValueError: the model has another activation, or number of attention heads.
+            ValueError: the model has another activation, pooling or number of attention heads.
         """
         if self.gelu not in (None, *GELUS):
             raise ValueError(f"{self.source} tells of the activation {self.gelu}; known are {', '.join(_GELUS)}")
         if self.num_heads not in (None, num_heads):
             raise ValueError(f"{self.source} tells of {self.num_heads} attention heads, expected {num_heads}")
+        if self.pooling != "token":
+            raise ValueError(f"{self.source} tells of a model that pools its tokens by {self.pooling}, expected token")
         mean, std = self.mean or MEAN, self.std or STD
         if (mean, std) != (MEAN, STD):
             logger.warning(
                 "%s: these weights were trained on images normalised with mean %s and std %s; here they are "
-                "0.5 and 0.5, so accuracy begins lower", self.source, list(mean), list(std),
+                "normalised with 0.5 and 0.5", self.images_source or self.source, list(mean), list(std),
             )  # fmt: skip
 
 
@@ -82,15 +88,20 @@ def read_told(weights: Weights) -> Told | None:
     if description is not None:
         source, d = checkpoint.description_path(weights.path), description
         return Told(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
-    folder = os.path.dirname(weights.path)
-    config = _read_json(os.path.join(folder, "config.json"))
-    if weights.path.endswith(".npz") or config is None:
+    if weights.path.endswith(".npz"):
         return None
-    source, images = os.path.join(folder, "config.json"), _read_json(os.path.join(folder, "preprocessor_config.json"))
+    folder = os.path.dirname(weights.path)
+    sources = [os.path.join(folder, name) for name in ("config.json", "preprocessor_config.json")]
+    config, images = map(_read_json, sources)
+    if config is None and images is None:
+        return None
+    source = sources[config is None]
     try:
-        if "pretrained_cfg" in config or "architecture" in config:
+        if config is not None and ("pretrained_cfg" in config or "architecture" in config):
             return _from_timm(source, config)
-        return _from_transformers(source, config, images or {})
+        told = _from_transformers(source, config or {})
+        source = sources[1]
+        return replace(told, images_source=source, **_normalisation(images or {}))
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise ValueError(f"{source} does not describe a model as timm or transformers do ({e}); remove it") from e
 
@@ -113,7 +124,7 @@ def _read_json(path: str) -> dict[str, Any] | None:
     return found
 
 
-def _from_transformers(source: str, config: dict[str, Any], images: dict[str, Any]) -> Told:
+def _from_transformers(source: str, config: dict[str, Any]) -> Told:
     labels = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
     classes: list[str] | None = [name for _, name in sorted(labels.items())] or None
     # Some numbers may lack a name, and all have a made-up one where none was given.
@@ -124,22 +135,29 @@ def _from_transformers(source: str, config: dict[str, Any], images: dict[str, An
         img_size=_side(config.get("image_size")),
         gelu=_gelu(config.get("hidden_act")),
         classes=classes,
-        num_heads=config.get("num_attention_heads"),
-        mean=_triple(images.get("image_mean")),
-        std=_triple(images.get("image_std")),
+        num_heads=_whole(config.get("num_attention_heads")),
     )
+
+
+def _normalisation(images: dict[str, Any]) -> dict[str, Any]:
+    """The mean and std of transformers' image processor."""
+    if images.get("do_normalize") is False:
+        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return {"mean": _triple(images.get("image_mean")), "std": _triple(images.get("image_std"))}
 
 
 def _from_timm(source: str, config: dict[str, Any]) -> Told:
     images = config.get("pretrained_cfg") or config  # older files have these keys at the top
     given = config.get("model_args") or {}
     classes = config.get("label_names") or images.get("label_names")
+    pooling = given.get("global_pool") or config.get("global_pool") or images.get("global_pool") or "token"
     return Told(
         source,
         img_size=_side(given.get("img_size") or (images.get("input_size") or (None,))[-1]),
         gelu=_gelu(given.get("act_layer", "gelu")),
-        classes=[str(name) for name in classes] if classes else None,
-        num_heads=given.get("num_heads"),
+        classes=[str(name) for name in classes] if isinstance(classes, list) and classes else None,
+        num_heads=_whole(given.get("num_heads")),
+        pooling=str(pooling),
         mean=_triple(images.get("mean")),
         std=_triple(images.get("std")),
     )
@@ -154,7 +172,20 @@ def _side(size: Any) -> int | None:
     sides = set(size) if isinstance(size, list) else {size}
     if len(sides) != 1:
         raise ValueError(f"its images are {size} pixels, not square")
-    return sides.pop()
+    return _whole(sides.pop())
+
+
+def _whole(number: Any) -> int | None:
+    """A number of pixels or heads; None if it is not told.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if number is None:
+        return None
+    if isinstance(number, bool) or float(number) != int(number) or int(number) < 1:
+        raise ValueError(f"{number!r} is no whole number of at least 1")
+    return int(number)
 
 
 def _gelu(name: str | None) -> str | None:
@@ -166,4 +197,7 @@ def _triple(values: Any) -> tuple[float, ...] | None:
     """A value for each channel, whether one is told for all or each."""
     if values is None:
         return None
-    return tuple(float(x) for x in values) if isinstance(values, list) else (float(values),) * 3
+    each = tuple(float(x) for x in values) if isinstance(values, list) else (float(values),)
+    if len(each) not in (1, 3):
+        raise ValueError(f"{values} is not for three channels")
+    return each * (3 // len(each))

@@ -32,7 +32,7 @@ _ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".npz")
 
 #: Under which keys programs keep a state_dict among other things, and what wrappers put before every name.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 
 #: First bytes of what people have under the name of weights, and what it is.
 _OTHER_FILES = (
@@ -101,7 +101,8 @@ def file_in(folder: str) -> str:
             return os.path.join(folder, name)
     if indices := _indices(folder):
         raise ValueError(f"it has its weights in several files ({indices[0]}); {_SHARDS_REMEDY}")
-    candidates = [name for name in names if name.endswith(_ENDINGS) and not name.startswith(".")]
+    endings = [name for name in names if name.endswith(_ENDINGS) and not name.startswith(".")]
+    candidates = [name for name in endings if not name.endswith("_last.pt")]  # training states
     if len(candidates) == 1:
         return os.path.join(folder, candidates[0])
     found = f"has several files of weights ({', '.join(candidates[:5])}); name one" if candidates else "has no weights"
@@ -234,7 +235,7 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
 def _unwrapped(value: Any) -> Any:
     """A state_dict without what programs wrap one in."""
     while isinstance(value, dict):
-        inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)), None)
+        inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]), None)
         if inner is None:
             break
         value = inner
