@@ -154,7 +154,8 @@ def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> Best
     try:
         weights = checkpoint.load_weights(source)
         told = checkpoint.read_description(source, weights)
-        if told is None or (told.step > state.step or told.accuracy != state.best_accuracy):
+        others = state.best_crc32 and checkpoint.checksum(weights) != state.best_crc32
+        if told is None or others or told.step > state.step or told.accuracy != state.best_accuracy:
             raise ValueError(f"{source} is of another evaluation")
     except ValueError as e:
         logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -506,13 +507,30 @@ def test_a_file_of_any_kind_becomes_the_models_npz(mirror, tmp_path, make, left_
     assert find(str(tmp_path / "here"), "testing") == str(tmp_path / "here" / "testing.npz")
 
 
-@pytest.mark.parametrize("content", [b"<html>log in</html>" * 100, None])
-def test_another_file_is_one_line_and_leaves_nothing(mirror, tmp_path, capsys, content):
-    mirror.files["/any/file"] = timm_file("testing-hybrid") if content is None else content
+def test_another_file_is_one_line_and_leaves_nothing(mirror, tmp_path, capsys):
+    mirror.files["/any/file"] = b"<html>log in</html>" * 100
     assert url_of(mirror, tmp_path, "any/file") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{mirror.url}/any/file cannot be loaded as testing: it" in error or "--model_type testing-hybrid" in error
+    assert f"{mirror.url}/any/file cannot be loaded as testing: it" in error
     assert here(tmp_path) == []
+
+
+def test_another_models_file_stays_and_the_command_that_is_named_converts_it(mirror, tmp_path, capsys):
+    from tools import convert
+
+    mirror.files["/any/file"] = timm_file("ViT-demo", head=True)
+    assert url_of(mirror, tmp_path, "any/file") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{mirror.url}/any/file is of ViT-demo, not testing" in error
+    assert convert.main(shlex.split(error.split("tools.convert ")[1])) == 0
+    assert_same_weights(tmp_path / "here" / "ViT-demo.npz", google_arrays("ViT-demo"), ["pre_logits"])
+
+
+def test_the_way_by_hand_keeps_another_runs_name(hub, tmp_path, capsys):
+    assert hub_only(tmp_path, "--upstream", "augreg") == 1  # the hub lacks it
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"which is another run, {RUN}; " in error
+    assert error.endswith(f"--output {tmp_path / 'here' / RUN}.npz")
 
 
 def test_a_url_never_falls_back(mirror, hub, tmp_path, capsys):

@@ -166,6 +166,17 @@ def from_url(url: str, path: str, model_type: str) -> None:
     try:
         missing = convert(file.part, path, model_type)
     except ValueError as e:
+        other = str(e).partition("; it fits --model_type ")[2]
+        if other:  # the bytes are good: the same command with the right name needs not fetch them again
+            stays = f"; {file.part} stays: convert it with " + tool_command(
+                "convert",
+                file.part,
+                "--model_type",
+                other,
+                "--output",
+                os.path.join(os.path.dirname(path), f"{other}.npz"),
+            )
+            raise ValueError(f"{url} is of {other}, not {model_type}{stays}") from e
         file.forget()
         raise ValueError(f"{url} cannot be loaded as {model_type}: {e}") from e
     file.forget()
@@ -179,8 +190,12 @@ def by_hand(wanted: Wanted, url: str) -> str:
     convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", wanted.path)
     places = f"{url} as {wanted.path}"
     if repository is not None:
-        file = f"{_hub.address(repository)}/resolve/main/{_hub.FILES[0]}"
-        places += f", or {file} (or {_hub.FILES[1]})"
+        file = f"{_hub.address(repository)}/resolve/main/{_hub.FILES[0]} (or {_hub.FILES[1]})"
+        places += f", or {file}"
+        if run := hub.other_run(wanted.google):  # which must not be written under the recommended run's name
+            output = os.path.join(os.path.dirname(wanted.path), run)
+            convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", output)
+            places += f", which is another run, {run.removesuffix('.npz')}"
     return f"by hand: fetch {places}; a file that you have is converted by: {convert_it}"
 
 

@@ -178,6 +178,8 @@ class Download:
             if isinstance(e.reason, ssl.SSLCertVerificationError):
                 raise SourceError(f"the certificate of {url} cannot be verified ({e.reason})") from e
             kind = SilentError if isinstance(e.reason, TimeoutError) else TransientError
+            if re.match(r"Tunnel connection failed: 4\d\d", str(e.reason)):  # what a proxy refuses it goes on to refuse
+                kind = SourceError
             raise kind(f"{url} cannot be reached ({e.reason})") from e
         except TimeoutError as e:
             raise SilentError(f"{url} gives no answer (not a byte within {TIMEOUT_SECS:g} s)") from e

@@ -123,7 +123,7 @@ def download_url(url: str, name: str, to: str) -> int:
         ValueError: the model is not known, or the file is something else than its weights.
         OSError: it could not be fetched or written.
     """
-    model_type = canonical_name(name)
+    model_type = canonical_name(name.removesuffix("-224"))  # which --list has of some models
     if model_type not in CONFIGS:
         raise ValueError(f"no model is called {name}; expected a --model_type of train.py, such as ViT-B_32")
     path = to if to.endswith(".npz") and not os.path.isdir(to) else os.path.join(to, f"{model_type}.npz")

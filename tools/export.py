@@ -83,6 +83,8 @@ def check_output(args: argparse.Namespace) -> None:
     if args.format in FOLDERS:
         _export_folder.check_new_folder(args.output)
         return
+    if args.format == "pt2" and not args.output.endswith(".pt2"):
+        raise ValueError(f"--output {args.output} does not end in .pt2, which torch.export.load wants")
     (_npz_file if args.format == "npz" else cli).check_output(args.output, *sources)
 
 
