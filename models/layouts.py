@@ -70,7 +70,6 @@ class Layout(NamedTuple):
     """A program's names of a model's tensors, whose shapes are this project's.
 
     Attributes:
-        program: whose layout it is, for messages.
         names: its names beside this project's; what no pattern matches is called as here.
         marker: begins names that only this layout has.
         prefix: begins the names of a model with a head; a model without one may lack it.
@@ -78,7 +77,6 @@ class Layout(NamedTuple):
         unused: what this project's models do without, as a pattern of whole names.
     """
 
-    program: str
     names: Names
     marker: str
     prefix: str = ""
@@ -118,10 +116,10 @@ class Layout(NamedTuple):
 
 
 _POOLER = r"pooler\.dense\.(weight|bias)"
-OURS = Layout("this project", (), "transformer.")
-TIMM = Layout("timm", _TIMM_NAMES, "blocks.", unused=r"pre_logits\.fc\.(weight|bias)")
-HF = Layout("transformers", _HF_NAMES, "encoder.layer.", "vit.", "classifier.", _POOLER)
-HF5 = Layout("transformers", _HF5_NAMES, "layers.", "vit.", "classifier.", _POOLER)
+OURS = Layout((), "transformer.")
+TIMM = Layout(_TIMM_NAMES, "blocks.", unused=r"pre_logits\.fc\.(weight|bias)")
+HF = Layout(_HF_NAMES, "encoder.layer.", "vit.", "classifier.", _POOLER)
+HF5 = Layout(_HF5_NAMES, "layers.", "vit.", "classifier.", _POOLER)
 LAYOUTS = (OURS, TIMM, HF, HF5)
 
 

@@ -18,11 +18,10 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import cli
 from utils import checkpoint, datasets
-from utils.told import Told
+from utils.told import GELUS, Told
 
 logger = logging.getLogger(__name__)
 
-GELUS = ("erf", "tanh")
 IMG_SIZE = 224
 
 

@@ -28,6 +28,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 #: What ``save_pretrained``, timm and the hub call a model's file, the preferred one first.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_SHARDS_REMEDY = "save the model with save_pretrained(FOLDER, max_shard_size='100GB') and give that folder"
 _ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".npz")
 
 #: Under which keys programs keep a state_dict among other things, and what wrappers put before every name.
@@ -107,9 +108,6 @@ def file_in(folder: str) -> str:
         return os.path.join(folder, candidates[0])
     found = f"has several files of weights ({', '.join(candidates[:5])}); name one" if candidates else "has no weights"
     raise ValueError(f"it is a folder that {found}; expected {' or '.join(FOLDER_FILES)}")
-
-
-_SHARDS_REMEDY = "save the model with save_pretrained(FOLDER, max_shard_size='100GB') and give that folder"
 
 
 def kind_of(path: str) -> str:
