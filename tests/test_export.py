@@ -175,3 +175,15 @@ def test_a_description_that_is_there_is_replaced(tmp_path):
     export_as("npz", path, output, "--classes", "a,b,c,d,e,f,g,h,i,j")
     assert described(output).classes == [*"abcdefghij"]
     assert json.loads((tmp_path / "m.json").read_text())["dataset"] == "pets"
+
+
+def test_a_file_in_the_folder_that_is_read_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = make_checkpoint(tmp_path, "testing", 32)
+    assert run("--load_model_dir", path, "--format", "hf", "--output", "hf")[0] == 0
+    before = Path("hf/model.safetensors").read_bytes()
+    for output in ("hf/model.safetensors", "hf/config.json"):
+        status, _, err = run("--load_model_dir", "hf", "--format", "onnx", "--output", output)
+        assert status == 2
+        assert "would replace a file that is read" in err[-1]
+    assert Path("hf/model.safetensors").read_bytes() == before

@@ -300,3 +300,9 @@ def test_the_folder_of_a_run_stands_for_its_weights_and_its_state_for_none(train
     assert train.main([*SHORT, *ONE, "--name", "c", "--pretrained_dir", "output", "--output_dir", "other"]) == 0
     assert train.main([*SHORT, "--name", "c", "--pretrained_dir", "", "--resume", "output/b_checkpoint.bin"]) == 2
     assert "output/b_checkpoint.bin holds weights" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("extra", [np.array("hello"), np.array(["2026-01-01"], "datetime64[s]"), np.zeros(2, ">f4")])
+def test_an_npz_with_arrays_of_other_kinds_beside_the_weights_starts_a_training(extra):
+    path = fake_npz.save("a.npz", {**fake_npz.arrays(CONFIG), "meta": extra})
+    assert train.main([*SHORT, *ONE, "--pretrained_dir", path]) == 0

@@ -197,6 +197,12 @@ def test_a_training_state_is_refused_whatever_is_around_it(tmp_path):
         weights.read(str(tmp_path / "cifar10_last.pt"))
 
 
+def test_a_file_without_tensors_is_one_line(tmp_path):
+    save_file({}, tmp_path / "a")
+    with pytest.raises(ValueError, match="it holds no tensors"):
+        weights.read(str(tmp_path / "a"))
+
+
 class Touch:
     """Makes a file when it is unpickled."""
 

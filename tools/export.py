@@ -79,7 +79,9 @@ def make_parser() -> cli.Parser:
 
 def check_output(args: argparse.Namespace) -> None:
     """Raises ValueError if what the flags name cannot be written there."""
-    sources = (args.load_model_dir, checkpoint.description_path(args.load_model_dir))
+    read = args.load_model_dir
+    sources = [os.path.join(read, name) for name in os.listdir(read)] if os.path.isdir(read) else [read]
+    sources.append(checkpoint.description_path(read))
     if args.format in FOLDERS:
         _export_folder.check_new_folder(args.output)
         return

@@ -84,7 +84,13 @@ def read_told(weights: Weights) -> Told | None:
     Raises:
         ValueError: a file there cannot be read, or is of other weights.
     """
-    description = checkpoint.read_description(weights.path, weights.tensors())
+    description = None
+    if os.path.isfile(checkpoint.description_path(weights.path)):
+        try:
+            tensors = weights.tensors()
+        except TypeError as e:  # arrays of a kind that no description is of
+            raise ValueError(f"{weights.path} holds more than numbers of this machine ({e})") from e
+        description = checkpoint.read_description(weights.path, tensors)
     if description is not None:
         source, d = checkpoint.description_path(weights.path), description
         return Told(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)

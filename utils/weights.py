@@ -243,6 +243,8 @@ def _unwrapped(value: Any) -> Any:
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Tensors as arrays, half precision as float32, under names without what wrappers put before all of them."""
     names = list(tensors)
+    if not names:
+        raise ValueError("it holds no tensors")
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
     return {name: _array(x.detach()) for name, x in zip(names, tensors.values())}
