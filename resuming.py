@@ -229,10 +229,10 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
         for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
             held.enter_context(only_run(lock))
         best = checkpoint_path(args)
-        files = (best, checkpoint.description_path(best), last_path(args), report_path(args))
-        if taken := next((path for path in files if os.path.isdir(path)), None):
+        files = (best, checkpoint.description_path(best), last_path(args))
+        if taken := next((path for path in files if os.path.isdir(path)), None):  # a report may fail to be written
             raise ValueError(f"{taken} is a folder where a file is written; move it, or give another --name")
-        checkpoint.remove_stale(*files)
+        checkpoint.remove_stale(*files, report_path(args))
     state = newest_state(find_state(args))
     if state is not None:
         follow_processes(args, state)

@@ -171,7 +171,7 @@ class BestWeightsOf:
         BestWeights(str(BEST), is_own=False).save({"x": torch.zeros(3)}, description)
 
 
-@pytest.mark.parametrize("name", ["a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html"])
+@pytest.mark.parametrize("name", ["a_checkpoint.bin", "a_checkpoint.json", "a_last.pt"])
 def test_a_folder_in_a_files_place_is_told_before_any_work(name, capsys):
     os.makedirs(f"output/{name}")
     assert run() == 2
