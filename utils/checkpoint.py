@@ -422,7 +422,10 @@ def load_state(path: str) -> TrainingState:
             "--resume none starts over"
         ) from e
     if isinstance(found, dict) and found and all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(f"{path} holds weights, not a training state; --resume takes a <name>_last.pt")
+        raise ValueError(
+            f"{path} holds weights and no training state of this version; --resume takes a <name>_last.pt, "
+            "or none to start over"
+        )
     try:
         if found.pop("format") != STATE_FORMAT:
             raise ValueError("another version's")
