@@ -92,6 +92,18 @@ def test_an_npz_may_have_its_sources_name_but_for_the_ending(tmp_path, monkeypat
     assert checkpoint.read_description("b.bin", checkpoint.load_weights("b.bin")) == description
 
 
+def test_a_description_never_stands_where_it_would_be_taken_for_the_sources(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file(layouts.from_ours(state_of(fake_npz.arrays(CONFIGS[MODEL])), layouts.HF), "model.safetensors")
+    Path("config.json").write_text(json.dumps({"id2label": {str(i): f"c{i}" for i in range(10)}, "image_size": 32}))
+    status, _, err = run(capsys, "model.safetensors", "--output", "model.npz")
+    assert (status, len(err)) == (2, 1)
+    assert "give another name" in err[0]
+    assert sorted(p.name for p in Path().iterdir()) == ["config.json", "model.safetensors"]
+    assert run(capsys, ".", "--output", "other.npz")[0] == 0  # and the source still loads
+    assert run(capsys, ".", "--output", "again.npz")[0] == 0
+
+
 def test_a_description_of_what_is_replaced_goes_with_it_and_other_files_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = fake_npz.save("a.npz", fake_npz.arrays(CONFIGS[MODEL]))

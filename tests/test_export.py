@@ -182,8 +182,8 @@ def test_a_file_in_the_folder_that_is_read_is_not_overwritten(tmp_path, monkeypa
     path = make_checkpoint(tmp_path, "testing", 32)
     assert run("--load_model_dir", path, "--format", "hf", "--output", "hf")[0] == 0
     before = Path("hf/model.safetensors").read_bytes()
-    for output in ("hf/model.safetensors", "hf/config.json"):
-        status, _, err = run("--load_model_dir", "hf", "--format", "onnx", "--output", output)
-        assert status == 2
-        assert "would replace a file that is read" in err[-1]
+    for kind, output in (("npz", "hf/model.safetensors"), ("onnx", "hf/model.safetensors"), ("npz", "hf/model.npz")):
+        status, _, err = run("--load_model_dir", "hf", "--format", kind, "--output", output)
+        assert (status, len(err)) == (2, 1)
+    assert sorted(os.listdir("hf")) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert Path("hf/model.safetensors").read_bytes() == before

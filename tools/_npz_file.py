@@ -15,18 +15,23 @@ from utils import checkpoint
 from utils.weights import Weights
 
 
-def check_output(path: str, *sources: str) -> None:
+def check_output(path: str, *sources: str, described: bool = True) -> None:
     """Makes the folder of an .npz that is to be written, if need be.
 
     Args:
         path: what ``--output`` gives.
         sources: the files that are read.
+        described: a description is to stand beside the .npz; beside a source of the same stem it would be taken for
+            that one's, and not fit.
 
     Raises:
         ValueError: the file or the .json beside it cannot be written, or would replace what is read or somebody's own.
     """
     beside = checkpoint.description_path(path)
-    if os.path.realpath(beside) in [os.path.realpath(x) for x in (path, *sources) if os.path.exists(x)]:
+    taken = [os.path.realpath(x) for x in (path, *sources) if os.path.exists(x)]
+    if described:
+        taken += [os.path.realpath(checkpoint.description_path(x)) for x in sources if os.path.exists(x)]
+    if os.path.realpath(beside) in taken:
         raise ValueError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
     if os.path.lexists(beside) and not is_description(beside):
         raise ValueError(f"--output {path} would replace {beside}, which describes no weights; give another name")

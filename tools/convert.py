@@ -61,8 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".npz"):
         raise ValueError(f"--output {args.output} does not end in .npz, which is what is written")
     source = loading.load(args.file, args.model_type)
-    _npz_file.check_output(args.output, source.path, checkpoint.description_path(source.path))
-    _npz_file.write(args.output, source.arrays, describe(source))
+    description = describe(source)
+    beside = checkpoint.description_path(source.path)
+    _npz_file.check_output(args.output, source.path, beside, described=description is not None)
+    _npz_file.write(args.output, source.arrays, description)
     head = "no head" if source.num_classes is None else f"a head of {source.num_classes} classes"
     print(f"{args.output}: {source.model_type}, {head}, {os.path.getsize(args.output):,} bytes")
     return 0

@@ -77,7 +77,7 @@ def make_parser() -> cli.Parser:
     return p
 
 
-def check_output(args: argparse.Namespace) -> None:
+def check_output(args: argparse.Namespace, described: bool) -> None:
     """Raises ValueError if what the flags name cannot be written there."""
     read = args.load_model_dir
     sources = [os.path.join(read, name) for name in os.listdir(read)] if os.path.isdir(read) else [read]
@@ -87,7 +87,12 @@ def check_output(args: argparse.Namespace) -> None:
         return
     if args.format == "pt2" and not args.output.endswith(".pt2"):
         raise ValueError(f"--output {args.output} does not end in .pt2, which torch.export.load wants")
-    (_npz_file if args.format == "npz" else cli).check_output(args.output, *sources)
+    if args.format == "onnx" and not args.output.endswith(".onnx"):
+        raise ValueError(f"--output {args.output} does not end in .onnx, by which its readers know the format")
+    if args.format == "npz":
+        _npz_file.check_output(args.output, *sources, described=described)
+    else:
+        cli.check_output(args.output, *sources)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.opset is not None and args.format != "onnx":
         raise ValueError(f"--opset is of --format onnx, not {args.format}; leave it out")
     loaded = finetuned.load(args)
-    check_output(args)
+    check_output(args, described=describe(loaded) is not None)
     writers: dict[str, Callable[[finetuned.Finetuned, str], str]] = {
         "npz": write_npz,
         "onnx": partial(_export_programs.write_onnx, opset=args.opset),
