@@ -283,3 +283,8 @@ def test_the_command_line_from_outside_ends_well_when_its_reader_leaves(finetune
     assert "Traceback" not in error
     assert "Exception" not in error
     process.stderr.close()
+
+
+def test_classes_of_one_name_are_told_apart_by_their_numbers():
+    best = predict.top(torch.tensor([0.2, 0.5, 0.3]), ["crane", "ant", "crane"], 3)
+    assert best == pytest.approx({"ant": 0.5, "crane (2)": 0.3, "crane (0)": 0.2})

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -84,9 +85,14 @@ def predict(model: VisionTransformer, paths: list[str], batch_size: int, device:
 
 
 def top(probabilities: Tensor, classes: list[str], k: int) -> dict[str, float]:
-    """The k likeliest classes and their probabilities, the likeliest first."""
+    """The k likeliest classes and their probabilities, the likeliest first.
+
+    Classes of one name, as ImageNet has them, are told apart by their numbers.
+    """
     values, indices = probabilities.sort(descending=True, stable=True)
-    return {classes[i]: p for i, p in zip(indices[:k].tolist(), values[:k].tolist())}
+    times = Counter(classes)
+    names = [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(classes)]
+    return {names[i]: p for i, p in zip(indices[:k].tolist(), values[:k].tolist())}
 
 
 def as_text(path: str, best: dict[str, float]) -> str:
