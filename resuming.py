@@ -178,7 +178,8 @@ def begin(
     if state is None:
         return checkpoint.TrainingState(now, here)
     # A flag that is younger than the state had its default's effect.
-    defaults = {name: make_parser().get_default(name.removeprefix("--")) for name in now}
+    parser = make_parser()
+    defaults = {name: parser.get_default(name.removeprefix("--")) for name in now}
     was = {name: x if defaults[name] is None else defaults[name] for name, x in now.items()} | state.settings
     if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",

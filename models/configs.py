@@ -64,6 +64,10 @@ class ViTConfig:
         """Tokens along one side of a square picture of ``img_size`` pixels."""
         return self.map_size(img_size) // self.patch_size
 
+    def size_of(self, num_tokens: int) -> int:
+        """Side in pixels of the square images that give so many tokens, the class token among them."""
+        return round((num_tokens - 1) ** 0.5) * self.stride
+
     def check_img_size(self, img_size: int) -> None:
         """Raises ValueError unless pictures of ``img_size`` pixels divide into whole patches."""
         if self.grid_size(img_size) < 1 or self.map_size(img_size) % self.patch_size:

@@ -333,7 +333,7 @@ class VisionTransformer(nn.Module):
         if num_classes != self.num_classes:
             raise ValueError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")
         if num_tokens != self.transformer.embeddings.position_embeddings.shape[1]:
-            trained_for = round((num_tokens - 1) ** 0.5) * self.config.stride
+            trained_for = self.config.size_of(num_tokens)
             raise ValueError(
                 f"it was trained at --img_size {trained_for}, not {self.img_size}; give --img_size {trained_for}"
             )

@@ -71,30 +71,13 @@ def new_folder(path: str) -> Iterator[str]:
     """
     with temporary_folder(path) as temporary:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)  # mkdtemp's own is 0700 whatever the user's umask
+        checkpoint.set_usual_mode(temporary, 0o777)  # mkdtemp's own is 0700 whatever the user's umask
         for file in os.listdir(temporary):
-            os.chmod(os.path.join(temporary, file), 0o666 & ~umask)  # and safetensors' own is 0600
-            sync(os.path.join(temporary, file))
-        sync(temporary)
+            checkpoint.set_usual_mode(os.path.join(temporary, file), 0o666)  # and safetensors' own is 0600
+            checkpoint.sync(os.path.join(temporary, file))
+        checkpoint.sync(temporary)
         os.replace(temporary, path)
-        sync(os.path.dirname(os.path.abspath(path)))
-
-
-def sync(path: str) -> None:
-    """Waits until a file, or a folder's list of files where the system can, is on the disk."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:  # not every system lets a folder be opened
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        if not os.path.isdir(path):
-            raise
-    finally:
-        os.close(fd)
+        checkpoint.sync(os.path.dirname(os.path.abspath(path)))
 
 
 def write_weights(folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

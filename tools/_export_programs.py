@@ -196,10 +196,10 @@ def _save(program: Any, path: str, is_large: bool) -> None:
         onnx.checker.check_model(os.path.join(temporary, name))
         files = sorted(os.listdir(temporary), key=len, reverse=True)  # NAME.data, NAME
         for file in files:
-            folders.sync(os.path.join(temporary, file))
+            checkpoint.sync(os.path.join(temporary, file))
         if is_large:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         for file in files:
             os.replace(os.path.join(temporary, file), os.path.join(folder, file))
-        folders.sync(folder)
+        checkpoint.sync(folder)

@@ -33,7 +33,7 @@ def describe(source: loading.Source) -> checkpoint.Description | None:
     if told.classes is None or len(told.classes) != source.num_classes or len(set(told.classes)) < len(told.classes):
         return None
     config = CONFIGS[source.model_type]
-    trained_for = round((source.arrays[npz.POSITIONS].shape[1] - 1) ** 0.5) * config.stride
+    trained_for = config.size_of(source.arrays[npz.POSITIONS].shape[1])
     return checkpoint.Description(
         source.model_type, told.img_size or trained_for, told.classes, told.gelu or config.gelu, "", 0, -1.0
     )

@@ -61,9 +61,14 @@ def choose(name: str, upstream: str | None) -> tuple[str, str]:
     return upstream, name
 
 
+def path_in(to: str, file: str) -> str:
+    """The path of the file that is written: ``to`` itself if it ends in .npz, else ``file`` in the folder ``to``."""
+    return to if to.endswith(".npz") and not os.path.isdir(to) else os.path.join(to, file)
+
+
 def destination(to: str, upstream: str, name: str) -> str:
-    """The path of the file that is written: ``to`` itself if it ends in .npz, else in the folder ``to``."""
-    return to if to.endswith(".npz") and not os.path.isdir(to) else os.path.join(to, file_name(upstream, name))
+    """The path of a file of ``UPSTREAMS``."""
+    return path_in(to, file_name(upstream, name))
 
 
 def print_list(to: str) -> None:
@@ -126,7 +131,7 @@ def download_url(url: str, name: str, to: str) -> int:
     model_type = canonical_name(name.removesuffix("-224"))  # which --list has of some models
     if model_type not in CONFIGS:
         raise ValueError(f"no model is called {name}; expected a --model_type of train.py, such as ViT-B_32")
-    path = to if to.endswith(".npz") and not os.path.isdir(to) else os.path.join(to, f"{model_type}.npz")
+    path = path_in(to, f"{model_type}.npz")
     checkpoint.check_writable(os.path.dirname(path) or ".")
     with runs.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
         if os.path.isfile(path):

@@ -50,9 +50,7 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own is 0600 whatever the user's umask
+        set_usual_mode(temporary, 0o666)  # mkstemp's own is 0600 whatever the user's umask
         os.replace(temporary, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
@@ -62,12 +60,30 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
         if cause is e:
             raise
         raise cause from e
-    with contextlib.suppress(OSError):  # not every system lets a folder be synced; the file itself is
-        folder_fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(folder_fd)
-        finally:
-            os.close(folder_fd)
+    with contextlib.suppress(OSError):  # the file itself is on the disk
+        sync(folder)
+
+
+def set_usual_mode(path: str, mode: int) -> None:
+    """Gives a file or folder the permissions ``mode`` as far as the user's umask lets new ones have them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, mode & ~umask)
+
+
+def sync(path: str) -> None:
+    """Waits until a file, or a folder's list of files where the system can, is on the disk."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:  # not every system lets a folder be opened
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        if not os.path.isdir(path):
+            raise
+    finally:
+        os.close(fd)
 
 
 def write_text(path: str, text: str) -> None:
