@@ -4,7 +4,7 @@ r"""Fine-tunes a Vision Transformer: the training loop, the evaluation, and thei
         --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz
     python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 -v
 
-The flags are in flags.py, what a run that goes on needs in resuming.py, what a person looks at in showing.py.
+The flags are in utils/args.py, what a run that goes on needs in utils/run.py.
 Only these and the tools see ``args``; everything else takes the values it needs.
 """
 
@@ -26,12 +26,18 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import loading
-from flags import check_args, checkpoint_path, last_path, log_dir, make_parser
-from models import published
+from models import pretrained, published
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
-from resuming import (
+from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util
+from utils.apex import ApexPrecision, import_apex_amp
+from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser
+from utils.evaluation import Evaluation, Predictions
+from utils.hardware import make_deterministic
+from utils.memory import OutOfMemory, memory_remedy
+from utils.metrics import MetricsWriter, TrainingLog
+from utils.precision import Precision
+from utils.run import (
     BestWeights,
     begin,
     check_processes,
@@ -43,21 +49,9 @@ from resuming import (
     settings,
     take_name,
 )
-from showing import show_batch, show_best, write_report
-from utils import augment, checkpoint, data_utils, datasets, dist_util
-from utils.evaluation import Evaluation, Predictions
-from utils.metrics import MetricsWriter, TrainingLog
-from utils.precision import ApexPrecision, Precision, import_apex_amp
-from utils.runs import (
-    OutOfMemory,
-    Stopped,
-    StopSignal,
-    handlers_restored,
-    leave,
-    make_deterministic,
-    memory_remedy,
-)
 from utils.scheduler import make_schedule
+from utils.showing import show_batch, show_best, write_report
+from utils.signals import Stopped, StopSignal, handlers_restored, leave
 
 logger = logging.getLogger("train")
 
@@ -255,18 +249,18 @@ def prepare(
     datasets.check_layout(args.dataset)
     path, source = start_path(args, state), None
     if state is None and path:
-        source = loading.load(path, args.model_type, strict=False)
+        source = pretrained.load(path, args.model_type, strict=False)
     elif state is None:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
     data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)
     goes_on, resumed = state is not None, {} if state is None else state.model
     if not args.eval_only:
-        pretrained = path if args.pretrained_dir is None else args.pretrained_dir
-        now = settings(args, pretrained, config, data, precision)
+        start = path if args.pretrained_dir is None else args.pretrained_dir
+        now = settings(args, start, config, data, precision)
         state = begin(args, state, now, circumstances(args, precision.device))
     if source is not None:
-        loading.warn_of_contradictions(source, args.model_type, args.gelu)
-    keeps_head = args.eval_only or (source is not None and loading.keeps_head(source, data.classes, args.zero_head))
+        pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
+    keeps_head = args.eval_only or (source is not None and pretrained.keeps_head(source, data.classes, args.zero_head))
     torch.manual_seed(args.seed)
     with torch.device("meta" if goes_on or source else "cpu"):  # else it would draw weights that are then overwritten
         model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not keeps_head)
@@ -274,7 +268,7 @@ def prepare(
         if goes_on:
             model.load_finetuned(resumed)
         elif source is not None and args.eval_only:
-            loading.warn_of_other_classes(source, args.dataset, data.classes)
+            pretrained.warn_of_other_classes(source, args.dataset, data.classes)
             model.load_exactly(source.arrays)
         elif source is not None:
             model.load_from(source.arrays)
@@ -384,10 +378,10 @@ def fail_at_work(args: argparse.Namespace, error: Exception, best_step: int = 0)
     """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
     text = str(error)
     if dist_util.is_lost_contact(error):
-        text = dist_util.lost_contact(error)
+        text = dist_errors.lost_contact(error)
     elif isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
         if not data_utils.worker_died(error):
-            dist_util.tells()  # the others need not say that they miss this process
+            dist_errors.tells()  # the others need not say that they miss this process
             raise error
         text = data_utils.WORKER_DIED
     if os.path.exists(last_path(args)) and not args.eval_only:
@@ -418,7 +412,7 @@ def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
 
 def fail(error: BaseException, status: int) -> int:
     """Says what went wrong in one line, on one process of the run."""
-    if dist_util.tells():
+    if dist_errors.tells():
         print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, peers
-from benchmarks.agreement import random_checkpoint
+from benchmarks.once.agreement import random_checkpoint
 from models import npz
 from models.configs import CONFIGS
 
@@ -133,7 +133,7 @@ def plain_start(npz_path: str, args: argparse.Namespace) -> Marks:
     """The plain script's first update."""
     command = [
         sys.executable, "-m", "benchmarks.plain_start", "--model_type", args.model_type, "--pretrained_dir", npz_path,
-        "--digits", str(ROOT / "utils" / "digits.npz"), "--img_size", str(args.img_size),
+        "--digits", str(ROOT / "utils" / "assets" / "digits.npz"), "--img_size", str(args.img_size),
         "--batch_size", str(args.batch_size), "--device", args.device,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

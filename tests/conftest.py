@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from models.configs import CONFIGS, ViTConfig
-from tests import fake_npz, faults
-from tests.folders import noise, save
+from tests.helpers import fake_npz, faults
+from tests.helpers.folders import noise, save
 from utils import datasets
 
 REPOSITORY = Path(__file__).resolve().parent.parent

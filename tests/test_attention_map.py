@@ -13,7 +13,7 @@ from PIL import Image
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import attention_map
-from utils import checkpoint, drawing
+from utils import checkpoint, figures
 
 
 def run(capsys, *args):
@@ -117,10 +117,10 @@ def test_the_png_shows_the_picture_beside_its_shaded_self(finetuned_any, draw, t
     assert str(output) in out
     width, height = panel
     pixels = sheet(output)
-    top = drawing.TITLE_PX
+    top = figures.TITLE_PX
     assert Image.open(output).format == "PNG"
-    assert pixels.shape == (top + height, 2 * width + drawing.GAP_PX, 3)
-    left, right = pixels[top:, :width], pixels[top:, width + drawing.GAP_PX :]
+    assert pixels.shape == (top + height, 2 * width + figures.GAP_PX, 3)
+    left, right = pixels[top:, :width], pixels[top:, width + figures.GAP_PX :]
     shown = np.asarray(Image.open(path).resize(panel, Image.Resampling.BICUBIC)).astype(int)
     np.testing.assert_array_equal(left, shown)
     model = load(finetuned_any)
@@ -134,7 +134,7 @@ def test_layers_adds_a_panel_for_each_block(finetuned_any, draw, tmp_path, capsy
     path, output = draw(size=(240, 224)), tmp_path / "map.png"
     status, _, _ = run(capsys, "--load_model_dir", finetuned_any, path, "--output", output, "--layers")
     assert status == 0
-    pixels, gap, top = sheet(output), drawing.GAP_PX, drawing.TITLE_PX
+    pixels, gap, top = sheet(output), figures.GAP_PX, figures.TITLE_PX
     assert pixels.shape == (top + 224, 4 * 240 + 3 * gap, 3)  # the testing models have two blocks
     panels = [pixels[top:, i * (240 + gap) :][:, :240] for i in range(4)]
     np.testing.assert_array_equal(panels[1], panels[3])  # up to the last block is the whole
@@ -143,8 +143,8 @@ def test_layers_adds_a_panel_for_each_block(finetuned_any, draw, tmp_path, capsy
 
 def test_many_panels_go_into_rows_and_any_title_is_drawn():
     panel = Image.new("RGB", (30, 20), "red")
-    pixels = np.asarray(drawing.arrange([("\U0001f600 猫" * 20, panel)] * 6, attention_map.COLUMNS))
-    gap, top = drawing.GAP_PX, drawing.TITLE_PX
+    pixels = np.asarray(figures.arrange([("\U0001f600 猫" * 20, panel)] * 6, attention_map.COLUMNS))
+    gap, top = figures.GAP_PX, figures.TITLE_PX
     assert pixels.shape == (2 * (top + 20) + gap, 4 * 30 + 3 * gap, 3)
     red = (pixels == [255, 0, 0]).all(axis=2)
     assert red.sum() == 6 * 30 * 20

@@ -12,10 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks import common, communication, data, ours, peers, saving, scaling, start, step
+from benchmarks import common, data, ours, peers, start, step
+from benchmarks.once import communication, saving, scaling
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests import fake_npz
+from tests.helpers import fake_npz
 from utils import augment, data_utils, datasets
 from utils.scheduler import make_schedule
 
@@ -325,7 +326,7 @@ def test_the_bytes_of_gradients_are_those_of_the_published_sizes():
 def test_the_table_of_the_page_is_the_commands(capsys):
     communication.main([])
     page = (Path(__file__).resolve().parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
-    assert f"<!-- benchmarks.communication -->\n{capsys.readouterr().out}<!-- end -->" in page
+    assert f"<!-- benchmarks.once.communication -->\n{capsys.readouterr().out}<!-- end -->" in page
 
 
 def test_time_that_is_hidden_is_time_inside_the_backward_pass():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint
+from utils import checkpoint, files
 
 
 class Touch:
@@ -53,7 +53,7 @@ def assert_same_state(got, expected):
 def test_a_file_gets_the_permissions_that_the_umask_leaves(tmp_path, umask):
     before = os.umask(umask)
     try:
-        with checkpoint.atomic_write(str(tmp_path / "a")) as f:
+        with files.atomic_write(str(tmp_path / "a")) as f:
             f.write(b"x")
     finally:
         assert os.umask(before) == umask
@@ -63,7 +63,7 @@ def test_a_file_gets_the_permissions_that_the_umask_leaves(tmp_path, umask):
 def test_until_the_block_ends_the_old_file_is_there(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    with checkpoint.atomic_write(str(path)) as f:
+    with files.atomic_write(str(path)) as f:
         f.write(b"new, and longer")
         f.flush()
         assert path.read_bytes() == b"old"
@@ -79,7 +79,7 @@ def test_an_interrupted_write_leaves_what_was_there_and_no_temporary(tmp_path, e
         path.write_bytes(b"old")
 
     def write():
-        with checkpoint.atomic_write(str(path)) as f:
+        with files.atomic_write(str(path)) as f:
             f.write(b"half of the new")
             raise error
 
@@ -108,7 +108,7 @@ def test_what_a_signal_raises_while_torch_writes_comes_out_as_it_is(tmp_path, ki
     """torch.save makes a RuntimeError of it that says no more than that the file is incomplete."""
     path, error = tmp_path / "a", kind("DataLoader worker (pid 1) is killed by signal: Killed. ")
     path.write_bytes(b"old")
-    with pytest.raises(kind) as e, checkpoint.atomic_write(str(path)) as f:
+    with pytest.raises(kind) as e, files.atomic_write(str(path)) as f:
         torch.save(make_state(), Interrupted(f, error, nth))
     assert e.value is error
     assert os.listdir(tmp_path) == ["a"]
@@ -117,7 +117,7 @@ def test_what_a_signal_raises_while_torch_writes_comes_out_as_it_is(tmp_path, ki
 
 def test_a_failed_replacement_leaves_no_temporary(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(OSError, match="a"), checkpoint.atomic_write(str(tmp_path / "a")) as f:
+    with pytest.raises(OSError, match="a"), files.atomic_write(str(tmp_path / "a")) as f:
         f.write(b"x")
     assert os.listdir(tmp_path) == ["a"]
 
@@ -127,7 +127,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
-    with checkpoint.atomic_write(str(tmp_path / "a")) as f:
+    with files.atomic_write(str(tmp_path / "a")) as f:
         f.write(b"x")
     assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder that has the name
 
@@ -140,8 +140,8 @@ def test_a_name_without_a_folder_is_in_the_working_directory(tmp_path, monkeypat
 
 def test_check_writable_makes_the_folder_and_leaves_it_empty(tmp_path):
     folder = tmp_path / "a" / "b"
-    checkpoint.check_writable(str(folder))
-    checkpoint.check_writable(str(folder))
+    files.check_writable(str(folder))
+    files.check_writable(str(folder))
     assert os.listdir(folder) == []
 
 
@@ -150,7 +150,7 @@ def test_check_writable_refuses_what_is_no_folder(tmp_path, below):
     (tmp_path / "file").write_text("x")
     folder = os.path.join(tmp_path, "file", below)
     with pytest.raises(ValueError, match="cannot be written") as e:
-        checkpoint.check_writable(folder)
+        files.check_writable(folder)
     assert folder in str(e.value)
 
 
@@ -158,7 +158,7 @@ def test_check_writable_refuses_what_is_no_folder(tmp_path, below):
 def test_check_writable_refuses_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot be written"):
-        checkpoint.check_writable(str(tmp_path))
+        files.check_writable(str(tmp_path))
 
 
 # ---- reading ----

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tools import cli
-from utils import runs
+from tools import _cli
+from utils import memory
 
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if "__main__" in path.read_text())
 
@@ -47,7 +47,7 @@ def test_an_unknown_flag_is_one_line_and_status_2(name, capsys):
     [
         (ValueError("two\nlines"), 2),
         (OSError("two\nlines"), 1),
-        (runs.OutOfMemory("two\nlines"), 1),
+        (memory.OutOfMemory("two\nlines"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -55,7 +55,7 @@ def test_an_error_is_one_line_and_a_status(error, status, capsys):
     def body():
         raise error
 
-    assert cli.run("x", body) == status
+    assert _cli.run("x", body) == status
     words = "interrupted" if isinstance(error, KeyboardInterrupt) else "two lines"
     assert capsys.readouterr().err == f"tools.x: error: {words}\n"
 
@@ -65,13 +65,13 @@ def test_what_only_we_can_mend_is_not_hidden():
         raise KeyError("a mistake of ours")
 
     with pytest.raises(KeyError):
-        cli.run("x", body)
+        _cli.run("x", body)
 
 
 def test_names_that_cannot_be_printed_are_spelled_out(monkeypatch, tmp_path):
     with open(tmp_path / "out", "w", encoding="ascii") as f:
         monkeypatch.setattr(sys, "stdout", f)
-        assert cli.run("x", lambda: print("caf\xe9") or 0) == 0
+        assert _cli.run("x", lambda: print("caf\xe9") or 0) == 0
     assert (tmp_path / "out").read_text() == "caf\\xe9\n"
 
 
@@ -80,10 +80,10 @@ def test_a_file_that_is_written_gets_its_folder_and_replaces_nothing_that_is_rea
     Path("read").write_text("mine")
     os.symlink("read", "link")
     os.mkdir("folder")
-    cli.check_output("new/deeper/file", "read")
+    _cli.check_output("new/deeper/file", "read")
     assert os.path.isdir("new/deeper")
-    cli.check_output("file", "read")
+    _cli.check_output("file", "read")
     for path, words in (("read", "replace"), ("./link", "replace"), ("folder", "is a folder"), ("read/x", "written")):
         with pytest.raises(ValueError, match=words):
-            cli.check_output(path, "read")
+            _cli.check_output(path, "read")
     assert Path("read").read_text() == "mine"

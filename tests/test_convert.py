@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from models import layouts, npz
 from models.configs import CONFIGS
-from tests import fake_npz
+from tests.helpers import fake_npz
 from tools import convert
 from utils import checkpoint
 from utils.weights import read_npz

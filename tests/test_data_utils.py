@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.folders import as_files, damage, noise, numbered_pictures, save
+from tests.helpers.folders import as_files, damage, noise, numbered_pictures, save
 from utils import augment, data_utils, datasets
 from utils.data_utils import StepSampler
 from utils.datasets import FilePictures, MemoryPictures, PictureError, load_datasets

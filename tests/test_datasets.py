@@ -18,7 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from tests.folders import as_files, damage, noise, numbered_pictures, save
+from tests.helpers.folders import as_files, damage, noise, numbered_pictures, save
 from utils import datasets
 from utils.datasets import FilePictures, PictureError, class_names, load_datasets
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from benchmarks import deviations, recipes
 from benchmarks.common import hardware, version
+from benchmarks.once import deviations, recipes
 from models.configs import CONFIGS
 from models.modeling import Attention, VisionTransformer
 from models.modeling_resnet import ResNetV2

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.launching import ranks
-from utils import dist_util
+from tests.helpers.launching import ranks
+from utils import dist_errors, dist_util
 from utils.metrics import MetricsWriter, TrainingLog
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -150,7 +150,7 @@ def watch(folder: str, local_rank: int) -> dict:
         dist_util.newest(x, version)["weights"].tolist()
         for x, version in ((mine, (3 + rank,)), (mine, (3,)), (mine if rank == 0 else None, (3 if rank == 0 else -1,)))
     ]
-    seen["tells"] = [dist_util.tells(), dist_util.tells()]
+    seen["tells"] = [dist_errors.tells(), dist_errors.tells()]
 
     writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
     log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests.launching import TINY, job, ranks, torchrun, train_main, values_of
+from tests.helpers.launching import TINY, job, ranks, torchrun, train_main, values_of
 from utils import dist_util, hardware
 from utils.precision import Precision
 

@@ -13,7 +13,7 @@ import pytest
 
 from models.configs import CONFIGS
 from models.published import PUBLISHED, UPSTREAMS, find
-from tests.servers import Bucket, make_content, serving
+from tests.helpers.servers import Bucket, make_content, serving
 from tools import _sources, _transfer, download
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,12 +17,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from models import hub as table
 from models import layouts, npz
+from models import published as table
 from models.configs import CONFIGS
 from models.published import UPSTREAMS, find, run_names
-from tests import fake_npz
-from tests.servers import Bucket, Hub, RefusingProxy, make_content, serving
+from tests.helpers import fake_npz
+from tests.helpers.servers import Bucket, Hub, RefusingProxy, make_content, serving
 from tools import _hub, _transfer, download
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import resuming
 import train
-from tests.runs import RUN, Killed, last_state, run
+from tests.helpers.runs import RUN, Killed, last_state, run
 from utils import checkpoint
+from utils import run as runs
 
 BEST, BESIDE = Path("output/a_checkpoint.bin"), Path("output/a_checkpoint.json")
 EARLIER, EARLIER_BESIDE = Path("output/a_checkpoint.earlier-1.bin"), Path("output/a_checkpoint.earlier-1.json")
@@ -120,7 +120,7 @@ def test_another_runs_pair_in_the_place_of_a_stopped_runs_is_kept():
     for step in (told["step"], 1000):  # of an evaluation that the stopped run may have had, too
         BEST.write_bytes(theirs[EARLIER])
         BESIDE.write_text(json.dumps({**told, "step": step}))
-        assert not resuming.wrote_best(train.make_parser().parse_args(RUN), last_state())
+        assert not runs.wrote_best(train.make_parser().parse_args(RUN), last_state())
     BESIDE.write_bytes(theirs[EARLIER_BESIDE])
     assert run() == 0
     assert kept() == theirs
@@ -165,7 +165,7 @@ class BestWeightsOf:
     """A new run's first save."""
 
     def save(self) -> None:
-        from resuming import BestWeights
+        from utils.run import BestWeights
 
         description = checkpoint.Description("testing", 32, ["ant", "bee"], "erf", "pets", 5, 0.5)
         BestWeights(str(BEST), is_own=False).save({"x": torch.zeros(3)}, description)

@@ -10,9 +10,8 @@ import time
 import pytest
 import torch
 
-import resuming
 import train
-from tests.launching import (
+from tests.helpers.launching import (
     LAUNCHER,
     TINY,
     job,
@@ -24,7 +23,7 @@ from tests.launching import (
     wait_for,
     weights_of,
 )
-from utils import checkpoint, data_utils, dist_util
+from utils import checkpoint, data_utils, dist_errors, dist_util, run
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
@@ -186,7 +185,7 @@ def test_a_process_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
         for number in (0, 2):
             run.processes[number].join(30)
             assert run.processes[number].exitcode == 0, run.output()  # the wrapper's own
-        assert 2 < time.monotonic() - since < 3 + dist_util.GRACE_SECS
+        assert 2 < time.monotonic() - since < 3 + dist_errors.GRACE_SECS
         run.processes[1].kill()
         assert run.results() == [1, None, 1]
         assert len(run.errors()) == 1, run.output()
@@ -224,7 +223,7 @@ def test_the_same_command_on_other_numbers_of_processes(monkeypatch, given, part
         {"--train_batch_size of all processes": given * began}, {"--train_batch_size": given, "processes": began}
     )
     monkeypatch.setattr(dist_util, "world_size", lambda: now)
-    resuming.follow_processes(args, state)
+    run.follow_processes(args, state)
     assert (args.train_batch_size, args.gradient_accumulation_steps) == expected
     assert args.train_batch_size * now == given * began
     assert args.train_batch_size // args.gradient_accumulation_steps <= given // parts
@@ -235,7 +234,7 @@ def test_a_batch_that_was_changed_by_the_user_is_left_alone(monkeypatch):
     state = checkpoint.TrainingState(
         {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
     )
-    resuming.follow_processes(args, state)
+    run.follow_processes(args, state)
     assert args.train_batch_size == 16
 
 
@@ -246,4 +245,4 @@ def test_processes_that_cannot_share_the_batch_hear_which_numbers_can(monkeypatc
     )
     monkeypatch.setattr(dist_util, "world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"3 processes cannot share equally the 16 pictures .*: 1, 2, 4$"):
-        resuming.follow_processes(args, state)
+        run.follow_processes(args, state)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from tests.exporting import assert_same_logits, export_as, make_checkpoint, original, run, variables_of
+from tests.helpers.exporting import assert_same_logits, export_as, make_checkpoint, original, run, variables_of
 from utils import checkpoint, weights
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
-from tests.exporting import (
+from tests.helpers.exporting import (
     NUM_CLASSES,
     assert_as_predicted,
     export_as,

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from models.configs import CONFIGS
-from tests.exporting import NUM_CLASSES, assert_same_logits, export_as, make_checkpoint, predicted, run, variables_of
+from tests.helpers.exporting import (
+    NUM_CLASSES,
+    assert_same_logits,
+    export_as,
+    make_checkpoint,
+    predicted,
+    run,
+    variables_of,
+)
 from tools import _export_programs
 
 #: What makes tracing quick: one block, and one residual unit.

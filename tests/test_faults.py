@@ -23,8 +23,8 @@ import torch
 
 import train
 from models.configs import CONFIGS
-from tests import fake_npz, faults
-from tests.runs import (
+from tests.helpers import fake_npz, faults
+from tests.helpers.runs import (
     ROOT,
     RUN,
     assert_same,

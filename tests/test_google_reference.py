@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,9 @@ from models import npz
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
 from models.published import PUBLISHED
-from tests import fake_npz
+from tests.conftest import REPOSITORY
+from tests.data import google_npz
+from tests.helpers import fake_npz
 from utils.weights import read_npz
 
 SIZES = [("testing", 32), ("testing", 48), ("testing", 64)]
@@ -26,23 +26,12 @@ LABELS = torch.tensor([0, 3, 5, 9])
 
 
 @pytest.fixture(scope="module")
-def google_npz(shared_data) -> ModuleType:
-    """The writer of the checkpoints and pictures that Google's code was given."""
-    spec = importlib.util.spec_from_file_location("google_npz", shared_data / "google_npz.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reference() -> dict[str, np.ndarray]:
+    return read_npz(str(REPOSITORY / "tests" / "data" / "google_reference.npz"))
 
 
 @pytest.fixture(scope="module")
-def reference(shared_data) -> dict[str, np.ndarray]:
-    return read_npz(str(shared_data / "google_reference.npz"))
-
-
-@pytest.fixture(scope="module")
-def build(google_npz, reference, tmp_path_factory):
+def build(reference, tmp_path_factory):
     """``build(model_type, img_size)`` gives a model with the reference's weights."""
     weights = {}
     for model_type, own_size in OWN_SIZE.items():
@@ -62,7 +51,7 @@ def build(google_npz, reference, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(google_npz):
+def pictures():
     """``pictures(n, img_size)`` gives the reference's first n pictures."""
     return lambda n, img_size: torch.from_numpy(google_npz.make_images(n, img_size, seed=1, channels_last=False))
 
@@ -136,14 +125,14 @@ def test_three_clipped_momentum_updates_are_googles(build, pictures, reference, 
 
 
 @pytest.mark.parametrize("model_type", ["testing", "testing-hybrid", "ViT-B_32", "ViT-H_14", "R50-ViT-B_16"])
-def test_the_tests_own_checkpoints_have_googles_names_and_shapes(google_npz, model_type):
+def test_the_tests_own_checkpoints_have_googles_names_and_shapes(model_type):
     ours = fake_npz.shapes(CONFIGS[model_type], img_size=200, num_classes=7, pre_logits=True)
     theirs = google_npz.param_shapes(model_type, num_classes=7, pre_logits=True, img_size=200)
     assert list(ours.items()) == list(theirs.items())
 
 
 @pytest.mark.parametrize("pre_logits", [False, True])
-def test_layout_of_every_published_model_is_googles(google_npz, pre_logits):
+def test_layout_of_every_published_model_is_googles(pre_logits):
     assert set(PUBLISHED) <= {canonical_name(model_type) for model_type in google_npz.MODELS}
     for model_type in google_npz.MODELS:
         config = CONFIGS[model_type]

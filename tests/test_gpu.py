@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from benchmarks import ours
 from models.configs import CONFIGS
-from models.dropout import dropout
+from models.cpu_ops import dropout
 from models.modeling import VisionTransformer
 from utils import augment, data_utils, datasets
 from utils.evaluation import Predictions

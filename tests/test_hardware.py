@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.launching import clean_environment
+from tests.helpers.launching import clean_environment
 from utils import hardware
 
 

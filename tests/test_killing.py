@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests import killing, runs
+from tests.helpers import killing, runs
 
 
 @pytest.fixture(scope="module")

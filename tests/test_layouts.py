@@ -12,7 +12,7 @@ import torch
 from models import layouts, npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests import fake_npz
+from tests.helpers import fake_npz
 
 PLAIN, HYBRID = "testing", "testing-hybrid"
 TORCH_LAYOUTS = {"ours": layouts.OURS, "timm": layouts.TIMM, "hf": layouts.HF, "hf5": layouts.HF5}

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.configs import CONFIGS, ViTConfig
-from models.modeling import Attention, Mlp, PatchEmbedding, VisionTransformer, attention_scores
-from tests import fake_npz
+from models.cpu_ops import attention_scores
+from models.modeling import Attention, Mlp, PatchEmbedding, VisionTransformer
+from tests.helpers import fake_npz
 
 PLAIN = replace(CONFIGS["testing"], dropout_rate=0.0)
 HYBRID = replace(CONFIGS["testing-hybrid"], dropout_rate=0.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.modeling_resnet import ResidualUnit, ResNetV2, Root, StdConv2d, group_norm, pad_same, same_padding
-from tests import fake_npz
+from tests.helpers import fake_npz
 
 SIZES = [(8, 8), (9, 9), (8, 11), (7, 10), (5, 1)]
 

@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from tests.launching import have, job, lines_of, ready_torchrun, wait_for
+from tests.helpers.launching import have, job, lines_of, ready_torchrun, wait_for
 from tests.test_elastic import RUN, SLOW, set_pace
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")

@@ -16,17 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import loading
-from models import npz
+from models import npz, pretrained
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
-from tests import fake_npz
+from tests.helpers import fake_npz
 from utils import weights as weights_file
 
 
 def load(path, model_type):
     """A file's arrays as training has them."""
-    return loading.load(path, model_type).arrays
+    return pretrained.load(path, model_type).arrays
 
 
 PLAIN = CONFIGS["testing"]

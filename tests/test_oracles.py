@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.agreement import timm_logits
+from benchmarks.once.agreement import timm_logits
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
-from tests import fake_npz
+from tests.helpers import fake_npz
 from utils.weights import read_npz
 
 pytest.importorskip("timm", reason="timm is the independent implementation")
@@ -51,7 +51,7 @@ def test_logits_are_timms(checkpoint, img_size, dtype):
 
 @DTYPES
 def test_logits_behind_the_stem_of_r50_b_16_are_timms(tmp_path, dtype):
-    """The stem as it is published, before a small transformer: ``benchmarks.agreement`` compares the whole model."""
+    """The published stem before a small transformer: ``benchmarks.once.agreement`` compares the whole model."""
     config = replace(CONFIGS["R50-ViT-B_16"], hidden_size=96, mlp_dim=384, num_heads=3, num_layers=2)
     path = fake_npz.save(tmp_path / "weights.npz", fake_npz.arrays(config, img_size=224, num_classes=NUM_CLASSES))
     check_logits(path, config, 224, dtype)

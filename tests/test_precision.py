@@ -11,8 +11,9 @@ from torch import nn
 from benchmarks.plain import PlainViT
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests.fake_apex import FakeAmp
-from utils.precision import MAX_SKIPPED_IN_A_ROW, OPT_LEVELS, ApexPrecision, Precision, SkippedSteps, import_apex_amp
+from tests.helpers.fake_apex import FakeAmp
+from utils.apex import ApexPrecision, import_apex_amp
+from utils.precision import MAX_SKIPPED_IN_A_ROW, OPT_LEVELS, Precision, SkippedSteps
 
 CPU = torch.device("cpu")
 CONFIG = replace(CONFIGS["testing"], dropout_rate=0.0)

@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.once import pretrain_demo
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tools import pretrain_demo
 from utils.weights import read_npz
 
 
@@ -54,7 +54,7 @@ def test_pictures_that_differ_in_size_are_refused(folder, capsys):
     Image.new("RGB", (20, 20)).save(folder / "train" / "a" / "small.png")
     assert pretrain_demo.main(["--dataset", str(folder), "--output", str(folder / "demo.npz")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # after the bar of the decoding
-    assert error.startswith("tools.pretrain_demo: error: ")
+    assert error.startswith("benchmarks.once.pretrain_demo: error: ")
     assert "all of one size" in error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from benchmarks.agreement import cost
+from benchmarks.once.agreement import cost
 from models.configs import CONFIGS
 from models.published import PUBLISHED, UPSTREAMS
 

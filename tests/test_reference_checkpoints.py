@@ -19,7 +19,7 @@ from torch import Tensor
 import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests import fake_npz, oracle
+from tests.helpers import fake_npz, oracle
 
 NUM_CLASSES = 3
 CLASSES = ("ant", "bee", "cat")

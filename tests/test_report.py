@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import browser
-from utils import drawing, report
+from tests.helpers import browser
+from utils import figures, report
 
 EVIL = '<script>alert("x")</script>&\' onerror=alert(1) "><img src=http://example.com/a.png>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -71,7 +71,7 @@ LINES = [
 
 
 def make(classes=("ant", "bee", "cat"), matrix=((3, 1, 0), (0, 2, 0), (0, 2, 0)), **changes):
-    picture = drawing.png(Image.new("RGB", (9, 7), (10, 20, 30)))
+    picture = figures.png(Image.new("RGB", (9, 7), (10, 20, 30)))
     values = dict(
         name="pets", subject="ViT-demo on pets", num_steps=30, step=30, lines=LINES, classes=list(classes),
         best_step=20, confusion=np.array(matrix),

@@ -17,7 +17,7 @@ import train
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
-from tools import published as published_rows
+from tools import _published_results as published_rows
 from tools import reproduce
 
 #: Rows like the published ones, of a training of a second; what comes of "slow" takes minutes.

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import resuming
 import train
-from tests.runs import (
+from tests.helpers.runs import (
     ROOT,
     Killed,
     assert_same,
@@ -30,7 +29,8 @@ from tests.runs import (
     undisturbed,
     write_pictures,
 )
-from utils import checkpoint, precision, runs
+from utils import checkpoint, files, precision
+from utils import run as runs
 from utils.evaluation import Evaluation
 from utils.metrics import TrainingLog
 
@@ -541,7 +541,7 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
-        held = runs.only_run(path)
+        held = files.only_run(path)
         held.__enter__()
     assert os.path.exists(path)
     held.__exit__(None, None, None)
@@ -551,7 +551,7 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
 def test_settings_hold_every_flag_that_decides_on_the_result():
     """A new flag must be put somewhere: among the settings, the circumstances, or here as without influence."""
     names = {action.dest for action in train.make_parser()._actions} - {"help"}
-    told = set(resuming.RESULT_FLAGS) | {"pretrained_dir", "model_type", "dataset", "dropout", "train_batch_size"}
+    told = set(runs.RESULT_FLAGS) | {"pretrained_dir", "model_type", "dataset", "dropout", "train_batch_size"}
     told |= {"fp16", "fp16_opt_level", "amp_dtype", "amp_backend"}  # the precision's text
     told |= {"device", "gradient_accumulation_steps", "eval_batch_size", "compile", "deterministic"}
     without = {"name", "data_dir", "output_dir", "log_every", "num_workers", "resume", "save_every", "local_rank",

@@ -14,8 +14,18 @@ import pytest
 import torch
 
 import train
-from tests.runs import ROOT, RUN, assert_same, every_name_is_whole, last_state, outcome, run, several_sizes, undisturbed
-from tests.runs import write_pictures as write
+from tests.helpers.runs import (
+    ROOT,
+    RUN,
+    assert_same,
+    every_name_is_whole,
+    last_state,
+    outcome,
+    run,
+    several_sizes,
+    undisturbed,
+)
+from tests.helpers.runs import write_pictures as write
 from utils import checkpoint
 from utils.metrics import TrainingLog
 

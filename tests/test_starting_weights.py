@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import train
 from models import layouts, npz
 from models.configs import CONFIGS
-from tests import fake_npz
-from tests.runs import TINY, last_state, write_pictures
+from tests.helpers import fake_npz
+from tests.helpers.runs import TINY, last_state, write_pictures
 from tools import export
 from utils import checkpoint
 

@@ -17,13 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-import showing
 import train
 from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests.fake_apex import FakeAmp
-from utils import datasets, drawing
+from tests.helpers.fake_apex import FakeAmp
+from utils import datasets, figures, showing
 from utils.checkpoint import Description, save_weights
 from utils.precision import MAX_SKIPPED_IN_A_ROW, Precision
 from utils.scheduler import make_schedule
@@ -156,10 +155,10 @@ def test_the_first_pictures_are_those_that_the_model_sees():
     (step, tag, pixels), side = shown[0], showing.PICTURE_PX
     assert (step, tag) == (1, "train/pictures")
     for i in (0, 9, 63):  # the 10th is the second of the second row
-        x, y = i % 8 * (side + drawing.GAP_PX), i // 8 * (drawing.TITLE_PX + side + drawing.GAP_PX) + drawing.TITLE_PX
+        x, y = i % 8 * (side + figures.GAP_PX), i // 8 * (figures.TITLE_PX + side + figures.GAP_PX) + figures.TITLE_PX
         cell = pixels[y : y + side : side // 8, x : x + side : side // 8]
         assert np.abs(cell / 127.5 - 1 - images[i].permute(1, 2, 0).numpy()).max() < 0.01
-    assert len(pixels) == 8 * (drawing.TITLE_PX + side + drawing.GAP_PX) - drawing.GAP_PX
+    assert len(pixels) == 8 * (figures.TITLE_PX + side + figures.GAP_PX) - figures.GAP_PX
 
 
 def test_names_of_folders_cannot_break_into_the_report():

@@ -12,7 +12,7 @@ import train
 from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests import fake_npz, oracle
+from tests.helpers import fake_npz, oracle
 from utils import augment, data_utils, datasets
 from utils.precision import Precision
 from utils.weights import read_npz

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from utils import checkpoint
+from utils import files
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -37,7 +37,7 @@ def check_new_folder(path: str) -> None:
         raise ValueError(f"--output {path} is the current folder, which cannot be replaced; name a folder in it")
     if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path) or os.listdir(path)):
         raise ValueError(f"--output {path} is there already; this format writes a new folder, so give another name")
-    checkpoint.check_writable(os.path.dirname(os.path.abspath(path)))
+    files.check_writable(os.path.dirname(os.path.abspath(path)))
 
 
 @contextlib.contextmanager
@@ -50,10 +50,10 @@ def temporary_folder(path: str) -> Iterator[str]:
     parent, name = os.path.split(os.path.abspath(path))
     temporary = None
     try:
-        temporary = tempfile.mkdtemp(prefix=f".{name}.", suffix=checkpoint.TEMPORARY, dir=parent)
+        temporary = tempfile.mkdtemp(prefix=f".{name}.", suffix=files.TEMPORARY, dir=parent)
         yield temporary
     except OSError as e:
-        raise checkpoint.NotWritten(f"{path} could not be written ({e.strerror or e})") from e
+        raise files.NotWritten(f"{path} could not be written ({e.strerror or e})") from e
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -71,13 +71,13 @@ def new_folder(path: str) -> Iterator[str]:
     """
     with temporary_folder(path) as temporary:
         yield temporary
-        checkpoint.set_usual_mode(temporary, 0o777)  # mkdtemp's own is 0700 whatever the user's umask
+        files.set_usual_mode(temporary, 0o777)  # mkdtemp's own is 0700 whatever the user's umask
         for file in os.listdir(temporary):
-            checkpoint.set_usual_mode(os.path.join(temporary, file), 0o666)  # and safetensors' own is 0600
-            checkpoint.sync(os.path.join(temporary, file))
-        checkpoint.sync(temporary)
+            files.set_usual_mode(os.path.join(temporary, file), 0o666)  # and safetensors' own is 0600
+            files.sync(os.path.join(temporary, file))
+        files.sync(temporary)
         os.replace(temporary, path)
-        checkpoint.sync(os.path.dirname(os.path.abspath(path)))
+        files.sync(os.path.dirname(os.path.abspath(path)))
 
 
 def write_weights(folder: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 from models import layouts
 from models.modeling import LAYER_NORM_EPS
 from tools import _export_folder as folders
-from tools import finetuned
+from tools import _finetuned
 
 #: A number of Pillow's, by which image processors name how to resize.
 PIL_BILINEAR = 2
 
 
-def write(loaded: finetuned.Finetuned, path: str) -> str:
+def write(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes the folder; returns the lines that use it.
 
     Raises:
@@ -38,7 +38,7 @@ def write(loaded: finetuned.Finetuned, path: str) -> str:
     )
 
 
-def model_config(loaded: finetuned.Finetuned) -> dict[str, Any]:
+def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
     """The config.json of a plain model; classes without names are called as transformers calls them."""
     model, config = loaded.model, loaded.model.config
     names = loaded.classes or [f"LABEL_{i}" for i in range(model.num_classes)]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from models.modeling import VisionTransformer
 from tools import _export_folder as folders
-from tools import finetuned
-from utils import checkpoint
+from tools import _finetuned
+from utils import files
 
 #: Above this many bytes of weights an .onnx keeps them in a file beside it: its own format ends at 2 GiB.
 ONNX_LIMIT_BYTES = 2**31 - 2**24
@@ -52,10 +52,10 @@ def trace(model: VisionTransformer) -> tuple[torch.export.ExportedProgram, dict[
         return torch.export.export(Logits(model), (images,), dynamic_shapes=free), free
 
 
-def write_pt2(loaded: finetuned.Finetuned, path: str) -> str:
+def write_pt2(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes a program of torch.export; returns the lines that load it."""
     program, _ = trace(loaded.model)
-    with checkpoint.atomic_write(path) as f:
+    with files.atomic_write(path) as f:
         torch.export.save(program, f)
     return f"import torch\nmodel = torch.export.load({path!r}).module()"
 
@@ -63,7 +63,7 @@ def write_pt2(loaded: finetuned.Finetuned, path: str) -> str:
 # ---- ONNX ----
 
 
-def write_onnx(loaded: finetuned.Finetuned, path: str, opset: int | None = None) -> str:
+def write_onnx(loaded: _finetuned.Finetuned, path: str, opset: int | None = None) -> str:
     """Writes an ONNX program; returns the lines that use it.
 
     Args:
@@ -194,12 +194,12 @@ def _save(program: Any, path: str, is_large: bool) -> None:
     with folders.temporary_folder(path) as temporary:
         program.save(os.path.join(temporary, name), external_data=is_large)  # it knows the file of its weights by name
         onnx.checker.check_model(os.path.join(temporary, name))
-        files = sorted(os.listdir(temporary), key=len, reverse=True)  # NAME.data, NAME
-        for file in files:
-            checkpoint.sync(os.path.join(temporary, file))
+        written = sorted(os.listdir(temporary), key=len, reverse=True)  # NAME.data, NAME
+        for file in written:
+            files.sync(os.path.join(temporary, file))
         if is_large:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        for file in files:
+        for file in written:
             os.replace(os.path.join(temporary, file), os.path.join(folder, file))
-        checkpoint.sync(folder)
+        files.sync(folder)

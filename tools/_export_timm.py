@@ -18,7 +18,7 @@ from torch import Tensor
 from models import layouts
 from models.configs import ViTConfig, canonical_name
 from tools import _export_folder as folders
-from tools import finetuned
+from tools import _finetuned
 
 #: Key and value in config.json and in the metadata of model.safetensors, of hybrids only.
 STEM, SCALED = "stem", "scaled for timm"
@@ -48,7 +48,7 @@ _HYBRIDS = {
 }
 
 
-def write(loaded: finetuned.Finetuned, path: str) -> str:
+def write(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes the folder; returns the lines that use it.
 
     Raises:
@@ -79,7 +79,7 @@ def write(loaded: finetuned.Finetuned, path: str) -> str:
     )
 
 
-def model_config(loaded: finetuned.Finetuned) -> dict[str, Any]:
+def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
     """The config.json.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from models import npz
-from tools import cli
+from tools import _cli
 from utils import checkpoint
 from utils.weights import Weights
 
@@ -35,7 +35,7 @@ def check_output(path: str, *sources: str, described: bool = True) -> None:
         raise ValueError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
     if os.path.lexists(beside) and not is_description(beside):
         raise ValueError(f"--output {path} would replace {beside}, which describes no weights; give another name")
-    cli.check_output(path, *sources)
+    _cli.check_output(path, *sources)
 
 
 def is_description(path: str) -> bool:

@@ -10,7 +10,7 @@ import sys
 import urllib.parse
 from dataclasses import dataclass
 
-from models import hub, layouts, npz
+from models import layouts, npz, published
 from models.commands import tool_command
 from models.configs import CONFIGS
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams
@@ -53,7 +53,7 @@ class Wanted:
         Raises:
             SourceError: the user named the file as this project calls the run that the hub does not have.
         """
-        run = hub.other_run(self.google)
+        run = published.other_run(self.google)
         if run is None:
             return self.path
         if self.is_folder:
@@ -102,10 +102,10 @@ def from_hub(wanted: Wanted) -> None:
         SourceError: the hub does not give it.
         OSError: it cannot be written.
     """
-    repository = hub.repository(wanted.google)
+    repository = published.repository(wanted.google)
     if repository is None:
         raise SourceError(no_repository(wanted))
-    path, run = wanted.hub_path, hub.other_run(wanted.google)
+    path, run = wanted.hub_path, published.other_run(wanted.google)
     which = "has the same weights"
     if run is not None:
         which = f"has another AugReg run, {run.removesuffix('.npz')}, which is written as {path}"
@@ -129,7 +129,7 @@ def from_hub(wanted: Wanted) -> None:
 
 def no_repository(wanted: Wanted) -> str:
     """Says that a file is in Google's bucket only, and which upstream is on the hub."""
-    others = [upstream for upstream in upstreams(wanted.name) if hub.repository(UPSTREAMS[upstream][wanted.name])]
+    others = [upstream for upstream in upstreams(wanted.name) if published.repository(UPSTREAMS[upstream][wanted.name])]
     remedy = "".join(f"; it has --upstream {upstream}" for upstream in others)
     return f"the Hugging Face hub has no {wanted.google}{remedy}"
 
@@ -186,13 +186,13 @@ def from_url(url: str, path: str, model_type: str) -> None:
 
 def by_hand(wanted: Wanted, url: str) -> str:
     """Says what to do where no source gives a file, which would be at ``url`` in Google's bucket."""
-    repository = hub.repository(wanted.google)
+    repository = published.repository(wanted.google)
     convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", wanted.path)
     places = f"{url} as {wanted.path}"
     if repository is not None:
         file = f"{_hub.address(repository)}/resolve/main/{_hub.FILES[0]} (or {_hub.FILES[1]})"
         places += f", or {file}"
-        if run := hub.other_run(wanted.google):  # which must not be written under the recommended run's name
+        if run := published.other_run(wanted.google):  # which must not be written under the recommended run's name
             output = os.path.join(os.path.dirname(wanted.path), run)
             convert_it = tool_command("convert", "FILE", "--model_type", wanted.model_type, "--output", output)
             places += f", which is another run, {run.removesuffix('.npz')}"

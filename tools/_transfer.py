@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import checkpoint, dist_util
+from utils import dist_util, files
 
 TIMEOUT_SECS = 30.0
 #: Waits after failures in a row; one more ends the download.  Bytes that arrive start the row anew.
@@ -203,7 +203,7 @@ class Download:
             length = headers.get("Content-Length", "")
             self.remote = describe(self.remote.url, headers, int(length) if length.isdecimal() else None)
             check_space(self.path, self.remote.size)
-            with checkpoint.atomic_write(self.notes) as notes:
+            with files.atomic_write(self.notes) as notes:
                 notes.write(json.dumps(asdict(self.remote)).encode())
         else:
             raise SourceError(f"the server answered {response.status} ({response.reason}) for {self.remote.url}")

@@ -22,8 +22,8 @@ if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models.modeling import VisionTransformer
-from tools import cli, finetuned
-from utils import augment, checkpoint, datasets, dist_util, drawing
+from tools import _cli, _finetuned
+from utils import augment, datasets, dist_util, figures, files
 from utils.precision import Precision
 
 #: Sides between which panels are scaled, in pixels; a picture of a size between them keeps it.
@@ -88,14 +88,14 @@ def panel_size(width: int, height: int) -> tuple[int, int]:
 # ---- the command line ----
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
-    p = cli.Parser("attention_map", __doc__)
+    p = _cli.Parser("attention_map", __doc__)
     p.add_argument("picture", metavar="IMAGE", help="a picture of any size")
     p.add_argument("--output", default="attention_map.png", metavar="FILE", help="the PNG to write")
     p.add_argument("--layers", action="store_true", help="add a panel for each block: the rollout up to it")
-    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="what computes")
-    finetuned.add_flags(p)
+    p.add_argument("--device", choices=_cli.DEVICES, default="auto", help="what computes")
+    _finetuned.add_flags(p)
     return p
 
 
@@ -111,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isfile(args.picture):
         raise ValueError(f"there is no picture {args.picture}")
     picture = datasets.read_picture(args.picture)
-    cli.check_output(args.output, args.picture, args.load_model_dir)
+    _cli.check_output(args.output, args.picture, args.load_model_dir)
     device = dist_util.setup(args.device, -1)
-    loaded = finetuned.load(args, vis=True)
+    loaded = _finetuned.load(args, vis=True)
     Precision(device).prepare(loaded.model)  # float32, convolutions included
     maps, probabilities = attend(loaded.model.to(device), picture, device)
     best = int(probabilities.argmax())
@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
     panels = [(f"{name}, {100 * probabilities[best]:.1f} %", shown), ("attention rollout", shade(shown, maps[-1]))]
     if args.layers:
         panels += [(f"up to block {i}", shade(shown, layer)) for i, layer in enumerate(maps, 1)]
-    with checkpoint.atomic_write(args.output) as f:
-        drawing.arrange(panels, COLUMNS).save(f, "PNG")
+    with files.atomic_write(args.output) as f:
+        figures.arrange(panels, COLUMNS).save(f, "PNG")
     print(f"{args.output}: {name}, {100 * probabilities[best]:.2f} %")
     return 0
 
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return cli.run("attention_map", lambda: run(args))
+    return _cli.run("attention_map", lambda: run(args))
 
 
 if __name__ == "__main__":

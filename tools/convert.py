@@ -17,15 +17,14 @@ import sys
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-import loading
-from models import npz
+from models import npz, pretrained
 from models.configs import CONFIGS
-from tools import _npz_file, cli
+from tools import _cli, _npz_file
 from utils import checkpoint
 from utils.told import Told
 
 
-def describe(source: loading.Source) -> checkpoint.Description | None:
+def describe(source: pretrained.Source) -> checkpoint.Description | None:
     """Collects what files beside the weights tell; returns None if they do not name the classes."""
     told = source.told or Told("")
     if told.description is not None:
@@ -39,9 +38,9 @@ def describe(source: loading.Source) -> checkpoint.Description | None:
     )
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
-    p = cli.Parser("convert", __doc__)
+    p = _cli.Parser("convert", __doc__)
     p.add_argument("file", metavar="FILE", help="the weights: a file, or a folder with one")
     p.add_argument("--model_type", choices=CONFIGS, metavar="MODEL", help="such as ViT-B_16; by default what the file "
                    "shows")  # fmt: skip
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"there is no file {args.file}")
     if not args.output.endswith(".npz"):
         raise ValueError(f"--output {args.output} does not end in .npz, which is what is written")
-    source = loading.load(args.file, args.model_type)
+    source = pretrained.load(args.file, args.model_type)
     description = describe(source)
     beside = checkpoint.description_path(source.path)
     _npz_file.check_output(args.output, source.path, beside, described=description is not None)
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return cli.run("convert", lambda: run(args))
+    return _cli.run("convert", lambda: run(args))
 
 
 if __name__ == "__main__":

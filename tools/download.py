@@ -22,12 +22,12 @@ import urllib.parse
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from models import hub
+from models import published
 from models.configs import CONFIGS, canonical_name
 from models.published import BUCKET, UPSTREAMS, file_name, upstreams
-from tools import cli
+from tools import _cli
 from tools._sources import KINDS, Sources, Wanted, from_url
-from utils import checkpoint, runs
+from utils import files
 
 # ---- which file ----
 
@@ -74,11 +74,11 @@ def destination(to: str, upstream: str, name: str) -> str:
 def print_list(to: str) -> None:
     """Prints every file: the model, the upstream, its name here, its place on the hub, and whether it is there."""
     rows = [("MODEL", "UPSTREAM", "FILE", "ON THE HUGGING FACE HUB", "")]
-    for name in dict.fromkeys(name for files in UPSTREAMS.values() for name in files):
+    for name in dict.fromkeys(name for known in UPSTREAMS.values() for name in known):
         for upstream in upstreams(name):
             path = destination(to, upstream, name)
             google = UPSTREAMS[upstream][name]
-            place, run = hub.repository(google) or "-", hub.other_run(google)
+            place, run = published.repository(google) or "-", published.other_run(google)
             state = "there" if os.path.isfile(path) else ""
             if run is not None:
                 place += " (another run)"
@@ -90,9 +90,9 @@ def print_list(to: str) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
-    p = cli.Parser("download", __doc__)
+    p = _cli.Parser("download", __doc__)
     p.add_argument("models", nargs="*", metavar="MODEL", help="names of --list, such as ViT-B_32")
     p.add_argument("--list", action="store_true", help="print what there is, without the network")
     p.add_argument("--upstream", choices=UPSTREAMS, help="what the weights were trained on; by default the model's "
@@ -132,8 +132,8 @@ def download_url(url: str, name: str, to: str) -> int:
     if model_type not in CONFIGS:
         raise ValueError(f"no model is called {name}; expected a --model_type of train.py, such as ViT-B_32")
     path = path_in(to, f"{model_type}.npz")
-    checkpoint.check_writable(os.path.dirname(path) or ".")
-    with runs.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
+    files.check_writable(os.path.dirname(path) or ".")
+    with files.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
         if os.path.isfile(path):
             print(f"{path} is there already; remove it to fetch it again")
         else:
@@ -170,8 +170,8 @@ def download(args: argparse.Namespace) -> int:
         if os.path.isfile(wanted.path):
             print(f"{wanted.path} is there already; remove it to fetch it again")
             continue
-        checkpoint.check_writable(os.path.dirname(wanted.path) or ".")
-        with runs.only_run(f"{wanted.path}.part.lock", f"downloading {wanted.path}; wait for it, or stop it"):
+        files.check_writable(os.path.dirname(wanted.path) or ".")
+        with files.only_run(f"{wanted.path}.part.lock", f"downloading {wanted.path}; wait for it, or stop it"):
             if os.path.isfile(wanted.path):  # another process has just brought it
                 continue
             try:
@@ -184,7 +184,7 @@ def download(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return cli.run("download", lambda: download(args))
+    return _cli.run("download", lambda: download(args))
 
 
 if __name__ == "__main__":

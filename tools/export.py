@@ -21,14 +21,14 @@ if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models import commands, npz
-from tools import _export_folder, _export_hf, _export_programs, _export_timm, _npz_file, cli, finetuned
+from tools import _cli, _export_folder, _export_hf, _export_programs, _export_timm, _finetuned, _npz_file
 from utils import checkpoint
 
 FOLDERS = {"timm": _export_timm.write, "hf": _export_hf.write}
 FORMATS = ("npz", "onnx", "pt2", *FOLDERS)
 
 
-def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
+def write_npz(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes Google's layout, head included, and a .json beside it if the classes have names; returns what uses it."""
     model = loaded.model
     arrays = npz.from_state_dict(model.state_dict(), model.config, model.img_size)
@@ -51,7 +51,7 @@ def write_npz(loaded: finetuned.Finetuned, path: str) -> str:
     )
 
 
-def describe(loaded: finetuned.Finetuned) -> checkpoint.Description | None:
+def describe(loaded: _finetuned.Finetuned) -> checkpoint.Description | None:
     """The description of a model as it was loaded; None if its classes have no names, or share one."""
     if loaded.classes is None or len(set(loaded.classes)) < len(loaded.classes):
         return None
@@ -65,15 +65,15 @@ def describe(loaded: finetuned.Finetuned) -> checkpoint.Description | None:
 # ---- the command line ----
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
-    p = cli.Parser("export", __doc__)
+    p = _cli.Parser("export", __doc__)
     p.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     p.add_argument("--output", required=True, metavar="PATH", help="where to write it: a file, for timm and hf a new "
                    "folder")  # fmt: skip
-    p.add_argument("--opset", type=cli.parse_positive, help="version of ONNX's operators, 17 or more (TensorRT 8.6 "
+    p.add_argument("--opset", type=_cli.parse_positive, help="version of ONNX's operators, 17 or more (TensorRT 8.6 "
                    "takes 17); PyTorch's choice if not given")  # fmt: skip
-    finetuned.add_flags(p)
+    _finetuned.add_flags(p)
     return p
 
 
@@ -92,7 +92,7 @@ def check_output(args: argparse.Namespace, described: bool) -> None:
     if args.format == "npz":
         _npz_file.check_output(args.output, *sources, described=described)
     else:
-        cli.check_output(args.output, *sources)
+        _cli.check_output(args.output, *sources)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.opset is not None and args.format != "onnx":
         raise ValueError(f"--opset is of --format onnx, not {args.format}; leave it out")
-    loaded = finetuned.load(args)
+    loaded = _finetuned.load(args)
     check_output(args, described=describe(loaded) is not None)
-    writers: dict[str, Callable[[finetuned.Finetuned, str], str]] = {
+    writers: dict[str, Callable[[_finetuned.Finetuned, str], str]] = {
         "npz": write_npz,
         "onnx": partial(_export_programs.write_onnx, opset=args.opset),
         "pt2": _export_programs.write_pt2,
@@ -127,7 +127,7 @@ def size_of(path: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return cli.run("export", lambda: run(args))
+    return _cli.run("export", lambda: run(args))
 
 
 if __name__ == "__main__":

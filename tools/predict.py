@@ -25,8 +25,8 @@ if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models.modeling import VisionTransformer
-from tools import cli, finetuned
-from utils import augment, datasets, dist_util, hardware, runs
+from tools import _cli, _finetuned
+from utils import augment, datasets, dist_util, hardware, memory
 from utils.precision import Precision
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
@@ -100,16 +100,16 @@ def as_text(path: str, best: dict[str, float]) -> str:
     return "\n".join([path, *(f"  {100 * p:6.2f} %  {name}" for name, p in best.items())])
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
-    p = cli.Parser("predict", __doc__)
+    p = _cli.Parser("predict", __doc__)
     p.add_argument("pictures", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
     p.add_argument("--json", action="store_true", help="print a list with an object for each picture: path, label, "
                    "probabilities")  # fmt: skip
-    p.add_argument("--top_k", type=cli.parse_positive, default=5, help="classes to print")
-    p.add_argument("--batch_size", type=cli.parse_positive, default=64, help="pictures computed at once")
-    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="what computes")
-    finetuned.add_flags(p)
+    p.add_argument("--top_k", type=_cli.parse_positive, default=5, help="classes to print")
+    p.add_argument("--batch_size", type=_cli.parse_positive, default=64, help="pictures computed at once")
+    p.add_argument("--device", choices=_cli.DEVICES, default="auto", help="what computes")
+    _finetuned.add_flags(p)
     return p
 
 
@@ -122,19 +122,19 @@ def run(args: argparse.Namespace) -> int:
     """
     paths = find_pictures(args.pictures)
     device = dist_util.setup(args.device, -1)
-    loaded = finetuned.load(args)
+    loaded = _finetuned.load(args)
     classes, model = loaded.class_names(), loaded.model.to(device)
     Precision(device).prepare(model)  # float32, convolutions included
     status, objects = 0, []
     options = dist_util.bar_options()
     options["disable"] |= len(paths) <= args.batch_size  # it would only flicker
-    remedy = runs.memory_remedy(f"classifying {args.batch_size} pictures at once; give a smaller --batch_size")
+    remedy = memory.memory_remedy(f"classifying {args.batch_size} pictures at once; give a smaller --batch_size")
     with remedy, tqdm(total=len(paths), desc="Predicting", unit="picture", leave=False, **options) as bar:
         for path, result in predict(model, paths, args.batch_size, device):
             bar.update()
             if isinstance(result, datasets.PictureError):
                 with bar.external_write_mode(file=sys.stderr):
-                    status = cli.fail("predict", result, 2)
+                    status = _cli.fail("predict", result, 2)
                 continue
             best = top(result, classes, args.top_k)
             if args.json:
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return cli.run("predict", lambda: run(args))
+    return _cli.run("predict", lambda: run(args))
 
 
 if __name__ == "__main__":

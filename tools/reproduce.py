@@ -33,9 +33,9 @@ if not __package__:  # run as a file, from any folder
 from models.commands import own_path, tool_command, train_command
 from models.configs import DEMO, GOOGLE_NAMES
 from models.published import file_name
-from tools import cli
-from tools.published import ROWS, SOURCES, Row
-from utils import checkpoint, hardware, metrics, report
+from tools import _cli
+from tools._published_results import ROWS, SOURCES, Row
+from utils import files, hardware, metrics, report
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"
@@ -222,7 +222,7 @@ def read_accuracies(row: Row) -> list[float]:
         lines = metrics.read_lines(folder)
         return [round(100 * line["test/accuracy"], 4) for line in lines if "test/accuracy" in line]
     except (OSError, ValueError) as e:
-        cli.fail("reproduce", f"{row.name} is trained, but {folder} cannot be read ({e}); --again trains it anew", 1)
+        _cli.fail("reproduce", f"{row.name} is trained, but {folder} cannot be read ({e}); --again trains it anew", 1)
         return []
 
 
@@ -266,8 +266,8 @@ def write_results(folder: str, results: dict[str, dict[str, Any]]) -> None:
     """Writes results.json and results.md, each whole or not at all."""
     known = {name: results[name] for name in [*ROWS, *results] if name in results}
     text = json.dumps({"rows": known}, indent=1, ensure_ascii=False)
-    checkpoint.write_text(os.path.join(folder, "results.json"), text + "\n")
-    checkpoint.write_text(os.path.join(folder, "results.md"), as_markdown(known))
+    files.write_text(os.path.join(folder, "results.json"), text + "\n")
+    files.write_text(os.path.join(folder, "results.md"), as_markdown(known))
 
 
 def as_markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -321,7 +321,7 @@ def print_list(rows: list[Row], results: dict[str, dict[str, Any]]) -> None:
 # ---- the command line ----
 
 
-class Parser(cli.Parser):
+class Parser(_cli.Parser):
     """Takes what comes after -- as it is: train.py's flags."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
@@ -332,7 +332,7 @@ class Parser(cli.Parser):
         return namespace
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
     p = Parser("reproduce", __doc__)
     p.add_argument("--rows", nargs="+", metavar="NAME", help="names or patterns of --list; all by default")
@@ -363,14 +363,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     to_do = [row for row in rows if args.again or results.get(row.name, {}).get("status") != "done"]
     check_weights(to_do, args.checkpoint_dir)
-    checkpoint.check_writable(args.output_dir)
+    files.check_writable(args.output_dir)
     return reproduce(args, rows, args.extra)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    return cli.run("reproduce", lambda: run(args))
+    return _cli.run("reproduce", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import filecmp
-import glob
 import itertools
 import json
 import os
 import shutil
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -27,110 +25,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-TEMPORARY = ".tmp"  # what the names of files end with that are not whole yet
+from utils import files
+
 STATE_FORMAT = 1
-
-
-@contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[IO[bytes]]:
-    """Opens a temporary file beside ``path`` that takes its place when the block ends well.
-
-    Whoever looks at ``path``, even after a power cut, finds the old file or the whole new one.
-
-    Raises:
-        OSError: the file could not be written, and says so; the old one is untouched.
-    """
-    folder = os.path.dirname(path) or "."
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=TEMPORARY, dir=folder)
-    except OSError as e:
-        raise _cannot_write(path, e) from e
-    try:
-        with os.fdopen(fd, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        set_usual_mode(temporary, 0o666)  # mkstemp's own is 0600 whatever the user's umask
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(cause := _cause(e), OSError):
-            raise _cannot_write(path, cause) from e
-        if cause is e:
-            raise
-        raise cause from e
-    with contextlib.suppress(OSError):  # the file itself is on the disk
-        sync(folder)
-
-
-def set_usual_mode(path: str, mode: int) -> None:
-    """Gives a file or folder the permissions ``mode`` as far as the user's umask lets new ones have them."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, mode & ~umask)
-
-
-def sync(path: str) -> None:
-    """Waits until a file, or a folder's list of files where the system can, is on the disk."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:  # not every system lets a folder be opened
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        if not os.path.isdir(path):
-            raise
-    finally:
-        os.close(fd)
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a text as UTF-8; see ``atomic_write``.  Bytes of file names that are no text are spelled out."""
-    with atomic_write(path) as f:
-        f.write(text.encode("utf-8", "backslashreplace"))
-
-
-class NotWritten(OSError):
-    """A file could not be written; the message is for the user."""
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What happened: torch.save reports a full disk, and a signal in the middle, as RuntimeErrors that came of it."""
-    while isinstance(error, RuntimeError) and error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _cannot_write(path: str, error: OSError) -> OSError:
-    if isinstance(error, NotWritten):  # of a file written within the block
-        return error
-    untouched = "; what was there before is untouched" if os.path.exists(path) else ""
-    return NotWritten(f"{path} could not be written ({error.strerror or error}){untouched}")
-
-
-def remove_stale(*paths: str) -> None:
-    """Removes what a process that was killed while it wrote ``paths`` left behind; nobody may be writing them."""
-    for path in paths:
-        folder, name = os.path.split(path)
-        for temporary in glob.glob(os.path.join(glob.escape(folder or "."), f".{glob.escape(name)}.*{TEMPORARY}")):
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def check_writable(folder: str) -> None:
-    """Makes a folder if need be.
-
-    Raises:
-        ValueError: files cannot be written there.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise ValueError(f"the folder {folder} cannot be written ({e.strerror}); name another, or free it") from e
 
 
 @dataclass(frozen=True)
@@ -191,7 +88,7 @@ def save_weights(path: str, state: Mapping[str, Tensor], description: Descriptio
 
 @contextlib.contextmanager
 def described_write(path: str, crc32: int, description: Description | None = None) -> Iterator[IO[bytes]]:
-    """Opens a file for weights, as ``atomic_write`` does, and writes their description beside it.
+    """Opens a file for weights, as ``files.atomic_write`` does, and writes their description beside it.
 
     The weights are on the disk under a temporary name when the description takes its place, and take
     their own at once after it: a full disk leaves the old pair as it was.  For a kill between the two,
@@ -202,13 +99,13 @@ def described_write(path: str, crc32: int, description: Description | None = Non
         crc32: ``checksum`` of what the block writes, by the names that the file has.
         description: of the weights; None to write none.
     """
-    with atomic_write(path) as f:
+    with files.atomic_write(path) as f:
         yield f
         if description is not None:
             f.flush()
             os.fsync(f.fileno())
             text = json.dumps({**asdict(description), "crc32": crc32}, indent=1, allow_nan=False)
-            with atomic_write(description_path(path)) as beside:
+            with files.atomic_write(description_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 
 
@@ -249,7 +146,7 @@ def _link(path: str, other: str) -> None:
         os.link(path, other)
     except OSError:  # exFAT and some network disks have no links
         try:
-            with open(path, "rb") as source, atomic_write(other) as copy:
+            with open(path, "rb") as source, files.atomic_write(other) as copy:
                 shutil.copyfileobj(source, copy)
         except OSError:  # it may not be read, or there is no room for two
             os.rename(path, other)
@@ -413,8 +310,8 @@ _STATE_KINDS: dict[str, type] = {
 
 
 def save_state(path: str, state: TrainingState) -> None:
-    """Writes the state of a run; see ``atomic_write``."""
-    with atomic_write(path) as f:
+    """Writes the state of a run; see ``files.atomic_write``."""
+    with files.atomic_write(path) as f:
         torch.save({"format": STATE_FORMAT, **vars(state)}, f)
 
 

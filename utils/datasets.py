@@ -28,7 +28,7 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 #: A folder's split is decoded once, into memory, if its pictures have one size and are this small.
 MEMORY_PICTURE_PX = 256 * 256
 MEMORY_LIMIT_BYTES = 2**30
-DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits.npz")
+DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
 
 
 class PictureError(ValueError):

@@ -12,14 +12,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
-import signal
 import socket
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -36,12 +33,10 @@ T = TypeVar("T")
 TIMEOUT_VARIABLE = "TRAIN_TIMEOUT_SECS"
 #: At least so long in preparations: one downloads or decodes, the others wait.
 PATIENCE = timedelta(hours=1)
-#: A process that ends for want of another is gone after so many seconds, whatever a library still waits for.
-GRACE_SECS = 20
 
 
 @dataclass
-class _Run:
+class Group:
     """The processes that a launcher started together: where they meet, and which machines they are on."""
 
     store: dist.Store
@@ -49,10 +44,10 @@ class _Run:
     machines: list[str] = field(default_factory=list)  # by rank, what tells one machine from another
     device_group: Any = None  # process groups, once ``setup`` is through
     host_group: Any = None
-    tells: bool | None = None  # once ``tells`` was asked
+    tells: bool | None = None  # once ``dist_errors.tells`` was asked
 
 
-_run: _Run | None = None  # as the default group, which PyTorch keeps the same way
+_group: Group | None = None  # as the default group, which PyTorch keeps the same way
 
 
 class FailedElsewhere(Exception):
@@ -115,20 +110,20 @@ def timeout() -> timedelta:
     return timedelta(seconds=int(text))
 
 
-def _join() -> _Run:
+def _join() -> Group:
     """Meets the other processes and makes them the default group, of hosts.
 
     Raises:
         ValueError, ConnectionError: as ``setup``.
     """
-    global _run
+    global _group
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=timeout()))
         # Who fails before all have met tells for its machine, in each of the launcher's attempts once.
         machine, attempt = (os.environ.get(name, "") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
-        _run = _Run(dist.PrefixStore(f"alone/{machine or socket.gethostname()}/{attempt}", store))
-        _run.store = _fresh(store, number, size)
-        dist.init_process_group("gloo", store=dist.PrefixStore("group", _run.store), rank=number, world_size=size,
+        _group = Group(dist.PrefixStore(f"alone/{machine or socket.gethostname()}/{attempt}", store))
+        _group.store = _fresh(store, number, size)
+        dist.init_process_group("gloo", store=dist.PrefixStore("group", _group.store), rank=number, world_size=size,
                                 timeout=max(timeout(), PATIENCE))  # fmt: skip
     except ValueError as e:
         raise ValueError(f"what the launcher set cannot be used: {e}") from e
@@ -139,7 +134,7 @@ def _join() -> _Run:
             f"({str(e).splitlines()[0]}); start {os.environ['WORLD_SIZE']} processes, let the "
             "machines connect, and see docs/distributed.md if machines joined later"
         ) from e
-    return _run
+    return _group
 
 
 def _fresh(store: dist.Store, number: int, size: int) -> dist.Store:
@@ -169,8 +164,8 @@ def _fresh(store: dist.Store, number: int, size: int) -> dist.Store:
 
 def cleanup() -> None:
     """Leaves the process group."""
-    global _run
-    _run = None
+    global _group
+    _group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -201,14 +196,19 @@ def is_main() -> bool:
 
 def is_first_of_machine() -> bool:
     """Whether this process is the one that downloads what its machine lacks.  A guess before ``setup``."""
-    if _run is None or not _run.machines:
+    if _group is None or not _group.machines:
         return _number("LOCAL_RANK", rank()) == 0
-    return _run.machines.index(_run.machines[rank()]) == rank()
+    return _group.machines.index(_group.machines[rank()]) == rank()
+
+
+def group() -> Group | None:
+    """Returns what this process knows of the others; None if it is alone."""
+    return _group
 
 
 def several_machines() -> bool:
     """Whether processes may see different files."""
-    return _run is not None and len(set(_run.machines)) > 1
+    return _group is not None and len(set(_group.machines)) > 1
 
 
 def bar_options() -> dict[str, Any]:
@@ -293,7 +293,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
         return
     found = _exchange(values)
     differences = [
-        f"{name} is {found[0].get(name)} on {_place(0)} and {other.get(name)} on {_place(i)}"
+        f"{name} is {found[0].get(name)} on {place(0)} and {other.get(name)} on {place(i)}"
         for name in values
         for i, other in list(enumerate(found))
         if other.get(name) != found[0].get(name)
@@ -302,8 +302,9 @@ def check_same(values: dict[str, Any], what: str) -> None:
         raise ValueError(f"{'; '.join(differences[:3])}; {what}")
 
 
-def _place(number: int) -> str:
-    host = f" ({_run.hosts[number]})" if _run and _run.hosts else ""
+def place(number: int) -> str:
+    """Names a process and its machine, for messages."""
+    host = f" ({_group.hosts[number]})" if _group and _group.hosts else ""
     return f"process {number}{host}"
 
 
@@ -340,67 +341,6 @@ def is_lost_contact(error: BaseException) -> bool:
     )
 
 
-def tells() -> bool:
-    """Whether this process is the one that tells the user how the run ended: the first of all that asks."""
-    if _run is None:  # alone, or it met nobody
-        return is_first_of_machine()
-    if _run.tells is None:
-        store = _run.store
-        _run.tells = _within(3, lambda: store.add("told", 1) == 1, is_first_of_machine())
-    return _run.tells
-
-
-def _within(secs: float, ask: Callable[[], T], otherwise: T) -> T:
-    """What a question to the store gives; whoever keeps the store may be gone, or cut off and silent."""
-    answers: list[T] = []
-
-    def work() -> None:
-        with contextlib.suppress(RuntimeError):
-            answers.append(ask())
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(secs)
-    return answers[0] if answers else otherwise
-
-
-def lost_contact(error: BaseException) -> str:
-    """Explains a loss that ``is_lost_contact`` found, and names the processes that do not notice it themselves.
-
-    From here on this process has ``GRACE_SECS`` to end.
-    """
-    watchdog = threading.Timer(GRACE_SECS, os._exit, [1])
-    watchdog.daemon = True
-    watchdog.start()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as it has seen the death, too
-    # Without the place in Gloo's source, and its advice.
-    reason = re.sub(r"^\[\S*\] ?", "", str(error).strip().splitlines()[0]).split(". ")[0]
-    return (
-        f"lost contact with {_who_is_lost()}: ended, cut off, or without an answer "
-        f"for {timeout().total_seconds():.0f} s ({reason})"
-    )
-
-
-def _who_is_lost() -> str:
-    if _run is None:
-        return "another process"
-    store, others = _run.store, set(range(world_size())) - {rank()}
-    missing: set[int] = set()
-    here = _within(3, lambda: store.add(f"left/{rank()}", 1), 0)
-    if not here:  # it went with the others
-        _run.tells, missing = is_first_of_machine() if _run.tells is None else _run.tells, others
-    if not tells():
-        return ""
-    if here:
-        time.sleep(1)  # those of the others that live notice at about the same time
-        missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
-    names = [_place(i) for i in sorted(missing)]
-    if not names or len(names) == len(others) > 1:
-        return "the other processes"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 # ---- numbers and gradients ----
 
 
@@ -412,25 +352,25 @@ def barrier() -> None:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Adds a tensor up over all processes, in place."""
-    if _run is not None:
-        dist.all_reduce(x, group=_run.device_group)
+    if _group is not None:
+        dist.all_reduce(x, group=_group.device_group)
     return x
 
 
 def max_over_ranks(x: int) -> int:
     """The largest of all processes' numbers, which stay on the host: costs no wait for the device."""
-    if _run is None:
+    if _group is None:
         return x
     largest = torch.tensor(x)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_run.host_group)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_group.host_group)
     return int(largest)
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """Lets the backward pass average gradients over all processes."""
-    if _run is None:
+    if _group is None:
         return model
-    return nn.parallel.DistributedDataParallel(model, process_group=_run.device_group, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, process_group=_group.device_group, gradient_as_bucket_view=True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -15,6 +15,9 @@ import torch
 #: The variables that a process, here the launcher, was started with; on Linux.
 LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
+#: What cuBLAS must be told to add up in one order; source: pytorch.org/docs/stable/notes/randomness.html.
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+
 
 def pick_device(name: str, local_rank: int) -> torch.device:
     """The device that this process computes on, made ready for it; see ``dist_util.setup``.
@@ -52,6 +55,24 @@ def device_type(name: str) -> str:
     if not available[name]:
         raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
     return name
+
+
+def make_deterministic() -> None:
+    """Lets CUDA compute the same bits in every run; must come before it computes anything.
+
+    Raises:
+        ValueError: the environment forbids it.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+    if workspace not in CUBLAS_WORKSPACES:
+        raise ValueError(
+            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}, "
+            f"expected {' or '.join(CUBLAS_WORKSPACES)}; unset it"
+        )
+    torch.use_deterministic_algorithms(True)
+    # It takes time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:

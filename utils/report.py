@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-STYLE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.css")
+STYLE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")
 #: Up to so many classes the confusion matrix is a table with counts, from there on a drawing.
 TABLE_CLASSES = 20
 #: Up to so many classes the drawing names its rows and columns.

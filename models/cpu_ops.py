@@ -10,6 +10,7 @@ what it drops from.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,55 @@ def _masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
     x = x * factor
     x.view(ints).bitwise_and_(mask.to(ints))
     return x
+
+
+def autocasts(kind: str) -> bool:
+    """Whether matrix products of a kind of device are cast to half precision; there is no asking for "meta"."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def for_product(x: Tensor) -> Tensor:
+    """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if autocasts(kind) else x
+
+
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled products of queries and keys, (B, A, T, K) each, in float32 at least: (B, A, T, T).
+
+    So the fused kernels have them.  In bfloat16 a score's rounding is a large part of the gradients' error, and the
+    product is a hundredth of a block's work.
+    """
+    return _Scores.apply(q, k)
+
+
+class _Scores(torch.autograd.Function):
+    """Keeps queries and keys for the backward pass as they come: float32 copies would take twice the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        with _no_autocast(q):
+            return _scaled(q) @ _exact(k).transpose(-2, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        with _no_autocast(q):
+            dq = grads[0] @ _exact(k) * q.shape[-1] ** -0.5
+            dk = grads[0].transpose(-2, -1) @ _scaled(q)
+        return dq.to(q.dtype), dk.to(k.dtype)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scaled(q: Tensor) -> Tensor:
+    return _exact(q) * q.shape[-1] ** -0.5

@@ -17,7 +17,7 @@ from PIL import Image
 import train
 from utils import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu"]
 #: 13 updates; lines of metrics after 4, 8, 12 and 13, evaluations after 5, 10 and 13, two parts an update.
 RUN = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests import fake_npz
+from tests.helpers import fake_npz
 from tools import export, predict
 from utils import checkpoint
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flags import checkpoint_path, last_path, log_dir, make_parser, report_path
 from models.configs import ViTConfig, canonical_name
-from utils import checkpoint, datasets, dist_util
+from utils import checkpoint, datasets, dist_util, files
+from utils.args import checkpoint_path, last_path, log_dir, make_parser, report_path
+from utils.files import only_run
 from utils.metrics import TrainingLog
 from utils.precision import Precision
-from utils.runs import only_run
 
 logger = logging.getLogger("train")
 
@@ -224,16 +224,16 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
     Raises:
         ValueError: somebody does, files cannot be written, or the state cannot be read.
     """
-    checkpoint.check_writable(args.output_dir)
-    checkpoint.check_writable(log_dir(args))
+    files.check_writable(args.output_dir)
+    files.check_writable(log_dir(args))
     if dist_util.is_main():
         for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
             held.enter_context(only_run(lock))
         best = checkpoint_path(args)
-        files = (best, checkpoint.description_path(best), last_path(args))
-        if taken := next((path for path in files if os.path.isdir(path)), None):  # a report may fail to be written
+        own = (best, checkpoint.description_path(best), last_path(args))
+        if taken := next((path for path in own if os.path.isdir(path)), None):  # a report may fail to be written
             raise ValueError(f"{taken} is a folder where a file is written; move it, or give another --name")
-        checkpoint.remove_stale(*files, report_path(args))
+        files.remove_stale(*own, report_path(args))
     state = newest_state(find_state(args))
     if state is not None:
         follow_processes(args, state)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from models.commands import tool_command
-from utils import checkpoint, runs
+from utils import files, memory
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -68,7 +68,7 @@ def check_output(path: str, *sources: str) -> None:
         raise ValueError(f"--output {path} would replace a file that is read; give another name")
     if os.path.isdir(path):
         raise ValueError(f"--output {path} is a folder; give the name of a file in it")
-    checkpoint.check_writable(os.path.dirname(path) or ".")
+    files.check_writable(os.path.dirname(path) or ".")
 
 
 def fail(name: str, message: object, status: int) -> int:
@@ -84,7 +84,7 @@ def run(name: str, body: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with runs.memory_remedy("on this device; another --device, or less at a time, may do"):
+        with memory.memory_remedy("on this device; another --device, or less at a time, may do"):
             status = body()
         sys.stdout.flush()
         return status
@@ -93,7 +93,7 @@ def run(name: str, body: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (OSError, runs.OutOfMemory) as e:
+    except (OSError, memory.OutOfMemory) as e:
         return fail(name, e, 1)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 128 + signal.SIGINT)

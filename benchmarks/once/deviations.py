@@ -1,6 +1,6 @@
 """How much each known deviation from Google's code or the reference script matters.
 
-    python -m benchmarks.deviations [--only WORD ...] [--seeds 5]
+    python -m benchmarks.once.deviations [--only WORD ...] [--seeds 5]
 
 Prints, in the order of docs/deviations.md where the numbers stand:
 
@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import recipes
-from benchmarks.agreement import NUM_CLASSES, random_checkpoint
 from benchmarks.common import hardware, version
+from benchmarks.once import recipes
+from benchmarks.once.agreement import NUM_CLASSES, random_checkpoint
 from models import modeling_resnet, npz
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer

@@ -13,10 +13,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import loading
+from models import pretrained
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tools import cli
+from tools import _cli
 from utils import checkpoint, datasets
 from utils.told import GELUS, Told
 
@@ -53,7 +53,7 @@ class Finetuned:
         return self.classes
 
 
-def add_flags(p: cli.Parser) -> None:
+def add_flags(p: _cli.Parser) -> None:
     """The flags that name a checkpoint and say what it is of."""
     p.add_argument("--load_model_dir", required=True, metavar="FILE", help="the checkpoint, NAME_checkpoint.bin")
     told = p.add_argument_group(
@@ -61,7 +61,7 @@ def add_flags(p: cli.Parser) -> None:
         "What train.py wrote has NAME_checkpoint.json beside it, which these overrule.",
     )
     told.add_argument("--model_type", choices=CONFIGS, metavar="MODEL", help="such as ViT-B_16")
-    told.add_argument("--img_size", type=cli.parse_positive, help=f"of the training, in pixels; {IMG_SIZE} if nothing "
+    told.add_argument("--img_size", type=_cli.parse_positive, help=f"of the training, in pixels; {IMG_SIZE} if nothing "
                       "tells it")  # fmt: skip
     told.add_argument("--gelu", choices=GELUS, help="of the training; erf if nothing tells it")
     told.add_argument("--classes", metavar="NAMES", help="names of the classes with commas between them, or a text "
@@ -83,7 +83,7 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
     path = args.load_model_dir
     if not os.path.exists(path):
         raise ValueError(f"there is no checkpoint {path}; name one with --load_model_dir")
-    source = loading.load(path, args.model_type)
+    source = pretrained.load(path, args.model_type)
     told = source.told
     if told is None and args.model_type is None:
         raise ValueError(

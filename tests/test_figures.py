@@ -7,24 +7,24 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from utils import drawing
+from utils import figures
 
 
 def test_what_the_model_sees_becomes_grey_levels():
     x = torch.tensor([-1.0, 0.0, 1.0, 1.5])[:, None, None, None].expand(4, 3, 2, 5)
-    pictures = drawing.from_tensor(x)
+    pictures = figures.from_tensor(x)
     assert [p.size for p in pictures] == [(5, 2)] * 4
     assert [p.getpixel((0, 0)) for p in pictures] == [(0,) * 3, (128,) * 3, (255,) * 3, (255,) * 3]
 
 
 @pytest.mark.parametrize(("size", "expected"), [((8, 8), (96, 96)), ((400, 100), (96, 24)), ((1, 300), (1, 96))])
 def test_the_longer_side_is_scaled(size, expected):
-    assert drawing.scaled(Image.new("RGB", size), 96).size == expected
+    assert figures.scaled(Image.new("RGB", size), 96).size == expected
 
 
 def test_a_png_holds_the_picture():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    again = Image.open(io.BytesIO(drawing.png(picture)))
+    again = Image.open(io.BytesIO(figures.png(picture)))
     assert again.format == "PNG"
     assert np.array_equal(np.asarray(again), np.asarray(picture))
 
@@ -32,29 +32,29 @@ def test_a_png_holds_the_picture():
 def test_panels_of_several_sizes_stand_in_rows():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     sizes = [(40, 30), (20, 60), (40, 60)]
-    sheet = drawing.arrange([("", Image.new("RGB", size, c)) for size, c in zip(sizes, colours)], columns=2)
-    row = drawing.TITLE_PX + 60 + drawing.GAP_PX
-    assert sheet.size == (80 + drawing.GAP_PX, 2 * row - drawing.GAP_PX)
+    sheet = figures.arrange([("", Image.new("RGB", size, c)) for size, c in zip(sizes, colours)], columns=2)
+    row = figures.TITLE_PX + 60 + figures.GAP_PX
+    assert sheet.size == (80 + figures.GAP_PX, 2 * row - figures.GAP_PX)
     for i, (size, colour) in enumerate(zip(sizes, colours)):
-        x, y = i % 2 * (40 + drawing.GAP_PX), i // 2 * row + drawing.TITLE_PX
+        x, y = i % 2 * (40 + figures.GAP_PX), i // 2 * row + figures.TITLE_PX
         assert {sheet.getpixel(at) for at in ((x, y), (x + size[0] - 1, y + size[1] - 1))} == {colour}
-    assert sheet.getpixel((20, drawing.TITLE_PX + 40)) == (255, 255, 255)  # below the low panel
+    assert sheet.getpixel((20, figures.TITLE_PX + 40)) == (255, 255, 255)  # below the low panel
 
 
 def test_a_text_is_cut_to_what_fits_and_to_what_can_be_drawn():
-    font = ImageFont.load_default(drawing.FONT_PX)
-    assert drawing.fitting("cat", 1000, font) == "cat"
-    cut = drawing.fitting("a very long name of a class", 60, font)
+    font = ImageFont.load_default(figures.FONT_PX)
+    assert figures.fitting("cat", 1000, font) == "cat"
+    cut = figures.fitting("a very long name of a class", 60, font)
     assert "a very long name of a class".startswith(cut)
     assert 40 < font.getlength(cut) <= 60
-    assert drawing.fitting("猫", 100, font) == "?"
+    assert figures.fitting("猫", 100, font) == "?"
 
 
 def cells(matrix, classes):
     """The colour of the middle of the upper edge of each cell, where no count is drawn."""
-    sheet = drawing.confusion(matrix, classes)
+    sheet = figures.confusion(matrix, classes)
     size = len(matrix)
-    cell = min(max(drawing.MATRIX_PX // size, 1), drawing.LARGEST_CELL_PX)
+    cell = min(max(figures.MATRIX_PX // size, 1), figures.LARGEST_CELL_PX)
     margin = sheet.width - 1 - cell * size
     pixels = np.asarray(sheet).astype(int)
     at = margin + np.arange(size) * cell + cell // 2
@@ -77,6 +77,6 @@ def test_a_confusion_matrix_shades_shares_of_rows_and_tells_right_from_wrong(siz
 @pytest.mark.parametrize("size", [1, 15, 22, 23, 1000])
 def test_any_number_of_classes_can_be_drawn(size):
     matrix = np.eye(size, dtype=int) * 12345
-    sheet = drawing.confusion(matrix, ["a name that is too long for its margin"] * size)
+    sheet = figures.confusion(matrix, ["a name that is too long for its margin"] * size)
     assert max(sheet.size) < 1100
     assert abs(sheet.width - sheet.height) == 0

@@ -1,6 +1,6 @@
 """What the processes of a run send each other in one update, and how long that takes on a network.
 
-    python -m benchmarks.communication [--processes 8] [--model_type ViT-B_16 ...]
+    python -m benchmarks.once.communication [--processes 8] [--model_type ViT-B_16 ...]
 
 Computed, not measured: the model is built without memory, and the bytes of its gradients are counted in
 the number formats that ``--fp16_opt_level`` gives them (O0 and O1: float32; O2: half precision for

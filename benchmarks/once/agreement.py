@@ -1,6 +1,6 @@
 """How closely the models agree with timm's, and what they cost.
 
-    python -m benchmarks.agreement [--models ViT-B_32 ...]
+    python -m benchmarks.once.agreement [--models ViT-B_32 ...]
 
 For every model that Google publishes: parameters, GFLOPs of one picture, and the largest difference of
 the logits from timm's, relative to the largest logit, both models loaded from the same random

@@ -1,6 +1,6 @@
 """What a second process brings: 1 process x 2 threads against 2 processes x 1 thread, at the same total batch.
 
-    python -m benchmarks.scaling [--model_type ViT-S_16] [--img_size 64] [--batch_size 16] [--processes 2]
+    python -m benchmarks.once.scaling [--model_type ViT-S_16] [--img_size 64] [--batch_size 16] [--processes 2]
 
 The processes reduce their gradients by Gloo over this machine's loopback, as ``torchrun --nproc_per_node=2
 train.py --device cpu`` does.  The two sides take turns in one run.  Then the profiler tells, for some

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"
 BEGIN = "<!-- What follows is written by `make faults` from the tests. -->\n"
 
 #: What differs from run to run or from system to system, and what stands for it on the page.

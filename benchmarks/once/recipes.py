@@ -30,7 +30,7 @@ from utils.scheduler import Schedule, make_schedule
 from utils.weights import read_npz
 
 IMG_SIZE, NUM_CLASSES, BATCH_SIZE, NUM_STEPS, WARMUP_STEPS, LEARNING_RATE = 32, 10, 32, 200, 20, 0.05
-PRETRAINED = Path(__file__).resolve().parent.parent / "checkpoint" / f"{DEMO}.npz"
+PRETRAINED = Path(__file__).resolve().parent.parent.parent / "checkpoint" / f"{DEMO}.npz"
 COSINE = make_schedule("cosine", WARMUP_STEPS, NUM_STEPS)
 
 

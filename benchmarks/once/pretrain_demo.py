@@ -1,6 +1,6 @@
 """Makes checkpoint/ViT-demo.npz: pretrains ViT-demo on a folder of small pictures, without their labels.
 
-    python -m tools.pretrain_demo --dataset DIR --fp16
+    python -m benchmarks.once.pretrain_demo --dataset DIR --fp16
 
 DIR has train/<class>/* and test/<class>/*; checkpoint/README.md says what the file that ships was made
 from.  Every picture is a class of its own, to be recognised from a random crop of its sketch: a grey
@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 if not __package__:  # run as a file, from any folder
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 
 from models import npz
 from models.configs import CONFIGS, DEMO
 from models.modeling import VisionTransformer
-from tools import cli
-from utils import augment, checkpoint, data_utils, datasets
+from tools import _cli
+from utils import augment, data_utils, datasets, files
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
@@ -85,13 +85,13 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
     return model
 
 
-def make_parser() -> cli.Parser:
+def make_parser() -> _cli.Parser:
     """Every flag of the command line."""
-    p = cli.Parser("pretrain_demo", __doc__)
+    p = _cli.Parser("pretrain_demo", __doc__)
     p.add_argument("--dataset", required=True, help="a folder with train/<class>/* and test/<class>/*")
     p.add_argument("--output", default=f"checkpoint/{DEMO}.npz", metavar="FILE", help="the .npz to write")
-    p.add_argument("--num_steps", type=cli.parse_positive, default=12000, help="updates")
-    p.add_argument("--batch_size", type=cli.parse_positive, default=128, help="pictures of one update")
+    p.add_argument("--num_steps", type=_cli.parse_positive, default=12000, help="updates")
+    p.add_argument("--batch_size", type=_cli.parse_positive, default=128, help="pictures of one update")
     p.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW, at its highest")
     p.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order and the crops")
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the user got something wrong.
         OSError: the file could not be written.
     """
-    cli.check_output(args.output)
+    _cli.check_output(args.output)
     pictures = datasets.load_datasets(args.dataset, "./data", num_workers=2).train
     if not isinstance(pictures, datasets.MemoryPictures):
         raise ValueError(f"--dataset {args.dataset}: expected small pictures, all of one size")
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         torch.zeros(NUM_CLASSES, state["head.weight"].shape[1]),
         torch.zeros(NUM_CLASSES),
     )
-    with checkpoint.atomic_write(args.output) as f:
+    with files.atomic_write(args.output) as f:
         npz.write(f, npz.from_state_dict(state, model.config, IMG_SIZE, np.float16))
     return 0
 
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO)
-    return cli.run("pretrain_demo", lambda: run(args))
+    return _cli.run("pretrain_demo", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from tests import runs
-from utils import checkpoint
+from tests.helpers import runs
+from utils import files
 
 FLAGS = [
     "--name", "a", *runs.TINY, "--pretrained_dir", "", "--train_batch_size", "16", "--gradient_accumulation_steps", "2",
@@ -136,8 +136,8 @@ class Process:
 def traces(folder: str) -> dict[str, tuple[int, int]]:
     """What shows that a run goes on: the sizes and times of its files."""
     found = {}
-    for parent, _, files in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in files):
+    for parent, _, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names):
             with contextlib.suppress(FileNotFoundError):
                 found[path] = (os.stat(path).st_size, os.stat(path).st_mtime_ns)
     return found
@@ -165,7 +165,7 @@ def serve(flags: list[str]) -> None:
 def is_saving(folder: str) -> bool:
     """Whether a file has a temporary name at this moment."""
     with contextlib.suppress(FileNotFoundError):
-        return any(name.endswith(checkpoint.TEMPORARY) for name in os.listdir(os.path.join(folder, "output")))
+        return any(name.endswith(files.TEMPORARY) for name in os.listdir(os.path.join(folder, "output")))
     return False
 
 

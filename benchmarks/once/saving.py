@@ -1,6 +1,6 @@
 """What saving costs a training: seconds and megabytes of a state and of the best weights, and their share.
 
-    python -m benchmarks.saving [--model_type ViT-B_32] [--folder output]
+    python -m benchmarks.once.saving [--model_type ViT-B_32] [--folder output]
 
 ``<name>_last.pt`` and ``<name>_checkpoint.bin`` are written as ``train.py`` writes them: to a temporary
 file, flushed to the disk, renamed.  One update of ``--batch_size`` pictures is timed for comparison and
@@ -69,7 +69,7 @@ def share(save_secs: float, update_secs: float) -> float:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="benchmarks.saving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks.once.saving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model_type", choices=CONFIGS, default="ViT-B_32", metavar="MODEL")
     p.add_argument("--folder", default=".", help="on the disk to be measured")

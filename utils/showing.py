@@ -13,9 +13,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from flags import log_dir, make_parser, report_path
-from utils import checkpoint, datasets, dist_util, drawing, hardware
+from utils import checkpoint, datasets, dist_util, figures, files, hardware
 from utils import report as page
+from utils.args import log_dir, make_parser, report_path
 from utils.evaluation import Evaluation
 from utils.metrics import MetricsWriter, read_lines
 from utils.precision import Precision
@@ -29,18 +29,18 @@ SHOWN_PICTURES, SHOWN_MISTAKES, PICTURE_PX, MISTAKE_PX = 64, 24, 96, 128
 def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
     """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
     if writer.enabled:
-        pictures = drawing.from_tensor(images[:SHOWN_PICTURES])
-        panels = [(classes[label], drawing.scaled(x, PICTURE_PX)) for label, x in zip(labels.tolist(), pictures)]
-        writer.picture(1, "train/pictures", drawing.arrange(panels, columns=8))
+        pictures = figures.from_tensor(images[:SHOWN_PICTURES])
+        panels = [(classes[label], figures.scaled(x, PICTURE_PX)) for label, x in zip(labels.tolist(), pictures)]
+        writer.picture(1, "train/pictures", figures.arrange(panels, columns=8))
 
 
 def show_best(writer: MetricsWriter, found: Evaluation, data: datasets.DataSets, step: int) -> None:
     """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
     if writer.enabled:
-        writer.picture(step, "test/confusion", drawing.confusion(found.confusion(len(data.classes)), data.classes))
+        writer.picture(step, "test/confusion", figures.confusion(found.confusion(len(data.classes)), data.classes))
         panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
         if panels:
-            writer.picture(step, "test/worst_mistakes", drawing.arrange(panels, columns=4))
+            writer.picture(step, "test/worst_mistakes", figures.arrange(panels, columns=4))
 
 
 def worst_mistakes(found: Evaluation, data: datasets.DataSets) -> list[tuple[page.Mistake, Image]]:
@@ -48,10 +48,10 @@ def worst_mistakes(found: Evaluation, data: datasets.DataSets) -> list[tuple[pag
     mistakes = []
     for i in found.worst_mistakes(SHOWN_MISTAKES):
         name, picture = datasets.picture_at(data.test, i)
-        picture = drawing.scaled(picture, MISTAKE_PX)
+        picture = figures.scaled(picture, MISTAKE_PX)
         truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
         mistakes.append(
-            (page.Mistake(drawing.png(picture), name, truth, predicted, float(found.confidence[i])), picture)
+            (page.Mistake(figures.png(picture), name, truth, predicted, float(found.confidence[i])), picture)
         )
     return mistakes
 
@@ -69,7 +69,7 @@ def write_report(
         return
     try:
         contents = report_contents(args, state, data, precision, speed, start)
-        checkpoint.write_text(report_path(args), page.render(contents))
+        files.write_text(report_path(args), page.render(contents))
     except (OSError, ValueError) as e:  # no room, or somebody removed or edited the logs
         logger.warning("The report %s could not be written (%s)", report_path(args), e)
 
