@@ -32,9 +32,10 @@ from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util
 from utils.apex import ApexPrecision, import_apex_amp
 from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser
-from utils.evaluation import Evaluation, Predictions
+from utils.errors import UserError
+from utils.evaluation import EvalResult, Predictions
 from utils.hardware import make_deterministic
-from utils.memory import OutOfMemory, memory_remedy
+from utils.memory import OutOfMemory, explain_out_of_memory
 from utils.metrics import MetricsWriter, TrainingLog
 from utils.precision import Precision
 from utils.run import (
@@ -116,7 +117,7 @@ def train(
                     if is_best or step == args.num_steps:
                         write_report(args, state, data, precision, log.speed(), start)
                 log.restart_clock()
-            signal_number = stop.agreed()
+            signal_number = stop.any_rank()
             if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
                 save_last(args, state, model, optimizer, precision, writer, log)
             if signal_number:
@@ -135,7 +136,7 @@ def is_due(step: int, every: int, num_steps: int) -> bool:
 
 
 def make_batches(
-    args: argparse.Namespace, pictures: datasets.Pictures, steps: range, device: torch.device
+    args: argparse.Namespace, pictures: datasets.Images, steps: range, device: torch.device
 ) -> Iterator[data_utils.Batch]:
     """The pictures of ``steps``, each update's in as many parts as are accumulated."""
     transform = augment.TrainTransform(args.img_size, args.hflip)
@@ -149,10 +150,10 @@ def make_batches(
 def evaluate(
     args: argparse.Namespace,
     model: nn.Module,
-    pictures: datasets.Pictures,
+    pictures: datasets.Images,
     precision: Precision,
     stop: StopSignal | None = None,
-) -> Evaluation | None:
+) -> EvalResult | None:
     """What the model makes of all pictures, each seen once, whatever the number of processes.
 
     None if a signal to stop came meanwhile: a training saves its state sooner so.
@@ -167,7 +168,7 @@ def evaluate(
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
-    with memory_remedy(f"evaluating {args.eval_batch_size} pictures at once; give a smaller --eval_batch_size"):
+    with explain_out_of_memory(f"evaluating {args.eval_batch_size} pictures at once; give a smaller --eval_batch_size"):
         for images, labels in bar:
             if stop is not None and stop.now():
                 return None
@@ -178,7 +179,7 @@ def evaluate(
     return predictions.evaluation(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
-def report(step: int | None, found: Evaluation) -> None:
+def report(step: int | None, found: EvalResult) -> None:
     """Logs an evaluation as the reference does."""
     logger.info("Validation Results")
     if step is not None:
@@ -197,7 +198,7 @@ def save_best(
 ) -> None:
     """Writes the weights of the best evaluation so far, and what they are of."""
     if dist_util.is_main():
-        description = checkpoint.Description(
+        description = checkpoint.CheckpointMetadata(
             canonical_name(args.model_type), args.img_size, classes, args.gelu, args.dataset,
             state.step, state.best_accuracy,
         )  # fmt: skip
@@ -240,7 +241,7 @@ def prepare(
         The model, the data, and the state that the training begins with.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
     """
     config = replace(CONFIGS[args.model_type], gelu=args.gelu)
     if args.dropout is not None:
@@ -272,9 +273,9 @@ def prepare(
             model.load_exactly(source.arrays)
         elif source is not None:
             model.load_from(source.arrays)
-    except ValueError as e:
+    except UserError as e:
         where = source.path if source else "the state to go on from"
-        raise ValueError(f"{where} cannot be loaded as {args.model_type}: {e}") from e
+        raise UserError(f"{where} cannot be loaded as {args.model_type}: {e}") from e
     return model, data, state
 
 
@@ -282,12 +283,12 @@ def start_path(args: argparse.Namespace, state: checkpoint.TrainingState | None)
     """The weights to evaluate, or to start from; '' for random ones.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     if args.eval_only:
         path = args.load_model_dir or checkpoint_path(args)
         if not os.path.exists(path):
-            raise ValueError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
+            raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
         return path
     if state is not None:  # which has the weights: the flag is compared if it is given
         return state.settings.get("--pretrained_dir", "") if args.pretrained_dir is None else args.pretrained_dir
@@ -297,7 +298,7 @@ def start_path(args: argparse.Namespace, state: checkpoint.TrainingState | None)
 
 
 def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """The number formats that the flags ask for; raises ValueError if they need what is not there."""
+    """The number formats that the flags ask for; raises UserError if they need what is not there."""
     if args.fp16 and args.amp_backend == "apex":
         return ApexPrecision(import_apex_amp(device), device, args.fp16_opt_level, args.loss_scale)
     return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
@@ -315,7 +316,7 @@ def log_start(args: argparse.Namespace, model: nn.Module, data: datasets.DataSet
     total = args.train_batch_size * dist_util.world_size()
     logger.info("***** Running training *****")
     logger.info(
-        "  Pictures: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
+        "  Images: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
     )
     logger.info(
         "  Total optimization steps = %d (%.1f epochs)", args.num_steps, args.num_steps * total / len(data.train)
@@ -329,7 +330,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as held:
         try:
             device = dist_util.setup(args.device, args.local_rank)
-            with dist_util.together(), memory_remedy("while reading the weights and the pictures"):
+            with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the pictures"):
                 check_args(args)
                 if args.deterministic and device.type == "cuda":
                     make_deterministic()
@@ -341,7 +342,7 @@ def run(args: argparse.Namespace) -> int:
                 check_processes(args, model, data, state)
         except dist_util.FailedElsewhere as e:
             return 2 if e.input_error else 1
-        except ValueError as e:
+        except UserError as e:
             return fail(e, 2)
         except (OSError, OutOfMemory) as e:
             return fail(e, 1)
@@ -352,7 +353,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         log_start(args, model, data, precision)
         try:
-            with memory_remedy(f"moving the weights and the pictures to {device}"):
+            with explain_out_of_memory(f"moving the weights and the pictures to {device}"):
                 model, data = model.to(device), data.to(device)
             if args.compile:
                 model.compile()  # in place: the names of its weights stay
@@ -362,14 +363,14 @@ def run(args: argparse.Namespace) -> int:
                 assert found is not None
                 report(None, found)
             else:
-                with StopSignal() as stop, memory_remedy(smaller_parts(args)):
+                with StopSignal() as stop, explain_out_of_memory(out_of_memory_advice(args)):
                     train(args, model, data, precision, state, stop)
         except compile_errors(args.compile) as e:
             reason = str(e).strip().partition("\n")[0]
             return fail(
                 RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
             )
-        except (datasets.PictureError, FloatingPointError, OSError, RuntimeError) as e:
+        except (datasets.ImageError, FloatingPointError, OSError, RuntimeError) as e:
             return fail_at_work(args, e, state.best_step if state else 0)
     return 0
 
@@ -381,17 +382,17 @@ def fail_at_work(args: argparse.Namespace, error: Exception, best_step: int = 0)
         text = dist_errors.lost_contact(error)
     elif isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
         if not data_utils.worker_died(error):
-            dist_errors.tells()  # the others need not say that they miss this process
+            dist_errors.is_error_reporter()  # the others need not say that they miss this process
             raise error
         text = data_utils.WORKER_DIED
     if os.path.exists(last_path(args)) and not args.eval_only:
         text += f"; the run up to its last save is in {last_path(args)}"
     elif best_step and os.path.exists(checkpoint_path(args)):  # saved less often than it was evaluated
         text += f"; the best weights so far, of step {best_step}, are in {checkpoint_path(args)}"
-    return fail(RuntimeError(text), 2 if isinstance(error, datasets.PictureError) else 1)
+    return fail(RuntimeError(text), 2 if isinstance(error, datasets.ImageError) else 1)
 
 
-def smaller_parts(args: argparse.Namespace) -> str:
+def out_of_memory_advice(args: argparse.Namespace) -> str:
     """What a training that is short of memory can do about it."""
     batch, parts = args.train_batch_size, args.gradient_accumulation_steps
     text = f"with {batch // parts} pictures at a time (--train_batch_size {batch}); "
@@ -412,7 +413,7 @@ def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
 
 def fail(error: BaseException, status: int) -> int:
     """Says what went wrong in one line, on one process of the run."""
-    if dist_errors.tells():
+    if dist_errors.is_error_reporter():
         print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 

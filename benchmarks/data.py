@@ -61,20 +61,20 @@ class Setting:
     device: str
     workers: int
 
-    def load(self) -> tuple[datasets.Pictures, datasets.Pictures]:
+    def load(self) -> tuple[datasets.Images, datasets.Images]:
         """The pictures to train on, and the first of those to evaluate."""
         if self.dataset == SYNTHETIC:
             generator = torch.Generator().manual_seed(SEED)
             images = torch.randint(256, (NUM_SYNTHETIC, 3, 32, 32), generator=generator, dtype=torch.uint8)
             labels = torch.randint(ours.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
-            train = test = datasets.MemoryPictures(images, labels)  # type: datasets.Pictures
+            train = test = datasets.MemoryImages(images, labels)  # type: datasets.Images
         else:
             sets = datasets.load_datasets(self.dataset, self.data_dir, self.workers)
             train, test = sets.train, sets.test
         first = slice(self.eval_pictures)
-        if isinstance(test, datasets.MemoryPictures):
-            return train, datasets.MemoryPictures(test.images[first], test.labels[first])
-        return train, datasets.FilePictures(test.paths[first], test.labels[first])
+        if isinstance(test, datasets.MemoryImages):
+            return train, datasets.MemoryImages(test.images[first], test.labels[first])
+        return train, datasets.FileImages(test.paths[first], test.labels[first])
 
 
 def seconds_of(batches: Iterable[Any], device: str) -> float:
@@ -118,11 +118,11 @@ class OurPictures:
 class StockDataset(Dataset):
     """Pictures one by one, through torchvision's transforms; in memory they lie as CIFAR's do there."""
 
-    def __init__(self, pictures: datasets.Pictures, transform: Callable[[Any], Tensor], tensors: bool) -> None:
+    def __init__(self, pictures: datasets.Images, transform: Callable[[Any], Tensor], tensors: bool) -> None:
         self.labels = pictures.labels.tolist()
         self.transform = transform
         self.items: Any
-        if isinstance(pictures, datasets.FilePictures):
+        if isinstance(pictures, datasets.FileImages):
             self.items = pictures.paths
         else:
             self.items = pictures.images if tensors else pictures.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     print(common.hardware(args.threads, args.device))
     kind = f"{NUM_SYNTHETIC:,} random pictures of 32 px" if args.dataset == SYNTHETIC else args.dataset
-    where = "in memory" if isinstance(train, datasets.MemoryPictures) else "in files"
+    where = "in memory" if isinstance(train, datasets.MemoryImages) else "in files"
     print(f"{kind}, {where}; {args.img_size} px", flush=True)
 
     def job(build: Callable, *values: Any) -> common.Job:

@@ -66,7 +66,7 @@ class Updates:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, pictures: datasets.Pictures, precision: Precision, img_size: int, batch_size: int, workers: int
+    model: nn.Module, pictures: datasets.Images, precision: Precision, img_size: int, batch_size: int, workers: int
 ) -> tuple[float, float]:
     """Accuracy and mean loss over all pictures."""
     model.eval()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -40,9 +42,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.gelu not in ("erf", "tanh"):
-            raise ValueError(f"gelu is {self.gelu!r}, expected 'erf' or 'tanh'")
+            raise UserError(f"gelu is {self.gelu!r}, expected 'erf' or 'tanh'")
 
     @property
     def stride(self) -> int:
@@ -69,10 +71,10 @@ class ViTConfig:
         return round((num_tokens - 1) ** 0.5) * self.stride
 
     def check_img_size(self, img_size: int) -> None:
-        """Raises ValueError unless pictures of ``img_size`` pixels divide into whole patches."""
+        """Raises UserError unless pictures of ``img_size`` pixels divide into whole patches."""
         if self.grid_size(img_size) < 1 or self.map_size(img_size) % self.patch_size:
             below = max(img_size // self.stride, 1) * self.stride
-            raise ValueError(
+            raise UserError(
                 f"--img_size {img_size} is not a multiple of the {self.stride} pixels of a patch; "
                 f"the nearest that are: {below} and {below + self.stride}"
             )

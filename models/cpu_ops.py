@@ -86,7 +86,7 @@ def autocasts(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def for_product(x: Tensor) -> Tensor:
+def cast_for_matmul(x: Tensor) -> Tensor:
     """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if autocasts(kind) else x

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models import npz
 from models.configs import CONFIGS, ViTConfig
+from utils.errors import UserError
 
 #: Patterns of this project's names and what they become, tried in turn on a whole name.
 Names = tuple[tuple[str, str], ...]
@@ -147,7 +148,7 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
         comes back as it is, for ``npz.match`` to look through.
 
     Raises:
-        ValueError: they are another model's, or have parts that this project's models have no place for.
+        UserError: they are another model's, or have parts that this project's models have no place for.
     """
     if _is_flax(arrays):
         return _from_flax(arrays)
@@ -162,9 +163,9 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
         if (fault := _fault(files.get(name, name), parts, arrays.get(files.get(name, name))))
     ]
     if wrong:
-        raise ValueError(f"{npz.first_faults(wrong)}{_hint(arrays, layout, config)}")
+        raise UserError(f"{npz.first_faults(wrong)}{_hint(arrays, layout, config)}")
     if layout is TIMM and _is_scaled(arrays):
-        raise ValueError("its stem was scaled for timm by an export of this project; give the model that was exported")
+        raise UserError("its stem was scaled for timm by an export of this project; give the model that was exported")
     found: dict[str, np.ndarray] = {}
     for name, parts in entries.items():
         thirds = np.split(arrays[files[name]], len(parts))
@@ -179,13 +180,13 @@ def _detect(arrays: Mapping[str, np.ndarray]) -> Layout:
     """Finds the layout whose names the arrays have.
 
     Raises:
-        ValueError: it is none that is known.
+        UserError: it is none that is known.
     """
     for layout in LAYOUTS:
         if any(layout.short(name).startswith(layout.marker) for name in arrays):
             return layout
     names = ", ".join(list(arrays)[:3])
-    raise ValueError(
+    raise UserError(
         f"its names ({names}, ...) are none of Google's, timm's, transformers' or this project's Vision Transformers"
     )
 
@@ -244,7 +245,7 @@ def model_of(arrays: Mapping[str, np.ndarray]) -> str | None:
         if not _is_flax(arrays):
             return _model_of(arrays, _detect(arrays))
         arrays = _from_flax(arrays)
-    except ValueError:
+    except UserError:
         return None
     return npz.model_of(arrays)
 
@@ -266,22 +267,22 @@ def _from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     has none, which is the same as zeros.  Its blocks may be stacked along the first axis (``scan=True``).
 
     Raises:
-        ValueError: the model pools its tokens in another way than by a class token.
+        UserError: the model pools its tokens in another way than by a class token.
     """
     if any("/MAPHead_" in f"/{name}" for name in arrays):
-        raise ValueError("it is a model of big_vision with a pooling head (pool_type=map), which has no class token")
+        raise UserError("it is a model of big_vision with a pooling head (pool_type=map), which has no class token")
     own = [name.removesuffix("pos_embedding") for name in arrays
            if re.search(r"(^|/)pos_embedding$", name) and not re.search(r"posembed_input|^(opt|opt_state|state)/", name)
            ]  # fmt: skip
     prefix = next((prefix for prefix in own if f"{prefix}embedding/kernel" in arrays), None)
     if prefix is None:
         if any("/MlpBlock_0/" in name for name in arrays) and not any("pos_embed" in name for name in arrays):
-            raise ValueError("it is a model of big_vision whose position embeddings are computed (posemb=sincos2d), "
+            raise UserError("it is a model of big_vision whose position embeddings are computed (posemb=sincos2d), "
                              "which no model here does")  # fmt: skip
         return dict(arrays)
     found = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     if "cls" not in found:
-        raise ValueError("it is a model of big_vision that averages its tokens (pool_type=gap), without a class token")
+        raise UserError("it is a model of big_vision that averages its tokens (pool_type=gap), without a class token")
     positions = found.pop("pos_embedding")  # (1, n * n, D)
     if positions.ndim == 3:
         found[npz.POSITIONS] = np.concatenate((np.zeros_like(positions[:, :1]), positions), axis=1)

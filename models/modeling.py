@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from models import npz as google
 from models.configs import CONFIGS, ViTConfig
-from models.cpu_ops import attention_scores, dropout, for_product
+from models.cpu_ops import attention_scores, cast_for_matmul, dropout
 from models.modeling_resnet import ResNetV2
+from utils.errors import UserError
 
 __all__ = ["CONFIGS", "VisionTransformer"]
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, T, K)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
-        x = for_product(x)
+        x = cast_for_matmul(x)
         q = self._split_heads(self.query(x[:, :num_queries]))  # (B, A, num_queries or T, K)
         k, v = self._split_heads(self.key(x)), self._split_heads(self.value(x))
         probs = None
@@ -135,7 +136,7 @@ class PatchEmbedding(nn.Conv2d):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        p, x = self.kernel_size[0], for_product(x)
+        p, x = self.kernel_size[0], cast_for_matmul(x)
         rows, cols = x.shape[2] // p, x.shape[3] // p  # what is left over is not seen ('VALID')
         x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))  # (B, C, rows, p, cols, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, P, C * p * p)
@@ -249,7 +250,7 @@ class VisionTransformer(nn.Module):
                 checked, and is not again.
 
         Raises:
-            ValueError: an array is missing, or has another shape than this model's; the message
+            UserError: an array is missing, or has another shape than this model's; the message
                 names what was expected and what was found.
         """
         state = google.to_state_dict(weights, self.config, self.img_size, None if self.zero_head else self.num_classes)
@@ -264,22 +265,22 @@ class VisionTransformer(nn.Module):
             weights: as for ``load_from``.
 
         Raises:
-            ValueError: as ``load_from``; or they have no head, or are for another number of classes or size of images.
+            UserError: as ``load_from``; or they have no head, or are for another number of classes or size of images.
         """
         num_classes = google.num_classes(weights)
         if num_classes is None:
-            raise ValueError("it has no head: it was pretrained, not fine-tuned; train it first with --pretrained_dir")
+            raise UserError("it has no head: it was pretrained, not fine-tuned; train it first with --pretrained_dir")
         matched = google.match(weights, self.config, num_classes)
         self._check_sizes(num_classes, matched[google.POSITIONS].shape[1])
         self.load_from(matched)
 
     def _check_sizes(self, num_classes: int, num_tokens: int) -> None:
-        """Raises ValueError unless the model has so many classes and position embeddings."""
+        """Raises UserError unless the model has so many classes and position embeddings."""
         if num_classes != self.num_classes:
-            raise ValueError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")
+            raise UserError(f"it was trained for {num_classes} classes, the data set has {self.num_classes}")
         if num_tokens != self.transformer.embeddings.position_embeddings.shape[1]:
             trained_for = self.config.size_of(num_tokens)
-            raise ValueError(
+            raise UserError(
                 f"it was trained at --img_size {trained_for}, not {self.img_size}; give --img_size {trained_for}"
             )
 
@@ -290,7 +291,7 @@ class VisionTransformer(nn.Module):
             state: as ``state_dict()`` gives it, of any float type.
 
         Raises:
-            ValueError: it is another model's, or for another number of classes or size of pictures;
+            UserError: it is another model's, or for another number of classes or size of pictures;
                 the message names what was expected and what was found.
         """
         own = self.state_dict()
@@ -307,8 +308,8 @@ class VisionTransformer(nn.Module):
         wrong += [f"{name}: expected {tuple(x.shape)}, not in the file" for name, x in own.items() if name not in state]
         wrong += [f"{name}: not in this model" for name in state if name not in own]
         if wrong:
-            raise ValueError(google.first_faults(wrong))
+            raise UserError(google.first_faults(wrong))
         self._check_sizes(state[head].numel(), state[positions].shape[1])
         if misfits:
-            raise ValueError("; ".join(misfits.values()))
+            raise UserError("; ".join(misfits.values()))
         self.load_state_dict({name: x.float() for name, x in state.items()}, assign=self.head.weight.is_meta)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.configs import CONFIGS, ViTConfig
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
         num_classes: outputs of the head, or None to leave the head out.
 
     Raises:
-        ValueError: an array is missing, has the wrong shape or holds a NaN; the message names it as the
+        UserError: an array is missing, has the wrong shape or holds a NaN; the message names it as the
             file does.
     """
     # Position embeddings may have any grid, so any picture's size will do here.
@@ -255,7 +256,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
         elif not np.isfinite(array).all() or (array.dtype.itemsize > 4 and np.abs(array).max() > FLOAT32_MAX):
             wrong.append(f"{name}: it holds NaN, infinity or what float32 cannot hold")
     if wrong:
-        raise ValueError(first_faults(wrong) + _hint(weights, spelling, config))
+        raise UserError(first_faults(wrong) + _hint(weights, spelling, config))
     arrays |= {name: weights[spelled] for name in _PRE_LOGITS if (spelled := spelling.spell(name)) in weights}
     known = {*arrays, "head/kernel", "head/bias"}
     own = [name for name in weights if not name.startswith(_OPTIMIZER_STATE)]
@@ -304,7 +305,7 @@ def to_state_dict(
         img_size: side of the pictures in pixels; position embeddings of another grid are resized.
 
     Raises:
-        ValueError: an array is missing or has the wrong shape.
+        UserError: an array is missing or has the wrong shape.
     """
     matched = match(weights, config, num_classes)
     if num_classes is not None and _PRE_LOGITS[0] in matched:
@@ -352,10 +353,10 @@ def from_state_dict(
     """The inverse of ``to_state_dict``, head included: arrays by Google's names, sorted as its files are.
 
     Raises:
-        ValueError: the state_dict is not this model's at this size; the message names what differs.
+        UserError: the state_dict is not this model's at this size; the message names what differs.
     """
     if "head.bias" not in state:
-        raise ValueError("head.bias: not in the state_dict")
+        raise UserError("head.bias: not in the state_dict")
     entries = list(layout(config, img_size, num_classes=len(state["head.bias"])))
     shapes = {entry.ours: entry.ours_shape for entry in entries}
     wrong = [f"{name}: not in the state_dict" for name in shapes if name not in state]
@@ -366,7 +367,7 @@ def from_state_dict(
         if name in state and state[name].shape != shape
     ]
     if wrong:
-        raise ValueError(first_faults(wrong))
+        raise UserError(first_faults(wrong))
     arrays = {entry.google: entry.to_array(state[entry.ours], dtype) for entry in entries}
     return in_files_order(arrays)
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from models import layouts, npz
 from models.configs import CONFIGS, canonical_name
-from utils import told as beside
-from utils import weights
+from utils import metadata, weights
+from utils.errors import UserError
 
 logger = logging.getLogger("train")
 
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     path: str
     model_type: str
     arrays: npz.Matched
-    told: beside.Told | None
+    told: metadata.Metadata | None
 
     @property
     def num_classes(self) -> int | None:
@@ -48,17 +48,17 @@ def load(path: str, model_type: str | None, strict: bool = True) -> Source:
         strict: an unreadable or mismatched description is an error, not a warning.
 
     Raises:
-        ValueError: they cannot be read, or are another model's; the message names the file.
+        UserError: they cannot be read, or are another model's; the message names the file.
     """
     try:
         path = weights.file_in(path) if os.path.isdir(path) else path
         file = weights.read(path)
-    except ValueError as e:
+    except UserError as e:
         as_model = "" if model_type is None else f" as {model_type}"
-        raise ValueError(f"{path} cannot be loaded{as_model}: {e}") from e
+        raise UserError(f"{path} cannot be loaded{as_model}: {e}") from e
     try:
-        told = beside.read_told(file)
-    except ValueError as e:
+        told = metadata.read_beside(file)
+    except UserError as e:
         if strict:
             raise
         logger.warning("%s", e)
@@ -67,16 +67,16 @@ def load(path: str, model_type: str | None, strict: bool = True) -> Source:
     if model_type not in CONFIGS:
         known = f"; known models: {', '.join(CONFIGS)}"
         if model_type is None:
-            raise ValueError(f"{path} has names or shapes of none of the known models{known}")
-        raise ValueError(f"{told.source if told else path} names {model_type}, which is not known here{known}")
+            raise UserError(f"{path} has names or shapes of none of the known models{known}")
+        raise UserError(f"{told.source if told else path} names {model_type}, which is not known here{known}")
     config = CONFIGS[model_type]
     try:
         arrays = layouts.to_google(file.arrays, config)
         matched = npz.match(arrays, config, npz.num_classes(arrays))
         if told is not None:
             told.check(config.num_heads)
-    except ValueError as e:
-        raise ValueError(f"{file.path} cannot be loaded as {model_type}: {e}") from e
+    except UserError as e:
+        raise UserError(f"{file.path} cannot be loaded as {model_type}: {e}") from e
     return Source(file.path, model_type, matched, told)
 
 

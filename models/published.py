@@ -24,6 +24,7 @@ import shlex
 
 from models.commands import own_path, tool_command
 from models.configs import DEMO, GOOGLE_NAMES, canonical_name
+from utils.errors import UserError
 
 logger = logging.getLogger("train")
 
@@ -173,12 +174,12 @@ def find(path: str | None, model_type: str) -> str:
         model_type: one of ``CONFIGS``.
 
     Raises:
-        ValueError: there is none; the message has the command that downloads it.
+        UserError: there is none; the message has the command that downloads it.
     """
     if path is not None and os.path.isfile(path):
         return path
     if path is not None and not os.path.isdir(path):
-        raise ValueError(f"there is no file {path}{_remedy(*os.path.split(path), model_type)}")
+        raise UserError(f"there is no file {path}{_remedy(*os.path.split(path), model_type)}")
     folder, names = path or FOLDER, usual_names(model_type)
     if found := next((each for each in names if os.path.isfile(os.path.join(folder, each))), None):
         found = os.path.join(folder, found)
@@ -188,7 +189,7 @@ def find(path: str | None, model_type: str) -> str:
     if path is not None and any(each.endswith(_OTHER_ENDINGS) for each in os.listdir(path)):
         return path
     remedy = _remedy(folder, "", model_type, looked_for=path is None)
-    raise ValueError(f"{folder} has none of {', '.join(names[:4])}{remedy}")
+    raise UserError(f"{folder} has none of {', '.join(names[:4])}{remedy}")
 
 
 def _remedy(folder: str, file: str, model_type: str, looked_for: bool = False) -> str:

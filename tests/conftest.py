@@ -84,7 +84,7 @@ def finetuned_any(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
     config, img_size = CONFIGS[request.param], 72 if request.param == "testing-hybrid" else 48
     weights = fake_npz.arrays(config, img_size, num_classes=3)
-    description = checkpoint.Description(request.param, img_size, ["ant", "bee", "cat"], "tanh", "pets", 8, 0.5)
+    description = checkpoint.CheckpointMetadata(request.param, img_size, ["ant", "bee", "cat"], "tanh", "pets", 8, 0.5)
     path = str(tmp_path / "any_checkpoint.bin")
     checkpoint.save_weights(path, npz.to_state_dict(weights, config, img_size, num_classes=3), description)
     return path

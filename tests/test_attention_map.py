@@ -152,7 +152,7 @@ def test_many_panels_go_into_rows_and_any_title_is_drawn():
 
 def test_a_checkpoint_without_names_of_classes_will_do(finetuned_any, draw, tmp_path, capsys):
     told = json.loads(Path(finetuned_any).with_suffix(".json").read_text())
-    os.remove(checkpoint.description_path(finetuned_any))
+    os.remove(checkpoint.metadata_path(finetuned_any))
     flags = ["--model_type", told["model_type"], "--img_size", told["img_size"]]
     args = ["--load_model_dir", finetuned_any, draw(), "--output", tmp_path / "map.png", *flags]
     status, out, _ = run(capsys, *args)

@@ -255,7 +255,7 @@ def test_code_in_a_file_never_runs(tmp_path, layout):
 def describe(**changes):
     told = dict(model_type="testing", img_size=32, classes=["ant", "bee", "caf\u00e9"], gelu="erf", dataset="pets",
                 step=4, accuracy=0.5)  # fmt: skip
-    return checkpoint.Description(**{**told, **changes})
+    return checkpoint.CheckpointMetadata(**{**told, **changes})
 
 
 def test_a_description_comes_back_with_the_weights(tmp_path):
@@ -264,18 +264,18 @@ def test_a_description_comes_back_with_the_weights(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_checkpoint.bin", "a_checkpoint.json"]
     loaded = checkpoint.load_weights(path)
     assert_same_state(loaded, state)
-    assert checkpoint.read_description(path, loaded) == describe()
+    assert checkpoint.read_metadata(path, loaded) == describe()
     wrapped = {f"module.{name}": x for name, x in state.items()}
     torch.save(wrapped, path)  # the same weights under other names
-    assert checkpoint.read_description(path, checkpoint.load_weights(path)) == describe()
+    assert checkpoint.read_metadata(path, checkpoint.load_weights(path)) == describe()
 
 
 def test_weights_without_a_description_have_none(tmp_path):
     path = str(tmp_path / "a.bin")
     checkpoint.save_weights(path, make_state())
-    assert checkpoint.read_description(path, make_state()) is None
+    assert checkpoint.read_metadata(path, make_state()) is None
     os.rename(path, tmp_path / "a.json")  # weights of that name are not a description of themselves
-    assert checkpoint.read_description(str(tmp_path / "a.json"), make_state()) is None
+    assert checkpoint.read_metadata(str(tmp_path / "a.json"), make_state()) is None
 
 
 @pytest.mark.parametrize("name", ["head.weight", "half", "count"])
@@ -285,7 +285,7 @@ def test_the_description_of_other_weights_is_refused(tmp_path, name):
     state[name] = state[name] + 1
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"a\.json describes other weights than .*a\.bin holds"):
-        checkpoint.read_description(path, state)
+        checkpoint.read_metadata(path, state)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 5, 6])  # the fourth syncs a folder, which may fail
@@ -314,10 +314,10 @@ def test_a_write_that_fails_anywhere_leaves_the_old_pair_or_a_pair_that_is_known
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.json"]
     assert_same_state(checkpoint.load_weights(path), old)
     if call <= 3:
-        assert checkpoint.read_description(path, old) == describe()
+        assert checkpoint.read_metadata(path, old) == describe()
     else:
         with pytest.raises(ValueError, match="a run was stopped between"):
-            checkpoint.read_description(path, old)
+            checkpoint.read_metadata(path, old)
 
 
 @pytest.mark.parametrize(
@@ -349,5 +349,5 @@ def test_a_damaged_description_is_one_clear_line(tmp_path, text):
     path = str(tmp_path / "a.bin")
     (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"a\.json does not describe a checkpoint") as e:
-        checkpoint.read_description(path, make_state())
+        checkpoint.read_metadata(path, make_state())
     assert "\n" not in str(e.value)

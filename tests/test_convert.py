@@ -61,10 +61,10 @@ def test_pre_logits_and_the_lack_of_a_head_stay_as_they_are(tmp_path, capsys):
 
 
 def test_a_checkpoints_description_goes_along(tmp_path, capsys):
-    description = checkpoint.Description(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
+    description = checkpoint.CheckpointMetadata(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
     checkpoint.save_weights(str(tmp_path / "a.bin"), state_of(fake_npz.arrays(CONFIGS[MODEL])), description)
     assert run(capsys, tmp_path / "a.bin", "--output", tmp_path / "b.npz")[0] == 0
-    told = checkpoint.read_description(
+    told = checkpoint.read_metadata(
         str(tmp_path / "b.npz"), {k: torch.from_numpy(x) for k, x in read_npz(str(tmp_path / "b.npz")).items()}
     )
     assert told == description
@@ -85,11 +85,11 @@ def test_an_npz_may_have_its_sources_name_but_for_the_ending(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     save_file(layouts.from_ours(state_of(fake_npz.arrays(CONFIGS[MODEL])), layouts.TIMM), "a.safetensors")
     assert run(capsys, "a.safetensors", "--output", "a.npz")[0] == 0
-    description = checkpoint.Description(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
+    description = checkpoint.CheckpointMetadata(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
     checkpoint.save_weights("b.bin", state_of(fake_npz.arrays(CONFIGS[MODEL])), description)
     status, _, err = run(capsys, "b.bin", "--output", "b.npz")  # whose .json would replace the one that is read
     assert (status, len(err)) == (2, 1)
-    assert checkpoint.read_description("b.bin", checkpoint.load_weights("b.bin")) == description
+    assert checkpoint.read_metadata("b.bin", checkpoint.load_weights("b.bin")) == description
 
 
 def test_a_description_never_stands_where_it_would_be_taken_for_the_sources(tmp_path, monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_a_description_never_stands_where_it_would_be_taken_for_the_sources(tmp_
 def test_a_description_of_what_is_replaced_goes_with_it_and_other_files_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = fake_npz.save("a.npz", fake_npz.arrays(CONFIGS[MODEL]))
-    description = checkpoint.Description(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
+    description = checkpoint.CheckpointMetadata(MODEL, 32, [f"c{i}" for i in range(10)], "tanh", "pets", 8, 0.5)
     checkpoint.save_weights("b.bin", state_of(fake_npz.arrays(CONFIGS[MODEL], seed=1)), description)
     assert run(capsys, "b.bin", "--output", "c.npz")[0] == 0
     assert run(capsys, path, "--output", "c.npz")[0] == 0

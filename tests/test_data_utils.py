@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.folders import as_files, damage, noise, numbered_pictures, save
+from tests.helpers.folders import as_files, damage, noise, numbered_images, save
 from utils import augment, data_utils, datasets
 from utils.data_utils import StepSampler
-from utils.datasets import FilePictures, MemoryPictures, PictureError, load_datasets
+from utils.datasets import FileImages, ImageError, MemoryImages, load_datasets
 
 CPU = torch.device("cpu")
 GREY_LEVEL = 1 / 127.5
@@ -107,7 +107,7 @@ def joined(batches):
 @pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_micro_batches_together_are_the_whole_batch(tmp_path, kind, micro_batch_size):
-    pictures = numbered_pictures(10)
+    pictures = numbered_images(10)
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
     sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
@@ -119,7 +119,7 @@ def test_micro_batches_together_are_the_whole_batch(tmp_path, kind, micro_batch_
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_training_pictures_are_the_samplers_cropped_as_its_draws_say(tmp_path, kind):
-    pictures = numbered_pictures(10, size=12)
+    pictures = numbered_images(10, size=12)
     sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
     [(images, labels)] = take(as_files(pictures, tmp_path) if kind == "files" else pictures, sampler, steps=[3])
     assert images.shape == (6, 3, 9, 9)
@@ -140,8 +140,8 @@ def test_pictures_in_memory_and_in_files_give_the_same_batches(tmp_path, rng, mo
     memory = load_datasets(str(tmp_path), "", 1)
     monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 6 * 3 * height * width - 1)
     files = load_datasets(str(tmp_path), "", 1)
-    assert isinstance(memory.train, MemoryPictures)
-    assert isinstance(files.train, FilePictures)
+    assert isinstance(memory.train, MemoryImages)
+    assert isinstance(files.train, FileImages)
     sampler = StepSampler(6, 6, augment.NUM_DRAWS, seed=1)
     (a, labels_a), (b, labels_b) = (joined(take(d.train, sampler, img_size=20, hflip=hflip)) for d in (memory, files))
     assert torch.equal(labels_a, labels_b)
@@ -155,7 +155,7 @@ def test_pictures_in_memory_and_in_files_give_the_same_batches(tmp_path, rng, mo
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_hflip_mirrors_the_pictures_that_the_draws_name_and_no_others(tmp_path, kind):
-    pictures = numbered_pictures(10)
+    pictures = numbered_images(10)
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
     sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
@@ -167,7 +167,7 @@ def test_hflip_mirrors_the_pictures_that_the_draws_name_and_no_others(tmp_path, 
 
 
 def test_worker_processes_give_the_batches_that_no_worker_gives(tmp_path):
-    pictures = as_files(numbered_pictures(10), tmp_path)
+    pictures = as_files(numbered_images(10), tmp_path)
     sampler = StepSampler(10, 6, augment.NUM_DRAWS, seed=0)
     alone, workers = take(pictures, sampler, num_workers=0), take(pictures, sampler, num_workers=2)
     assert len(alone) == len(workers) == 3
@@ -179,7 +179,7 @@ def test_worker_processes_give_the_batches_that_no_worker_gives(tmp_path):
 def test_reading_batches_leaves_the_global_generator_alone(tmp_path, kind):
     # Dropout's numbers are seeded once an update; a draw at a run's first batch would make a resumed run's
     # first update differ from the same update of a run that was never stopped.
-    pictures = numbered_pictures(10)
+    pictures = numbered_images(10)
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
     before = torch.get_rng_state()
@@ -190,9 +190,9 @@ def test_reading_batches_leaves_the_global_generator_alone(tmp_path, kind):
 
 @pytest.mark.parametrize("batches", ["train", "eval"])
 def test_batches_do_not_copy_pictures_that_are_where_they_are_needed(batches, monkeypatch):
-    pictures = numbered_pictures(6)
-    moved, to = [], MemoryPictures.to
-    monkeypatch.setattr(MemoryPictures, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
+    pictures = numbered_images(6)
+    moved, to = [], MemoryImages.to
+    monkeypatch.setattr(MemoryImages, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
     if batches == "train":
         take(pictures, StepSampler(6, 6, augment.NUM_DRAWS, 0))
     else:
@@ -205,7 +205,7 @@ def test_batches_do_not_copy_pictures_that_are_where_they_are_needed(batches, mo
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
 def test_an_evaluation_sees_each_picture_once(tmp_path, kind, world_size, count):
-    pictures = numbered_pictures(count)
+    pictures = numbered_images(count)
     if kind == "files":
         pictures = as_files(pictures, tmp_path)
     seen = []
@@ -215,7 +215,7 @@ def test_an_evaluation_sees_each_picture_once(tmp_path, kind, world_size, count)
         assert all(1 <= len(labels) <= 3 for _, labels in batches)
         seen += [(int(label), image) for images, labels in batches for label, image in zip(labels, images)]
     assert sorted(label for label, _ in seen) == list(range(count))
-    original = numbered_pictures(count).images / 127.5 - 1
+    original = numbered_images(count).images / 127.5 - 1
     for label, image in seen:
         torch.testing.assert_close(image, original[label], rtol=0, atol=1e-6)
 
@@ -227,8 +227,8 @@ def test_pictures_of_various_sizes_are_decoded_when_they_are_needed(folder, rng)
     save(noise(rng, 30, 50), folder, "train", "cat", "wide.jpg")
     save(noise(rng, 9, 4), folder, "test", "dog", "tall.png")
     data = load_datasets(str(folder), "", 2)
-    assert isinstance(data.train, FilePictures)
-    assert isinstance(data.test, FilePictures)
+    assert isinstance(data.train, FileImages)
+    assert isinstance(data.test, FileImages)
     images, labels = joined(
         take(data.train, StepSampler(11, 11, augment.NUM_DRAWS, seed=0), steps=[1], micro_batch_size=11)
     )
@@ -283,10 +283,10 @@ def test_an_unreadable_picture_is_named_when_its_turn_comes(folder, how, num_wor
             path.unlink()
         else:
             damage(path, how)
-    with pytest.raises(PictureError, match="cannot be read as a picture") as e:
+    with pytest.raises(ImageError, match="cannot be read as a picture") as e:
         take(data.train, StepSampler(10, 5, augment.NUM_DRAWS, seed=0), micro_batch_size=5, num_workers=num_workers)
     assert str(folder / "train" / "dog" / "1.png") in str(e.value)
     assert "Traceback" not in str(e.value)
-    with pytest.raises(PictureError, match="cannot be read as a picture") as e:
+    with pytest.raises(ImageError, match="cannot be read as a picture") as e:
         list(data_utils.eval_batches(data.test, 2, augment.EvalTransform(9), CPU, num_workers))
     assert str(folder / "test" / "dog" / "1.png") in str(e.value)

@@ -18,9 +18,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from tests.helpers.folders import as_files, damage, noise, numbered_pictures, save
+from tests.helpers.folders import as_files, damage, noise, numbered_images, save
 from utils import datasets
-from utils.datasets import FilePictures, PictureError, class_names, load_datasets
+from utils.datasets import FileImages, ImageError, class_names, load_datasets
 
 CPU = torch.device("cpu")
 
@@ -82,21 +82,21 @@ def test_hidden_folders_are_no_classes(folder, rng, split):
 def test_sixteen_bit_grey_keeps_its_levels(tmp_path):
     grey = np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4)
     path = save(Image.fromarray(grey), tmp_path, "a.png")
-    got = np.array(datasets.read_picture(path))
+    got = np.array(datasets.read_image(path))
     np.testing.assert_allclose(got, np.repeat(grey[..., None] / 257, 3, axis=2), atol=1)
 
 
 @pytest.mark.parametrize(("level", "grey"), [(200, 200), (51400, 200), (70000, 255)])
 def test_thirty_two_bit_grey_is_taken_as_bytes_or_as_sixteen_bits(tmp_path, level, grey):
     path = save(Image.new("I", (4, 4), level), tmp_path, "a.tiff")
-    assert set(np.array(datasets.read_picture(path)).ravel()) == {grey}
+    assert set(np.array(datasets.read_image(path)).ravel()) == {grey}
 
 
 def test_photos_of_one_size_are_not_held_in_memory(tmp_path, rng):
     for split, name in (("train", "cat"), ("test", "cat")):
         save(noise(rng, 257, 257), tmp_path, split, name, "0.png")
     data = load_datasets(str(tmp_path), "", 1)
-    assert isinstance(data.train, FilePictures)
+    assert isinstance(data.train, FileImages)
 
 
 def test_a_link_that_leads_back_up_does_not_multiply_the_pictures(folder):
@@ -195,7 +195,7 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch, name):
 def test_an_unreadable_picture_is_named_while_decoding_into_memory(folder, how, which):
     path = folder / "train" / "dog" / which
     damage(path, how)
-    with pytest.raises(PictureError, match="cannot be read as a picture") as e:
+    with pytest.raises(ImageError, match="cannot be read as a picture") as e:
         load_datasets(str(folder), "", 2)
     assert str(path) in str(e.value)
 
@@ -519,7 +519,7 @@ def test_an_extraction_that_was_cut_short_is_done_again(cifar, tmp_path, file):
 
 
 def test_pictures_move_to_a_device_once():
-    pictures, meta = numbered_pictures(5), torch.device("meta")
+    pictures, meta = numbered_images(5), torch.device("meta")
     moved = pictures.to(meta)
     assert (moved.images.device, moved.labels.device) == (meta, meta)
     assert (moved.images.shape, moved.images.dtype) == (pictures.images.shape, torch.uint8)
@@ -530,8 +530,8 @@ def test_pictures_move_to_a_device_once():
 
 
 def test_a_data_set_moves_its_pictures_in_memory_and_leaves_files_where_they_are(tmp_path):
-    pictures, meta = numbered_pictures(5), torch.device("meta")
-    files = as_files(numbered_pictures(3), tmp_path)
+    pictures, meta = numbered_images(5), torch.device("meta")
+    files = as_files(numbered_images(3), tmp_path)
     data = datasets.DataSets(pictures, files, ["a", "b"]).to(meta)
     assert data.train.images.device == meta
     assert data.test is files

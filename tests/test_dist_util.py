@@ -51,7 +51,7 @@ def test_for_a_single_process_everything_does_nothing():
     assert x.tolist() == [1, 2]
     assert dist_util.wrap(model) is model
     assert dist_util.unwrap(model) is model
-    with dist_util.main_first():
+    with dist_util.main_process_first():
         pass
     for now in (False, True):
         with dist_util.sync_gradients(model, now):
@@ -60,7 +60,7 @@ def test_for_a_single_process_everything_does_nothing():
 
 
 def test_an_error_passes_through_main_first():
-    with pytest.raises(RuntimeError, match="of the block"), dist_util.main_first():
+    with pytest.raises(RuntimeError, match="of the block"), dist_util.main_process_first():
         raise RuntimeError("of the block")
 
 
@@ -104,7 +104,7 @@ def watch(folder: str, local_rank: int) -> dict:
     seen["sum"] = x.tolist()
 
     prepared = os.path.join(folder, "prepared")
-    with dist_util.main_first():
+    with dist_util.main_process_first():
         seen["prepared_on_entry"] = os.path.exists(prepared)
         if rank == 0:
             time.sleep(0.3)
@@ -113,7 +113,7 @@ def watch(folder: str, local_rank: int) -> dict:
     def outcome(body):
         """The class and text of what the block raises on this process."""
         try:
-            with dist_util.together():
+            with dist_util.all_ranks_or_none():
                 body()
         except Exception as e:
             return [type(e).__name__, str(e)]
@@ -123,13 +123,13 @@ def watch(folder: str, local_rank: int) -> dict:
             raise error
 
     def download():
-        with dist_util.main_first():
+        with dist_util.main_process_first():
             fail([0], OSError("no such download"))
             entered.append(rank)
 
     def before_a_download():
         fail([1], ValueError("no such file"))
-        with dist_util.main_first():
+        with dist_util.main_process_first():
             entered.append(rank)
 
     entered = []
@@ -147,10 +147,10 @@ def watch(folder: str, local_rank: int) -> dict:
     seen["sum_after_failures"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
     mine = {"weights": torch.full((3,), float(rank)), "step": 3 + rank}
     seen["newest"] = [
-        dist_util.newest(x, version)["weights"].tolist()
+        dist_util.broadcast_newest(x, version)["weights"].tolist()
         for x, version in ((mine, (3 + rank,)), (mine, (3,)), (mine if rank == 0 else None, (3 if rank == 0 else -1,)))
     ]
-    seen["tells"] = [dist_errors.tells(), dist_errors.tells()]
+    seen["tells"] = [dist_errors.is_error_reporter(), dist_errors.is_error_reporter()]
 
     writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
     log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)

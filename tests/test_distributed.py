@@ -50,7 +50,7 @@ def test_more_processes_of_the_same_total_have_the_same_curve(curves, number):
     assert curves[number][2] == pytest.approx(accuracies, abs=2 / 360)  # a prediction on the edge may fall
 
 
-def write_pictures(root: Path, num_test: int) -> None:
+def write_images(root: Path, num_test: int) -> None:
     import numpy as np
     from PIL import Image
 
@@ -81,7 +81,7 @@ def evaluated(flags: list[str]) -> list:
 
 
 def test_361_pictures_on_four_processes_are_each_evaluated_once(tmp_path):
-    write_pictures(tmp_path / "pets", 361)
+    write_images(tmp_path / "pets", 361)
     torch.manual_seed(0)
     model = VisionTransformer(CONFIGS["testing"], 32, 2)
     nn.init.normal_(model.head.weight, std=0.3)
@@ -312,7 +312,7 @@ def fail_late(flags: list[str]) -> int:
     def failing(*args):
         for i, batch in enumerate(original(*args)):
             if i == 2 and dist_util.rank() == 1:
-                raise datasets.PictureError("b.png cannot be read as a picture; repair or remove it")
+                raise datasets.ImageError("b.png cannot be read as a picture; repair or remove it")
             yield batch
 
     data_utils.train_batches = failing
@@ -356,7 +356,7 @@ def download(folder: str) -> list:
 
     torchvision.datasets.CIFAR10 = Fake
     dist_util.setup("cpu", -1)
-    with dist_util.together():
+    with dist_util.all_ranks_or_none():
         datasets.load_datasets("cifar10", folder, 0)
     dist_util.cleanup()
     return did

@@ -299,8 +299,8 @@ def test_ctrl_c_before_anything_came_promises_nothing(server, tmp_path, monkeypa
 
 def test_one_process_at_a_time_downloads_a_file(server, tmp_path, capsys):
     pytest.importorskip("fcntl", reason="this system has no locks")
-    code = ("import sys; from utils.runs import only_run\n"
-            "with only_run(sys.argv[1], 'busy'): print('held', flush=True); sys.stdin.read()")  # fmt: skip
+    code = ("import sys; from utils.runs import file_lock\n"
+            "with file_lock(sys.argv[1], 'busy'): print('held', flush=True); sys.stdin.read()")  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / FILE}.part.lock"], cwd=ROOT, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip

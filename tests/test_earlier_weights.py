@@ -27,7 +27,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def leave_weights(described: bool = True) -> dict[Path, bytes]:
     """Somebody's weights under the run's name; what the files hold, by the names under which they are to be kept."""
     os.makedirs("output", exist_ok=True)
-    description = checkpoint.Description("ViT-B_32", 384, ["a", "b"], "erf", "cifar10", 10_000, 0.99)
+    description = checkpoint.CheckpointMetadata("ViT-B_32", 384, ["a", "b"], "erf", "cifar10", 10_000, 0.99)
     checkpoint.save_weights(str(BEST), {"x": torch.rand(3)}, description if described else None)
     return {EARLIER: BEST.read_bytes(), **({EARLIER_BESIDE: BESIDE.read_bytes()} if described else {})}
 
@@ -37,7 +37,7 @@ def kept() -> dict[Path, bytes]:
 
 
 def steps_of(path: Path) -> int:
-    return checkpoint.read_description(str(path), checkpoint.load_weights(str(path))).step
+    return checkpoint.read_metadata(str(path), checkpoint.load_weights(str(path))).step
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -167,7 +167,7 @@ class BestWeightsOf:
     def save(self) -> None:
         from utils.run import BestWeights
 
-        description = checkpoint.Description("testing", 32, ["ant", "bee"], "erf", "pets", 5, 0.5)
+        description = checkpoint.CheckpointMetadata("testing", 32, ["ant", "bee"], "erf", "pets", 5, 0.5)
         BestWeights(str(BEST), is_own=False).save({"x": torch.zeros(3)}, description)
 
 

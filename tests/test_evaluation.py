@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils import dist_util
-from utils.evaluation import Evaluation, Predictions
+from utils.evaluation import EvalResult, Predictions
 
 TRUTH = torch.tensor([0, 0, 1, 1, 2, 2, 2])
 PREDICTED = torch.tensor([0, 1, 1, 0, 2, 0, 1])
@@ -13,7 +13,7 @@ CONFIDENCE = torch.tensor([0.9, 0.6, 0.99, 0.8, 0.7, 0.95, 0.6])
 
 
 def test_accuracy_confusion_and_worst_mistakes():
-    found = Evaluation(0.5, TRUTH, PREDICTED, CONFIDENCE)
+    found = EvalResult(0.5, TRUTH, PREDICTED, CONFIDENCE)
     assert found.accuracy == 3 / 7
     matrix = found.confusion(4)
     assert matrix.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
@@ -22,7 +22,7 @@ def test_accuracy_confusion_and_worst_mistakes():
 
 
 def test_without_mistakes_there_is_no_worst():
-    assert Evaluation(0.0, TRUTH, TRUTH, CONFIDENCE).worst_mistakes(5) == []
+    assert EvalResult(0.0, TRUTH, TRUTH, CONFIDENCE).worst_mistakes(5) == []
 
 
 def collect(logits, batch_size, rank=0, world_size=1):

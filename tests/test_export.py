@@ -21,7 +21,7 @@ def names_in(folder):
 
 def described(path):
     """The description beside an .npz, whose checksum is compared with the file's arrays."""
-    return checkpoint.read_description(path, weights.read(path).tensors())
+    return checkpoint.read_metadata(path, weights.read(path).tensors())
 
 
 # ---- npz ----
@@ -40,7 +40,7 @@ def test_npz_goes_back_bit_for_bit(finetuned_any, tmp_path):
 def test_npz_is_described_as_the_checkpoint_was(finetuned_any, tmp_path):
     output = str(tmp_path / "m.npz")
     export_as("npz", finetuned_any, output)
-    assert described(output) == checkpoint.read_description(finetuned_any, torch.load(finetuned_any, weights_only=True))
+    assert described(output) == checkpoint.read_metadata(finetuned_any, torch.load(finetuned_any, weights_only=True))
     assert described(output).classes == ["ant", "bee", "cat"]
 
 

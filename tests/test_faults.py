@@ -35,7 +35,7 @@ from tests.helpers.runs import (
     run,
     several_sizes,
     undisturbed,
-    write_pictures,
+    write_images,
 )
 from utils import checkpoint, precision
 from utils.metrics import TrainingLog
@@ -135,7 +135,7 @@ def _demo_npz():
 
 
 def _folder(**kwargs):
-    write_pictures("pets", **kwargs)
+    write_images("pets", **kwargs)
     return ["--dataset", "pets"]
 
 
@@ -538,7 +538,7 @@ def test_a_limit_to_the_size_of_files(monkeypatch, capfd, record_fault):
 
 
 def test_a_worker_that_is_killed(monkeypatch, capfd, record_fault):
-    write_pictures("pets", several_sizes())
+    write_images("pets", several_sizes())
 
     def kill():
         workers = [p for p in torch.multiprocessing.active_children() if p.is_alive()]
@@ -553,7 +553,7 @@ def test_a_worker_that_is_killed(monkeypatch, capfd, record_fault):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_picture_that_turns_unreadable(workers, monkeypatch, capfd, record_fault):
-    write_pictures("pets", several_sizes())
+    write_images("pets", several_sizes())
     at_update(monkeypatch, 7, lambda: [os.truncate(p, 100) for p in Path("pets/train").rglob("*.png")])
     message = fails(capfd, 2, "--dataset", "pets", "--num_workers", workers, "--num_steps", "40")
     name = message.split()[0]

@@ -123,4 +123,4 @@ def test_only_cuda_copies_while_the_host_goes_on(kind, waits):
         def to(self, device, non_blocking):
             return device.type, not non_blocking
 
-    assert hardware.move(Recording(), torch.device(kind)) == (kind, waits)
+    assert hardware.to_device(Recording(), torch.device(kind)) == (kind, waits)

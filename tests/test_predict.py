@@ -251,7 +251,7 @@ def test_wrong_input_is_one_line_and_status_2(finetuned_digits, bare, draw, tmp_
 )
 def test_a_description_that_cannot_be_true_is_one_line(finetuned_digits, draw, tmp_path, capsys, change, words):
     path = shutil.copy(finetuned_digits, tmp_path / "c.bin")
-    told = json.loads(Path(checkpoint.description_path(finetuned_digits)).read_text())
+    told = json.loads(Path(checkpoint.metadata_path(finetuned_digits)).read_text())
     (tmp_path / "c.json").write_text(change(told))
     status, out, err = run(capsys, "--load_model_dir", str(path), draw())
     assert (status, out) == (2, "")

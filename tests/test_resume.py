@@ -27,11 +27,11 @@ from tests.helpers.runs import (
     run,
     several_sizes,
     undisturbed,
-    write_pictures,
+    write_images,
 )
 from utils import checkpoint, files, precision
 from utils import run as runs
-from utils.evaluation import Evaluation
+from utils.evaluation import EvalResult
 from utils.metrics import TrainingLog
 
 
@@ -124,11 +124,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_one_that_was_not(kind,
 
 
 def _in_memory():
-    write_pictures("pets")
+    write_images("pets")
 
 
 def _in_files():
-    write_pictures("pets", several_sizes())
+    write_images("pets", several_sizes())
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_path_goes_on_under_another_name_with_the_best_weights(update, whole, 
     assert found["lines"] == [line for line in expected["lines"] if line["step"] > saved]
 
 
-ALL_WRONG = Evaluation(1.0, torch.zeros(360).long(), torch.ones(360).long(), torch.ones(360))
+ALL_WRONG = EvalResult(1.0, torch.zeros(360).long(), torch.ones(360).long(), torch.ones(360))
 
 
 def test_a_path_with_better_weights_than_the_rest_of_the_run_finds_keeps_them(monkeypatch):
@@ -310,7 +310,7 @@ def test_a_path_with_better_weights_than_the_rest_of_the_run_finds_keeps_them(mo
         context.setattr(train, "evaluate", lambda *_: ALL_WRONG)
         assert run("--name", "b", "--resume", "output/a_last.pt") == 0
     assert Path("output/b_checkpoint.bin").read_bytes() == best
-    assert checkpoint.read_description("output/b_checkpoint.bin", checkpoint.load_weights("output/b_checkpoint.bin"))
+    assert checkpoint.read_metadata("output/b_checkpoint.bin", checkpoint.load_weights("output/b_checkpoint.bin"))
 
 
 @pytest.mark.parametrize("missing", ["output/a_checkpoint.bin", "output/a_checkpoint.json"])
@@ -376,7 +376,7 @@ def stopped(monkeypatch):
 
 @pytest.mark.parametrize("flag", DIFFERENT)
 def test_another_setting_is_an_error_that_names_it(flag, stopped, capsys):
-    write_pictures("pets")
+    write_images("pets")
     assert run(flag, *([DIFFERENT[flag]] if DIFFERENT[flag] else [])) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.py: error: output/a_last.pt is of a run with other settings: ")
@@ -388,7 +388,7 @@ def test_another_setting_is_an_error_that_names_it(flag, stopped, capsys):
 
 
 def test_every_difference_is_listed(stopped, capsys):
-    write_pictures("pets")
+    write_images("pets")
     flags = [word for flag, value in DIFFERENT.items() for word in (flag, value) if word]
     assert run(*flags, "--loss_scale", "2") == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -396,7 +396,7 @@ def test_every_difference_is_listed(stopped, capsys):
 
 
 def test_other_pictures_are_another_data_set(monkeypatch, capsys):
-    write_pictures("pets")
+    write_images("pets")
     killed_after(8, monkeypatch, "--dataset", "pets")
     shutil.copy("pets/train/ant/0.png", "pets/train/ant/1.png")
     assert run("--dataset", "pets") == 2
@@ -504,8 +504,8 @@ def test_a_path_that_is_missing_is_one_line(capsys):
 
 def test_a_second_run_of_the_name_is_refused_while_the_first_lives(tmp_path, capsys):
     code = (
-        "import sys; from utils.runs import only_run\n"
-        "with only_run(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+        "import sys; from utils.runs import file_lock\n"
+        "with file_lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
     for lock in ("output/.a.lock", "logs/a/.lock"):
         os.makedirs(os.path.dirname(lock), exist_ok=True)
@@ -541,7 +541,7 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
-        held = files.only_run(path)
+        held = files.file_lock(path)
         held.__enter__()
     assert os.path.exists(path)
     held.__exit__(None, None, None)

@@ -25,7 +25,7 @@ from tests.helpers.runs import (
     several_sizes,
     undisturbed,
 )
-from tests.helpers.runs import write_pictures as write
+from tests.helpers.runs import write_images as write
 from utils import checkpoint
 from utils.metrics import TrainingLog
 

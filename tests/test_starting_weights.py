@@ -18,7 +18,7 @@ import train
 from models import layouts, npz
 from models.configs import CONFIGS
 from tests.helpers import fake_npz
-from tests.helpers.runs import TINY, last_state, write_pictures
+from tests.helpers.runs import TINY, last_state, write_images
 from tools import export
 from utils import checkpoint
 
@@ -128,7 +128,7 @@ def test_any_other_head_starts_from_zeros_and_the_log_says_why(trained, change, 
     elif change == "other order":
         Path("digits_checkpoint.json").write_text(json.dumps({**told, "classes": told["classes"][::-1]}))
     elif change == "other number":
-        write_pictures("pictures")
+        write_images("pictures")
         flags = ["--dataset", "pictures"]
     with caplog.at_level(logging.INFO):
         assert train.main([*SHORT, *ONE, "--pretrained_dir", trained, *flags]) == 0

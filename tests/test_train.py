@@ -23,7 +23,7 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers.fake_apex import FakeAmp
 from utils import datasets, figures, showing
-from utils.checkpoint import Description, save_weights
+from utils.checkpoint import CheckpointMetadata, save_weights
 from utils.precision import MAX_SKIPPED_IN_A_ROW, Precision
 from utils.scheduler import make_schedule
 
@@ -152,7 +152,7 @@ def test_the_first_pictures_are_those_that_the_model_sees():
             shown.append((step, tag, np.asarray(picture)))
 
     showing.show_batch(Writer(), images, torch.arange(70) % 10, [str(i) for i in range(10)])
-    (step, tag, pixels), side = shown[0], showing.PICTURE_PX
+    (step, tag, pixels), side = shown[0], showing.IMAGE_PX
     assert (step, tag) == (1, "train/pictures")
     for i in (0, 9, 63):  # the 10th is the second of the second row
         x, y = i % 8 * (side + figures.GAP_PX), i // 8 * (figures.TITLE_PX + side + figures.GAP_PX) + figures.TITLE_PX
@@ -163,7 +163,7 @@ def test_the_first_pictures_are_those_that_the_model_sees():
 
 def test_names_of_folders_cannot_break_into_the_report():
     evil = "<img src=x onerror=alert(1)>"
-    write_pictures("pets", classes=("<b>ant", evil))
+    write_images("pets", classes=("<b>ant", evil))
     args = ["--name", "a&b", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "8"]
     assert train.main(args) == 0
     text = Path("output/a&b_report.html").read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def test_names_of_folders_cannot_break_into_the_report():
 
 
 def test_a_name_that_is_no_text_does_not_end_a_training():
-    write_pictures("pets", classes=("ant", os.fsdecode(b"b\xffe")))
+    write_images("pets", classes=("ant", os.fsdecode(b"b\xffe")))
     assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "8"]) == 0
     assert "b\\udcffe" in Path("output/a_report.html").read_text(encoding="utf-8")
 
@@ -525,7 +525,7 @@ def test_the_run_works_on_the_pictures_that_were_moved_once(monkeypatch):
     assert all(pictures is moved[0].test for pictures in seen)
 
 
-def write_pictures(root, size=(32, 32), classes=("ant", "bee"), per_class=4):
+def write_images(root, size=(32, 32), classes=("ant", "bee"), per_class=4):
     rng = np.random.default_rng(0)
     for split, name in itertools.product(("train", "test"), classes):
         os.makedirs(f"{root}/{split}/{name}")
@@ -535,7 +535,7 @@ def write_pictures(root, size=(32, 32), classes=("ant", "bee"), per_class=4):
 
 
 def test_a_folder_of_pictures_trains_with_its_own_number_of_classes():
-    write_pictures("pets", classes=("ant", "bee", "cat"))
+    write_images("pets", classes=("ant", "bee", "cat"))
     Image.new("L", (50, 20)).save("pets/train/ant/grey.jpg")  # sizes that differ go through the loader
     Image.new("RGBA", (9, 40)).save("pets/train/bee/clear.png")
     args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "8", "--hflip"]
@@ -546,7 +546,7 @@ def test_a_folder_of_pictures_trains_with_its_own_number_of_classes():
 
 @pytest.mark.parametrize("size", [(32, 32), (31, 33)])
 def test_an_unreadable_picture_is_reported_by_its_path(size, capsys):
-    write_pictures("pets")
+    write_images("pets")
     Image.new("RGB", size).save("pets/train/bee/other.png")
     Path("pets/train/bee/3.png").write_bytes(Path("pets/train/bee/3.png").read_bytes()[:200])
     args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "16"]
@@ -591,7 +591,7 @@ def _another_model():
 
 
 def _empty_class():
-    write_pictures("pets")
+    write_images("pets")
     os.mkdir("pets/train/cat")
     return [*SCRATCH, "--dataset", "pets"]
 
@@ -673,7 +673,7 @@ def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, cap
     ],
 )
 def test_a_folder_without_the_layout_is_told_before_weights_are_asked_for(capsys, missing, wrong, words):
-    write_pictures("pets")
+    write_images("pets")
     wrong()
     assert train.main(["--name", "a", *TINY, *SHORT, "--dataset", "pets", *missing]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
@@ -686,7 +686,7 @@ def test_a_checkpoint_of_another_size_names_the_size_it_was_trained_for(checkpoi
 
 
 def test_a_checkpoint_of_other_classes_names_both_numbers(checkpoint, capsys):
-    write_pictures("pets")
+    write_images("pets")
     assert train.main(["--name", "a", *TINY, "--dataset", "pets", "-v"]) == 2
     assert "10 classes" in capsys.readouterr().err
 
@@ -695,7 +695,7 @@ def describe(state, **changes):
     """Writes output/a_checkpoint.bin with a description."""
     told = dict(model_type="testing", img_size=32, classes=[str(i) for i in range(10)], gelu="erf", dataset="digits",
                 step=4, accuracy=0.5)  # fmt: skip
-    save_weights("output/a_checkpoint.bin", state, Description(**{**told, **changes}))
+    save_weights("output/a_checkpoint.bin", state, CheckpointMetadata(**{**told, **changes}))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from models.commands import tool_command
 from utils import files, memory
+from utils.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -62,12 +63,12 @@ def check_output(path: str, *sources: str) -> None:
         sources: the files that are read.
 
     Raises:
-        ValueError: the file cannot be written there, or would replace what is read.
+        UserError: the file cannot be written there, or would replace what is read.
     """
     if os.path.realpath(path) in map(os.path.realpath, sources):
-        raise ValueError(f"--output {path} would replace a file that is read; give another name")
+        raise UserError(f"--output {path} would replace a file that is read; give another name")
     if os.path.isdir(path):
-        raise ValueError(f"--output {path} is a folder; give the name of a file in it")
+        raise UserError(f"--output {path} is a folder; give the name of a file in it")
     files.check_writable(os.path.dirname(path) or ".")
 
 
@@ -84,11 +85,11 @@ def run(name: str, body: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with memory.memory_remedy("on this device; another --device, or less at a time, may do"):
+        with memory.explain_out_of_memory("on this device; another --device, or less at a time, may do"):
             status = body()
         sys.stdout.flush()
         return status
-    except ValueError as e:
+    except UserError as e:
         return fail(name, e, 2)
     except BrokenPipeError:  # the reader, `head` for one, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from utils import files
+from utils.errors import UserError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -31,12 +32,12 @@ def check_new_folder(path: str) -> None:
         path: what ``--output`` gives.
 
     Raises:
-        ValueError: something is there already that is no empty folder, or nothing can be written there.
+        UserError: something is there already that is no empty folder, or nothing can be written there.
     """
     if os.path.realpath(path) == os.path.realpath("."):
-        raise ValueError(f"--output {path} is the current folder, which cannot be replaced; name a folder in it")
+        raise UserError(f"--output {path} is the current folder, which cannot be replaced; name a folder in it")
     if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path) or os.listdir(path)):
-        raise ValueError(f"--output {path} is there already; this format writes a new folder, so give another name")
+        raise UserError(f"--output {path} is there already; this format writes a new folder, so give another name")
     files.check_writable(os.path.dirname(os.path.abspath(path)))
 
 

@@ -11,6 +11,7 @@ from models import layouts
 from models.modeling import LAYER_NORM_EPS
 from tools import _export_folder as folders
 from tools import _finetuned
+from utils.errors import UserError
 
 #: A number of Pillow's, by which image processors name how to resize.
 PIL_BILINEAR = 2
@@ -20,11 +21,11 @@ def write(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes the folder; returns the lines that use it.
 
     Raises:
-        ValueError: it is a hybrid, which transformers 5 no longer has.
+        UserError: it is a hybrid, which transformers 5 no longer has.
         OSError: it could not be written.
     """
     if loaded.model.config.resnet_units is not None:
-        raise ValueError(f"--format hf: transformers has no hybrids such as {loaded.model_type}; timm has")
+        raise UserError(f"--format hf: transformers has no hybrids such as {loaded.model_type}; timm has")
     with folders.new_folder(path) as folder:
         folders.write_weights(folder, layouts.from_ours(loaded.model.state_dict(), layouts.HF))
         folders.write_json(folder, folders.CONFIG, model_config(loaded))

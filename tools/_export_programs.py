@@ -22,6 +22,7 @@ from models.modeling import VisionTransformer
 from tools import _export_folder as folders
 from tools import _finetuned
 from utils import files
+from utils.errors import UserError
 
 #: Above this many bytes of weights an .onnx keeps them in a file beside it: its own format ends at 2 GiB.
 ONNX_LIMIT_BYTES = 2**31 - 2**24
@@ -72,7 +73,7 @@ def write_onnx(loaded: _finetuned.Finetuned, path: str, opset: int | None = None
         opset: version of ONNX's operators; None for the one that this PyTorch writes by default.
 
     Raises:
-        ValueError: a package is missing, or the opset cannot be written.
+        UserError: a package is missing, or the opset cannot be written.
         OSError: it could not be written.
     """
     require("onnx", "onnxscript")
@@ -101,19 +102,19 @@ def write_onnx(loaded: _finetuned.Finetuned, path: str, opset: int | None = None
 
 
 def require(*packages: str) -> None:
-    """Raises ValueError unless the packages are installed."""
+    """Raises UserError unless the packages are installed."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def to_onnx(model: VisionTransformer, opset: int | None) -> Any:
     """Traces a model as a ``torch.onnx.ONNXProgram`` of exactly this opset.
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     if opset is not None and opset < OLDEST_OPSET:
-        raise ValueError(f"--opset {opset}: LayerNormalization begins with opset 17; give 17 or more")
+        raise UserError(f"--opset {opset}: LayerNormalization begins with opset 17; give 17 or more")
     with torch.no_grad(), _silence():
         traced, free = trace(model)
         program = torch.onnx.export(
@@ -127,7 +128,7 @@ def to_onnx(model: VisionTransformer, opset: int | None) -> Any:
         _lower_to_17(program.model)
     written = program.model.opset_imports[""]
     if opset not in (None, written):
-        raise ValueError(
+        raise UserError(
             f"--opset {opset}: PyTorch {torch.__version__} writes {written}; give 17, 18 or 20, which are tested"
         )
     return program
@@ -156,7 +157,7 @@ def _lower_to_17(model: Any) -> None:
         model: an ``onnx_ir.Model``.
 
     Raises:
-        ValueError: it has an operator that 17 has not in this form.
+        UserError: it has an operator that 17 has not in this form.
     """
     import onnx
     from onnxscript import ir
@@ -166,14 +167,14 @@ def _lower_to_17(model: Any) -> None:
             axes = node.inputs[1] if len(node.inputs) > 1 else None
             constant = None if axes is None else ir.convenience.get_const_tensor(axes)
             if axes is None or constant is None:
-                raise ValueError(f"--opset 17: {node.op_type} has no such form there; give 18 or more")
+                raise UserError(f"--opset 17: {node.op_type} has no such form there; give 18 or more")
             node.resize_inputs(1)
             node.attributes.pop("noop_with_empty_axes", None)
             node.attributes["axes"] = ir.AttrInt64s("axes", constant.numpy().tolist())
             if axes.is_initializer() and not axes.uses():
                 del model.graph.initializers[axes.name]
         elif not (node.op_type == "Pad" and len(node.inputs) < 4) and _changed_in_18(onnx.defs, node):
-            raise ValueError(f"--opset 17: {node.op_type} has no such form there; give 18 or more")
+            raise UserError(f"--opset 17: {node.op_type} has no such form there; give 18 or more")
     model.opset_imports[""] = 17
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", 17)])
 

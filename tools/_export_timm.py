@@ -19,6 +19,7 @@ from models import layouts
 from models.configs import ViTConfig, canonical_name
 from tools import _export_folder as folders
 from tools import _finetuned
+from utils.errors import UserError
 
 #: Key and value in config.json and in the metadata of model.safetensors, of hybrids only.
 STEM, SCALED = "stem", "scaled for timm"
@@ -52,7 +53,7 @@ def write(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes the folder; returns the lines that use it.
 
     Raises:
-        ValueError: timm has no such model.
+        UserError: timm has no such model.
         OSError: it could not be written.
     """
     config = model_config(loaded)
@@ -83,7 +84,7 @@ def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
     """The config.json.
 
     Raises:
-        ValueError: timm has no such model.
+        UserError: timm has no such model.
     """
     model, config = loaded.model, loaded.model.config
     names = {} if loaded.classes is None else {"label_names": loaded.classes}
@@ -119,12 +120,12 @@ def architecture(model_type: str, config: ViTConfig) -> str:
     """timm's name of a model that ``model_args`` makes this one.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if config.resnet_units is None:
         return _PLAIN.get(canonical_name(model_type), next(iter(_PLAIN.values())))
     if config.resnet_units not in _HYBRIDS:
-        raise ValueError(f"--format timm: timm has no hybrid of the shape of {model_type}")
+        raise UserError(f"--format timm: timm has no hybrid of the shape of {model_type}")
     return _HYBRIDS[config.resnet_units]
 
 

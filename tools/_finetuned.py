@@ -18,7 +18,8 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tools import _cli
 from utils import checkpoint, datasets
-from utils.told import GELUS, Told
+from utils.errors import UserError
+from utils.metadata import GELUS, Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +38,16 @@ class Finetuned:
     model: VisionTransformer
     model_type: str
     classes: list[str] | None
-    description: checkpoint.Description | None = None
+    description: checkpoint.CheckpointMetadata | None = None
 
     def class_names(self) -> list[str]:
         """The names of the classes.
 
         Raises:
-            ValueError: nothing tells them.
+            UserError: nothing tells them.
         """
         if self.classes is None:
-            raise ValueError(
+            raise UserError(
                 f"nothing tells the names of the {self.model.num_classes} classes; "
                 "give --classes NAME,NAME,... or the --dataset of the training"
             )
@@ -78,16 +79,16 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
         vis: whether the model returns its attention.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
     """
     path = args.load_model_dir
     if not os.path.exists(path):
-        raise ValueError(f"there is no checkpoint {path}; name one with --load_model_dir")
+        raise UserError(f"there is no checkpoint {path}; name one with --load_model_dir")
     source = pretrained.load(path, args.model_type)
     told = source.told
     if told is None and args.model_type is None:
-        raise ValueError(
-            f"there is no {checkpoint.description_path(path)} that tells what {path} is of; "
+        raise UserError(
+            f"there is no {checkpoint.metadata_path(path)} that tells what {path} is of; "
             f"give --model_type {source.model_type}, and --img_size and --gelu if they were not the defaults"
         )
     if told is not None and told.model_type is not None:
@@ -98,18 +99,18 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
     model = VisionTransformer(config, img_size, source.num_classes or 1, vis=vis)
     try:
         model.load_exactly(source.arrays)
-    except ValueError as e:
-        raise ValueError(f"{source.path} cannot be loaded as {source.model_type}: {e}") from e
+    except UserError as e:
+        raise UserError(f"{source.path} cannot be loaded as {source.model_type}: {e}") from e
     classes = chosen_classes(args)
     where = "the flags name"
     if classes is None and told is not None:
         classes, where = told.classes, f"{told.source} names"
     if classes is not None and len(classes) != model.num_classes:
-        raise ValueError(f"{path} has {model.num_classes} classes, {where} {len(classes)}")
+        raise UserError(f"{path} has {model.num_classes} classes, {where} {len(classes)}")
     return Finetuned(model.eval(), source.model_type, classes, None if told is None else told.description)
 
 
-def setting(args: argparse.Namespace, told: Told | None, flag: str, default: Any) -> Any:
+def setting(args: argparse.Namespace, told: Metadata | None, flag: str, default: Any) -> Any:
     """Returns what a flag gives, else what is told, else a default; a contradiction is a warning."""
     given = getattr(args, flag)
     noted = None if told is None else getattr(told, flag)
@@ -122,24 +123,24 @@ def chosen_classes(args: argparse.Namespace) -> list[str] | None:
     """The names that ``--classes`` or ``--dataset`` gives, None without them.
 
     Raises:
-        ValueError: a name is missing or there twice, or there is no such data set.
+        UserError: a name is missing or there twice, or there is no such data set.
     """
     if args.data_dir is not None:
         logger.warning("--data_dir has no effect: the classes of cifar10 and cifar100 are known without their pictures")
     if args.classes is None:
         return None if args.dataset is None else datasets.class_names(args.dataset)
     if args.dataset is not None:
-        raise ValueError("--classes and --dataset both name the classes; give one")
+        raise UserError("--classes and --dataset both name the classes; give one")
     if os.path.isfile(args.classes):
         try:
             with open(args.classes, encoding="utf-8") as f:
                 names = f.read().splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"--classes {args.classes} cannot be read as text ({e})") from e
+            raise UserError(f"--classes {args.classes} cannot be read as text ({e})") from e
     else:
         names = args.classes.split(",")
     names = [name.strip() for name in names]
     if "" in names or len(set(names)) < len(names):
         wrong = next(name for name in names if not name or names.count(name) > 1)
-        raise ValueError(f"--classes has {'an empty name' if not wrong else f'{wrong} twice'}")
+        raise UserError(f"--classes has {'an empty name' if not wrong else f'{wrong} twice'}")
     return names

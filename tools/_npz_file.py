@@ -12,6 +12,7 @@ import numpy as np
 from models import npz
 from tools import _cli
 from utils import checkpoint
+from utils.errors import UserError
 from utils.weights import Weights
 
 
@@ -25,20 +26,20 @@ def check_output(path: str, *sources: str, described: bool = True) -> None:
             that one's, and not fit.
 
     Raises:
-        ValueError: the file or the .json beside it cannot be written, or would replace what is read or somebody's own.
+        UserError: the file or the .json beside it cannot be written, or would replace what is read or somebody's own.
     """
-    beside = checkpoint.description_path(path)
+    beside = checkpoint.metadata_path(path)
     taken = [os.path.realpath(x) for x in (path, *sources) if os.path.exists(x)]
     if described:
-        taken += [os.path.realpath(checkpoint.description_path(x)) for x in sources if os.path.exists(x)]
+        taken += [os.path.realpath(checkpoint.metadata_path(x)) for x in sources if os.path.exists(x)]
     if os.path.realpath(beside) in taken:
-        raise ValueError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
-    if os.path.lexists(beside) and not is_description(beside):
-        raise ValueError(f"--output {path} would replace {beside}, which describes no weights; give another name")
+        raise UserError(f"--output {path} has {beside} beside it, which is read or the same; give another name")
+    if os.path.lexists(beside) and not is_metadata(beside):
+        raise UserError(f"--output {path} would replace {beside}, which describes no weights; give another name")
     _cli.check_output(path, *sources)
 
 
-def is_description(path: str) -> bool:
+def is_metadata(path: str) -> bool:
     """Tells a description of weights, as train.py and the tools write them, from other files."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -47,7 +48,9 @@ def is_description(path: str) -> bool:
         return False
 
 
-def write(path: str, arrays: Mapping[str, np.ndarray], description: checkpoint.Description | None = None) -> None:
+def write(
+    path: str, arrays: Mapping[str, np.ndarray], description: checkpoint.CheckpointMetadata | None = None
+) -> None:
     """Writes arrays in the order of Google's files, and what they are of beside them.
 
     A description that stood there is of the file that is replaced, and goes with it.
@@ -62,9 +65,9 @@ def write(path: str, arrays: Mapping[str, np.ndarray], description: checkpoint.D
     """
     ordered = {name: np.ascontiguousarray(x) for name, x in npz.in_files_order(arrays).items()}
     crc32 = checkpoint.checksum(Weights(path, ordered).tensors())
-    with checkpoint.described_write(path, crc32, description) as f:
+    with checkpoint.write_with_metadata(path, crc32, description) as f:
         npz.write(f, ordered)
-    beside = checkpoint.description_path(path)
-    if description is None and is_description(beside):
+    beside = checkpoint.metadata_path(path)
+    if description is None and is_metadata(beside):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)

@@ -17,6 +17,7 @@ from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import _hub, _npz_file
 from tools._transfer import Download, SourceError
 from utils import weights
+from utils.errors import UserError
 
 KINDS = ("auto", "google", "hub")
 
@@ -117,7 +118,7 @@ def from_hub(wanted: Wanted) -> None:
     print(f"{source} stays in the hub's cache")
     try:
         missing = convert(source, path, wanted.model_type)
-    except ValueError as e:
+    except UserError as e:
         raise SourceError(f"{source} cannot be converted to {wanted.model_type}: {e}") from e
     if wanted.upstream != "imagenet21k":
         missing = [name for name in missing if name != "pre_logits"]  # nor has Google's
@@ -141,7 +142,7 @@ def convert(source: str, path: str, model_type: str) -> list[str]:
         What Google's files have and the source has not, of "head" and "pre_logits".
 
     Raises:
-        ValueError: it holds something else than the model's weights.
+        UserError: it holds something else than the model's weights.
         OSError: it cannot be written.
     """
     config = CONFIGS[model_type]
@@ -155,7 +156,7 @@ def from_url(url: str, path: str, model_type: str) -> None:
     """Brings one file of a model's weights, in any layout.
 
     Raises:
-        ValueError: the file is something else than the model's weights.
+        UserError: the file is something else than the model's weights.
         OSError: it could not be fetched or written; it says what stays of it.
     """
     file = Download(url, path, is_npz=False)
@@ -165,7 +166,7 @@ def from_url(url: str, path: str, model_type: str) -> None:
         raise OSError(f"{path} could not be downloaded: {e}{left_over(file)}") from e
     try:
         missing = convert(file.part, path, model_type)
-    except ValueError as e:
+    except UserError as e:
         other = str(e).partition("; it fits --model_type ")[2]
         if other:  # the bytes are good: the same command with the right name needs not fetch them again
             stays = f"; {file.part} stays: convert it with " + tool_command(
@@ -176,9 +177,9 @@ def from_url(url: str, path: str, model_type: str) -> None:
                 "--output",
                 os.path.join(os.path.dirname(path), f"{other}.npz"),
             )
-            raise ValueError(f"{url} is of {other}, not {model_type}{stays}") from e
+            raise UserError(f"{url} is of {other}, not {model_type}{stays}") from e
         file.forget()
-        raise ValueError(f"{url} cannot be loaded as {model_type}: {e}") from e
+        raise UserError(f"{url} cannot be loaded as {model_type}: {e}") from e
     file.forget()
     lacks = ", without a head, as that file is" if "head" in missing else ""
     print(f"{path}: {os.path.getsize(path):,} bytes{lacks}")

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.errors import UserError
+
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -103,14 +105,14 @@ def run(args: argparse.Namespace) -> int:
     """Draws what the flags name; returns the exit status.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OSError: the file could not be written.
     """
     if not args.output.lower().endswith(".png"):
-        raise ValueError(f"--output {args.output} does not end in .png, which is what is written")
+        raise UserError(f"--output {args.output} does not end in .png, which is what is written")
     if not os.path.isfile(args.picture):
-        raise ValueError(f"there is no picture {args.picture}")
-    picture = datasets.read_picture(args.picture)
+        raise UserError(f"there is no picture {args.picture}")
+    picture = datasets.read_image(args.picture)
     _cli.check_output(args.output, args.picture, args.load_model_dir)
     device = dist_util.setup(args.device, -1)
     loaded = _finetuned.load(args, vis=True)

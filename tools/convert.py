@@ -14,6 +14,8 @@ import argparse
 import os
 import sys
 
+from utils.errors import UserError
+
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -21,19 +23,19 @@ from models import npz, pretrained
 from models.configs import CONFIGS
 from tools import _cli, _npz_file
 from utils import checkpoint
-from utils.told import Told
+from utils.metadata import Metadata
 
 
-def describe(source: pretrained.Source) -> checkpoint.Description | None:
+def describe(source: pretrained.Source) -> checkpoint.CheckpointMetadata | None:
     """Collects what files beside the weights tell; returns None if they do not name the classes."""
-    told = source.told or Told("")
+    told = source.told or Metadata("")
     if told.description is not None:
         return told.description
     if told.classes is None or len(told.classes) != source.num_classes or len(set(told.classes)) < len(told.classes):
         return None
     config = CONFIGS[source.model_type]
     trained_for = config.size_of(source.arrays[npz.POSITIONS].shape[1])
-    return checkpoint.Description(
+    return checkpoint.CheckpointMetadata(
         source.model_type, told.img_size or trained_for, told.classes, told.gelu or config.gelu, "", 0, -1.0
     )
 
@@ -52,16 +54,16 @@ def run(args: argparse.Namespace) -> int:
     """Converts what the flags name; returns the exit status.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OSError: the file could not be written.
     """
     if not os.path.exists(args.file):
-        raise ValueError(f"there is no file {args.file}")
+        raise UserError(f"there is no file {args.file}")
     if not args.output.endswith(".npz"):
-        raise ValueError(f"--output {args.output} does not end in .npz, which is what is written")
+        raise UserError(f"--output {args.output} does not end in .npz, which is what is written")
     source = pretrained.load(args.file, args.model_type)
     description = describe(source)
-    beside = checkpoint.description_path(source.path)
+    beside = checkpoint.metadata_path(source.path)
     _npz_file.check_output(args.output, source.path, beside, described=description is not None)
     _npz_file.write(args.output, source.arrays, description)
     head = "no head" if source.num_classes is None else f"a head of {source.num_classes} classes"

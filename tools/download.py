@@ -19,6 +19,8 @@ import os
 import sys
 import urllib.parse
 
+from utils.errors import UserError
+
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -33,31 +35,31 @@ from utils import files
 
 
 def check_address(flag: str, url: str) -> None:
-    """Raises ValueError unless files can be below such an address."""
+    """Raises UserError unless files can be below such an address."""
     try:
         parts = urllib.parse.urlsplit(url)
         fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # of the port
         fits = False
     if not fits or not all("!" <= letter <= "~" for letter in url):
-        raise ValueError(f"{flag} {url} is no address; expected https://HOST/PATH, or http://")
+        raise UserError(f"{flag} {url} is no address; expected https://HOST/PATH, or http://")
 
 
 def choose(name: str, upstream: str | None) -> tuple[str, str]:
     """The upstream and the name in ``UPSTREAMS`` of a model's file.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     name = canonical_name(name)
     having = upstreams(name)
     if not having:
         every = dict.fromkeys(model for files in UPSTREAMS.values() for model in files)
-        raise ValueError(f"no file of {name} is known; there are {', '.join(every)} (--list shows where)")
+        raise UserError(f"no file of {name} is known; there are {', '.join(every)} (--list shows where)")
     if upstream is None:
         return having[0], name
     if upstream not in having:
-        raise ValueError(f"--upstream {upstream} has no {name}; it is in {', '.join(having)}")
+        raise UserError(f"--upstream {upstream} has no {name}; it is in {', '.join(having)}")
     return upstream, name
 
 
@@ -111,13 +113,13 @@ def settings(args: argparse.Namespace) -> Sources:
     """The sources that the flags name.
 
     Raises:
-        ValueError: they contradict each other, or name no address.
+        UserError: they contradict each other, or name no address.
     """
     if args.base_url is None:
         return Sources(args.source or "auto", BUCKET)
     check_address("--base_url", args.base_url)
     if args.source == "hub":
-        raise ValueError("--base_url has no effect with --source hub, whose mirror HF_ENDPOINT names; leave one out")
+        raise UserError("--base_url has no effect with --source hub, whose mirror HF_ENDPOINT names; leave one out")
     return Sources(args.source or "google", args.base_url)
 
 
@@ -125,15 +127,15 @@ def download_url(url: str, name: str, to: str) -> int:
     """Fetches the file of ``--url``; returns the exit status.
 
     Raises:
-        ValueError: the model is not known, or the file is something else than its weights.
+        UserError: the model is not known, or the file is something else than its weights.
         OSError: it could not be fetched or written.
     """
     model_type = canonical_name(name.removesuffix("-224"))  # which --list has of some models
     if model_type not in CONFIGS:
-        raise ValueError(f"no model is called {name}; expected a --model_type of train.py, such as ViT-B_32")
+        raise UserError(f"no model is called {name}; expected a --model_type of train.py, such as ViT-B_32")
     path = path_in(to, f"{model_type}.npz")
     files.check_writable(os.path.dirname(path) or ".")
-    with files.only_run(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
+    with files.file_lock(f"{path}.part.lock", f"downloading {path}; wait for it, or stop it"):
         if os.path.isfile(path):
             print(f"{path} is there already; remove it to fetch it again")
         else:
@@ -145,33 +147,33 @@ def download(args: argparse.Namespace) -> int:
     """Fetches what the flags name; returns the exit status.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OSError: a file could not be fetched or written.
     """
     if args.list:
         print_list(args.to)
         return 0
     if not args.models:
-        raise ValueError("name a model, such as ViT-B_32; --list prints them")
+        raise UserError("name a model, such as ViT-B_32; --list prints them")
     if args.url is not None:
         check_address("--url", args.url)
         if others := [flag for flag in ("base_url", "source", "upstream") if getattr(args, flag) is not None]:
-            raise ValueError(f"--url names the file itself, so --{others[0]} has no effect; leave one out")
+            raise UserError(f"--url names the file itself, so --{others[0]} has no effect; leave one out")
         if len(args.models) > 1:
-            raise ValueError(f"--url is one file, for {len(args.models)} models; name one")
+            raise UserError(f"--url is one file, for {len(args.models)} models; name one")
         return download_url(args.url, args.models[0], args.to)
     sources = settings(args)
     chosen = dict.fromkeys(choose(name, args.upstream) for name in args.models)
     is_folder = destination(args.to, "", "") != args.to
     if len(chosen) > 1 and not is_folder:
-        raise ValueError(f"--to {args.to} is one file, for {len(chosen)} models; give a folder")
+        raise UserError(f"--to {args.to} is one file, for {len(chosen)} models; give a folder")
     for upstream, name in chosen:
         wanted = Wanted(upstream, name, destination(args.to, upstream, name), is_folder)
         if os.path.isfile(wanted.path):
             print(f"{wanted.path} is there already; remove it to fetch it again")
             continue
         files.check_writable(os.path.dirname(wanted.path) or ".")
-        with files.only_run(f"{wanted.path}.part.lock", f"downloading {wanted.path}; wait for it, or stop it"):
+        with files.file_lock(f"{wanted.path}.part.lock", f"downloading {wanted.path}; wait for it, or stop it"):
             if os.path.isfile(wanted.path):  # another process has just brought it
                 continue
             try:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from utils.errors import UserError
+
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -51,12 +53,14 @@ def write_npz(loaded: _finetuned.Finetuned, path: str) -> str:
     )
 
 
-def describe(loaded: _finetuned.Finetuned) -> checkpoint.Description | None:
+def describe(loaded: _finetuned.Finetuned) -> checkpoint.CheckpointMetadata | None:
     """The description of a model as it was loaded; None if its classes have no names, or share one."""
     if loaded.classes is None or len(set(loaded.classes)) < len(loaded.classes):
         return None
     model = loaded.model
-    known = loaded.description or checkpoint.Description("", 1, loaded.classes, "", dataset="", step=0, accuracy=-1.0)
+    known = loaded.description or checkpoint.CheckpointMetadata(
+        "", 1, loaded.classes, "", dataset="", step=0, accuracy=-1.0
+    )
     return replace(
         known, model_type=loaded.model_type, img_size=model.img_size, classes=loaded.classes, gelu=model.config.gelu
     )
@@ -78,17 +82,17 @@ def make_parser() -> _cli.Parser:
 
 
 def check_output(args: argparse.Namespace, described: bool) -> None:
-    """Raises ValueError if what the flags name cannot be written there."""
+    """Raises UserError if what the flags name cannot be written there."""
     read = args.load_model_dir
     sources = [os.path.join(read, name) for name in os.listdir(read)] if os.path.isdir(read) else [read]
-    sources.append(checkpoint.description_path(read))
+    sources.append(checkpoint.metadata_path(read))
     if args.format in FOLDERS:
         _export_folder.check_new_folder(args.output)
         return
     if args.format == "pt2" and not args.output.endswith(".pt2"):
-        raise ValueError(f"--output {args.output} does not end in .pt2, which torch.export.load wants")
+        raise UserError(f"--output {args.output} does not end in .pt2, which torch.export.load wants")
     if args.format == "onnx" and not args.output.endswith(".onnx"):
-        raise ValueError(f"--output {args.output} does not end in .onnx, by which its readers know the format")
+        raise UserError(f"--output {args.output} does not end in .onnx, by which its readers know the format")
     if args.format == "npz":
         _npz_file.check_output(args.output, *sources, described=described)
     else:
@@ -99,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
     """Writes what the flags name; returns the exit status.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OSError: it could not be written.
     """
     if args.opset is not None and args.format != "onnx":
-        raise ValueError(f"--opset is of --format onnx, not {args.format}; leave it out")
+        raise UserError(f"--opset is of --format onnx, not {args.format}; leave it out")
     loaded = _finetuned.load(args)
     check_output(args, described=describe(loaded) is not None)
     writers: dict[str, Callable[[_finetuned.Finetuned, str], str]] = {

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.errors import UserError
+
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -30,27 +32,27 @@ from utils import augment, datasets, dist_util, hardware, memory
 from utils.precision import Precision
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
-Prediction = tuple[str, Tensor | datasets.PictureError]
+Prediction = tuple[str, Tensor | datasets.ImageError]
 
 
-def find_pictures(paths: list[str]) -> list[str]:
+def find_images(paths: list[str]) -> list[str]:
     """The pictures that paths of pictures and folders mean, in their order.
 
     Raises:
-        ValueError: there is no such file, or no picture in a folder.
+        UserError: there is no such file, or no picture in a folder.
     """
     found = []
     for path in paths:
         if os.path.isdir(path):
-            below = datasets.pictures_below(path)
+            below = datasets.images_below(path)
             if not below:
                 kinds = ", ".join(ending[1:] for ending in datasets.EXTENSIONS)
-                raise ValueError(f"the folder {path} holds no picture ({kinds})")
+                raise UserError(f"the folder {path} holds no picture ({kinds})")
             found += below
         elif os.path.exists(path):
             found.append(path)
         else:
-            raise ValueError(f"there is no picture {path}")
+            raise UserError(f"there is no picture {path}")
     return found
 
 
@@ -65,10 +67,10 @@ def predict(model: VisionTransformer, paths: list[str], batch_size: int, device:
     """
     transform = augment.EvalTransform(model.img_size)
 
-    def prepare(path: str) -> Tensor | datasets.PictureError:
+    def prepare(path: str) -> Tensor | datasets.ImageError:
         try:
-            return transform.picture(datasets.read_picture(path), torch.empty(0))  # (3, S, S) uint8
-        except datasets.PictureError as e:
+            return transform.picture(datasets.read_image(path), torch.empty(0))  # (3, S, S) uint8
+        except datasets.ImageError as e:
             return e
 
     with ThreadPoolExecutor(hardware.num_cpus()) as pool, torch.inference_mode():
@@ -117,10 +119,10 @@ def run(args: argparse.Namespace) -> int:
     """Classifies what the flags name; returns the exit status: 2 if a picture could not be read.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OutOfMemory: a smaller ``--batch_size`` may do.
     """
-    paths = find_pictures(args.pictures)
+    paths = find_images(args.pictures)
     device = dist_util.setup(args.device, -1)
     loaded = _finetuned.load(args)
     classes, model = loaded.class_names(), loaded.model.to(device)
@@ -128,11 +130,13 @@ def run(args: argparse.Namespace) -> int:
     status, objects = 0, []
     options = dist_util.bar_options()
     options["disable"] |= len(paths) <= args.batch_size  # it would only flicker
-    remedy = memory.memory_remedy(f"classifying {args.batch_size} pictures at once; give a smaller --batch_size")
+    remedy = memory.explain_out_of_memory(
+        f"classifying {args.batch_size} pictures at once; give a smaller --batch_size"
+    )
     with remedy, tqdm(total=len(paths), desc="Predicting", unit="picture", leave=False, **options) as bar:
         for path, result in predict(model, paths, args.batch_size, device):
             bar.update()
-            if isinstance(result, datasets.PictureError):
+            if isinstance(result, datasets.ImageError):
                 with bar.external_write_mode(file=sys.stderr):
                     status = _cli.fail("predict", result, 2)
                 continue

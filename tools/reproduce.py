@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from utils.errors import UserError
+
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -56,11 +58,11 @@ def choose(patterns: list[str] | None) -> list[Row]:
     """The rows that names or patterns mean, in the order of the list; all without any.
 
     Raises:
-        ValueError: a pattern means none.
+        UserError: a pattern means none.
     """
     for pattern in patterns or ():
         if not fnmatch.filter(ROWS, pattern):
-            raise ValueError(f"--rows {pattern} is none of the rows; --list prints their names")
+            raise UserError(f"--rows {pattern} is none of the rows; --list prints their names")
     return [row for name, row in ROWS.items() if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
@@ -78,7 +80,7 @@ def weights(row: Row, folder: str) -> str:
 
 
 def check_weights(rows: list[Row], folder: str) -> None:
-    """Raises ValueError with the command that downloads what is missing, if anything is."""
+    """Raises UserError with the command that downloads what is missing, if anything is."""
     missing = {weights(row, folder): row.model_type for row in rows}
     missing = {path: model for path, model in missing.items() if not os.path.isfile(path)}
     if not missing:
@@ -87,18 +89,18 @@ def check_weights(rows: list[Row], folder: str) -> None:
     models = [model for model in missing.values() if model != DEMO]
     if not models:
         own = shlex.quote(own_path("checkpoint"))
-        raise ValueError(f"{problem}; it comes with this repository: give --checkpoint_dir {own}")
+        raise UserError(f"{problem}; it comes with this repository: give --checkpoint_dir {own}")
     to = [] if os.path.normpath(folder) == "checkpoint" else ["--to", folder]
-    raise ValueError(f"{problem}; download with: {tool_command('download', *models, *to)}")
+    raise UserError(f"{problem}; download with: {tool_command('download', *models, *to)}")
 
 
 def check_extra(extra: list[str]) -> None:
-    """Raises ValueError for a flag after -- that would make another training of a row."""
+    """Raises UserError for a flag after -- that would make another training of a row."""
     for word in extra:
         flag = word.split("=")[0]
         owned = [own for own in OWN_FLAGS if flag.startswith("--") and own.startswith(flag)]
         if owned or word[:2] in ("-v", "-h"):
-            raise ValueError(f"{word} after -- makes another training of a row; give train.py's other flags only")
+            raise UserError(f"{word} after -- makes another training of a row; give train.py's other flags only")
 
 
 def run_name(row: Row) -> str:
@@ -233,7 +235,7 @@ def read_results(path: str) -> dict[str, dict[str, Any]]:
     """The results so far, by the names of their rows.
 
     Raises:
-        ValueError: the file holds something else.
+        UserError: the file holds something else.
     """
     if not os.path.exists(path):
         return {}
@@ -242,13 +244,13 @@ def read_results(path: str) -> dict[str, dict[str, Any]]:
             rows = json.load(f)["rows"]
         for name, record in rows.items():
             if missing := KEYS - record.keys():
-                raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+                raise UserError(f"{name} lacks {', '.join(sorted(missing))}")
             if record["status"] == "done":
                 float(record["accuracy"])
         as_markdown(rows)  # this tool did not write what it cannot show
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path} does not hold results of this tool ({reason}); remove or rename it") from e
+        raise UserError(f"{path} does not hold results of this tool ({reason}); remove or rename it") from e
     return rows
 
 
@@ -348,7 +350,7 @@ def run(args: argparse.Namespace) -> int:
     """Does what the flags ask for; returns the exit status.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OSError: the results could not be written.
     """
     rows = choose(args.rows)

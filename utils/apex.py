@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.precision import MOMENTUM, Precision
 
 
@@ -92,14 +93,14 @@ def import_apex_amp(device: torch.device) -> ModuleType:
     """``apex.amp``.
 
     Raises:
-        ValueError: it is not there, or the run is not on a GPU.
+        UserError: it is not there, or the run is not on a GPU.
     """
     if device.type != "cuda":
-        raise ValueError(f"--amp_backend apex needs a CUDA GPU, not {device.type}; use --amp_backend native")
+        raise UserError(f"--amp_backend apex needs a CUDA GPU, not {device.type}; use --amp_backend native")
     try:
         from apex import amp
     except ImportError as e:
-        raise ValueError(
+        raise UserError(
             "--amp_backend apex: no NVIDIA apex with amp is installed (apex removed amp in 25.07); "
             "--amp_backend native does the same"
         ) from e

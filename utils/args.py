@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from models.configs import CONFIGS
 from utils import dist_util, hardware
+from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS
 from utils.scheduler import DECAY_TYPES
 
@@ -121,32 +122,32 @@ def make_parser() -> Parser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for what the types of the flags let through; fills in the defaults that depend on others."""
+    """Raises UserError for what the types of the flags let through; fills in the defaults that depend on others."""
     at_least_one = (
         "img_size", "train_batch_size", "eval_batch_size", "eval_every", "log_every", "num_steps",
         "gradient_accumulation_steps", "save_every",
     )  # fmt: skip
     for name in at_least_one:
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
+            raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
     for name in ("learning_rate", "weight_decay", "warmup_steps", "seed", "loss_scale"):
         if not 0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+            raise UserError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     if not args.max_grad_norm > 0:
-        raise ValueError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
+        raise UserError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
     if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise ValueError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
+        raise UserError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
     if os.path.basename(args.name) != args.name or args.name in ("", ".", "..") or not args.name.isprintable():
-        raise ValueError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
+        raise UserError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
     if len(os.fsencode(args.name)) > 200:
-        raise ValueError(f"--name has {len(args.name)} characters, too many for the names of files")
+        raise UserError(f"--name has {len(args.name)} characters, too many for the names of files")
     if args.train_batch_size % args.gradient_accumulation_steps:
-        raise ValueError(
+        raise UserError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of "
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
         )
     if args.seed >= 2**63:
-        raise ValueError(f"--seed is {args.seed}, expected less than 2**63")
+        raise UserError(f"--seed is {args.seed}, expected less than 2**63")
     if args.warmup_steps >= args.num_steps and not args.eval_only:
         logger.warning(
             "--warmup_steps %d of --num_steps %d: the learning rate does not get to fall",
@@ -157,12 +158,12 @@ def check_args(args: argparse.Namespace) -> None:
     if half and not args.fp16:
         logger.warning("--fp16_opt_level, --amp_dtype, --amp_backend and --loss_scale have no effect without --fp16")
     if args.fp16 and args.amp_backend == "apex" and args.amp_dtype == "bfloat16":
-        raise ValueError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
+        raise UserError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
     if args.load_model_dir is not None and not args.eval_only:
-        raise ValueError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
+        raise UserError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
     if args.zero_head and (args.eval_only or args.pretrained_dir == ""):
         logger.warning("--zero_head has no effect without weights to train on from")
     if args.num_workers is None:
         args.num_workers = min(8, hardware.num_cpus())
     if args.num_workers < 0:
-        raise ValueError(f"--num_workers is {args.num_workers}, expected 0 or more")
+        raise UserError(f"--num_workers is {args.num_workers}, expected 0 or more")

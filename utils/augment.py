@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.hardware import move
+from utils.hardware import to_device
 
 SCALE = (0.05, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
@@ -173,7 +173,7 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
         box = boxes[some]
         if len(box) == 0:
             continue
-        lot = move(some.nonzero()[:, 0], pictures.device)
+        lot = to_device(some.nonzero()[:, 0], pictures.device)
         x, mirror = pictures[lot], None if mirrored is None else mirrored[lot]
         if not turned:
             out[lot] = _width_first(x, box, out_size, mirror)
@@ -185,7 +185,7 @@ def resized_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tenso
 
 def _width_first(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
     """As ``resized_crop``, the horizontal pass first in all pictures."""
-    top, left, height, width = move(boxes, pictures.device).unbind(dim=1)
+    top, left, height, width = to_device(boxes, pictures.device).unbind(dim=1)
     in_height, in_width = pictures.shape[2:]
     pixel, weights = filter_taps(top, height, in_height, out_size)
     cols = as_matrix(*filter_taps(left, width, in_width, out_size), in_width)  # (B, W, out)
@@ -293,7 +293,7 @@ class TrainTransform(EvalTransform):
     def batch(self, pictures: Tensor, draws: Tensor) -> Tensor:
         """As ``EvalTransform.batch``, of a crop of each picture; ``draws`` are on the CPU."""
         boxes = crop_boxes(draws, *pictures.shape[2:])
-        mirrored = move(flips(draws), pictures.device) if self.hflip else None
+        mirrored = to_device(flips(draws), pictures.device) if self.hflip else None
         return resized_crop(pictures, boxes, self.img_size, mirrored)
 
     def picture(self, picture: Image.Image, draws: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from utils import files
+from utils.errors import UserError
 
 STATE_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Description:
+class CheckpointMetadata:
     """What fine-tuned weights are of.
 
     Attributes:
@@ -57,9 +58,9 @@ class Description:
             if not isinstance(value := getattr(self, name), kinds) or isinstance(value, bool)
         ]
         if wrong or not all(isinstance(name, str) for name in self.classes):
-            raise ValueError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
+            raise UserError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
         if self.img_size < 1 or not self.classes or len(set(self.classes)) < len(self.classes):
-            raise ValueError("img_size or classes: impossible values")
+            raise UserError("img_size or classes: impossible values")
 
 
 _KINDS: dict[str, Any] = {
@@ -73,26 +74,26 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def save_weights(path: str, state: Mapping[str, Tensor], description: Description | None = None) -> int:
-    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``described_write``.
+def save_weights(path: str, state: Mapping[str, Tensor], description: CheckpointMetadata | None = None) -> int:
+    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``write_with_metadata``.
 
     Returns:
         The checksum of the weights.
     """
     tensors = {name: x.detach().cpu() for name, x in state.items()}
     crc32 = checksum(tensors)
-    with described_write(path, crc32, description) as f:
+    with write_with_metadata(path, crc32, description) as f:
         torch.save(tensors, f)
     return crc32
 
 
 @contextlib.contextmanager
-def described_write(path: str, crc32: int, description: Description | None = None) -> Iterator[IO[bytes]]:
+def write_with_metadata(path: str, crc32: int, description: CheckpointMetadata | None = None) -> Iterator[IO[bytes]]:
     """Opens a file for weights, as ``files.atomic_write`` does, and writes their description beside it.
 
     The weights are on the disk under a temporary name when the description takes its place, and take
     their own at once after it: a full disk leaves the old pair as it was.  For a kill between the two,
-    the description holds a checksum of its weights, by which ``read_description`` knows them.
+    the description holds a checksum of its weights, by which ``read_metadata`` knows them.
 
     Args:
         path: of the weights.
@@ -105,7 +106,7 @@ def described_write(path: str, crc32: int, description: Description | None = Non
             f.flush()
             os.fsync(f.fileno())
             text = json.dumps({**asdict(description), "crc32": crc32}, indent=1, allow_nan=False)
-            with files.atomic_write(description_path(path)) as beside:
+            with files.atomic_write(metadata_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 
 
@@ -121,7 +122,7 @@ def keep_earlier(path: str) -> str:
     Raises:
         OSError: the disk cannot hold them twice, where it has no links.
     """
-    beside, (stem, ending) = description_path(path), os.path.splitext(path)
+    beside, (stem, ending) = metadata_path(path), os.path.splitext(path)
     for n in itertools.count(1):
         kept, kept_beside = f"{stem}.earlier-{n}{ending}", f"{stem}.earlier-{n}.json"
         if _same_file(path, kept):
@@ -160,32 +161,32 @@ def checksum(state: Mapping[str, Tensor]) -> int:
     return crc
 
 
-class Unmatched(ValueError):
+class Unmatched(UserError):
     """A description is of other weights than those it stands beside."""
 
 
-def description_path(path: str) -> str:
+def metadata_path(path: str) -> str:
     """Where the description of the weights ``path`` is: a .json of the same name."""
     return os.path.splitext(path)[0] + ".json"
 
 
-def read_description(path: str, state: Mapping[str, Tensor]) -> Description | None:
+def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata | None:
     """The description beside the weights ``path``, which hold ``state``; None if there is none.
 
     Raises:
-        ValueError: it cannot be read, or it is of other weights.
+        UserError: it cannot be read, or it is of other weights.
     """
-    beside = description_path(path)
+    beside = metadata_path(path)
     if beside == path or not os.path.isfile(beside):
         return None
     try:
         with open(beside, encoding="utf-8") as f:
             found = json.load(f)
-        description = Description(**{field.name: found[field.name] for field in fields(Description)})
+        description = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
     except KeyError as e:
-        raise ValueError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e
+        raise UserError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{beside} does not describe a checkpoint ({e}); remove it") from e
+        raise UserError(f"{beside} does not describe a checkpoint ({e}); remove it") from e
     if found.get("crc32") != checksum(state):
         raise Unmatched(
             f"{beside} describes other weights than {path} holds: one was copied without the other, "
@@ -195,22 +196,22 @@ def read_description(path: str, state: Mapping[str, Tensor]) -> Description | No
 
 
 def _check_archive(path: str) -> None:
-    """Raises ValueError if a file of torch.save would take more memory than it has bytes."""
+    """Raises UserError if a file of torch.save would take more memory than it has bytes."""
     if not zipfile.is_zipfile(path):
         return  # the format of old, whose tensors are compared with the file's size when they are read
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-            raise ValueError("it would unpack to more than it holds")
+            raise UserError("it would unpack to more than it holds")
 
 
 def check_tensors(path: str, tensors: Iterable[Tensor]) -> None:
-    """Raises ValueError for a tensor that is larger than what the file holds of it, or of a special kind."""
+    """Raises UserError for a tensor that is larger than what the file holds of it, or of a special kind."""
     size = os.path.getsize(path)
     for x in tensors:
         if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
-            raise ValueError("it holds a tensor of a special kind")
+            raise UserError("it holds a tensor of a special kind")
         if x.numel() * x.element_size() > min(x.untyped_storage().nbytes(), size):
-            raise ValueError(f"it has a tensor of shape {tuple(x.shape)} without that many numbers")
+            raise UserError(f"it has a tensor of shape {tuple(x.shape)} without that many numbers")
 
 
 SAVE_REMEDY = "save `model.state_dict()` and give that file"
@@ -220,7 +221,7 @@ def load_torch(path: str) -> Any:
     """Reads a file of torch.save: tensors and containers of them, and argparse's flags, which trainers put beside.
 
     Raises:
-        ValueError: it is damaged, or holds anything else, which could run code.  The message begins with "it".
+        UserError: it is damaged, or holds anything else, which could run code.  The message begins with "it".
     """
     try:
         _check_archive(path)
@@ -229,29 +230,29 @@ def load_torch(path: str) -> Any:
             return torch.load(f, map_location="cpu", weights_only=True)  # a path it would judge by its ending
     except UnpicklingError as e:
         # torch's own text advises to load the file without safety.
-        raise ValueError(
+        raise UserError(
             f"it is no checkpoint, or holds more than tensors, which could run code and is not read; {SAVE_REMEDY}"
         ) from e
     except Exception as e:  # damaged bytes lead the reader to IndexError, AssertionError, struct.error and more
-        raise ValueError("it is no file of torch.save, or cut off or damaged") from e
+        raise UserError("it is no file of torch.save, or cut off or damaged") from e
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
     """Reads a state_dict that this program wrote.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds something else than tensors.
+        UserError: the file is missing, damaged, or holds something else than tensors.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}")
     try:
         state = load_torch(path)
         named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items())
         if not named or not state:
-            raise ValueError(f"it holds no state_dict (names and tensors); {SAVE_REMEDY}")
+            raise UserError(f"it holds no state_dict (names and tensors); {SAVE_REMEDY}")
         check_tensors(path, state.values())
-    except ValueError as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from e
+    except UserError as e:
+        raise UserError(f"{path} cannot be read as a checkpoint: {e}") from e
     return state
 
 
@@ -266,7 +267,7 @@ class TrainingState:
         evaluated: the last update after which the model was evaluated.
         best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
         best_step: the update after which that was.
-        best: what that evaluation found, by the names of ``evaluation.Evaluation``.
+        best: what that evaluation found, by the names of ``evaluation.EvalResult``.
         best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
         model: float32 weights by the model's names.
         optimizer, precision, log: what these objects keep.
@@ -288,9 +289,9 @@ class TrainingState:
     def __post_init__(self) -> None:
         for name, kind in _STATE_KINDS.items():
             if type(getattr(self, name)) is not kind:
-                raise ValueError(f"{name}: of another kind than expected")
+                raise UserError(f"{name}: of another kind than expected")
         if not 0 <= self.evaluated <= self.step:
-            raise ValueError("step or evaluated: impossible values")
+            raise UserError("step or evaluated: impossible values")
 
 
 _STATE_KINDS: dict[str, type] = {
@@ -319,33 +320,33 @@ def load_state(path: str) -> TrainingState:
     """Reads the state of a run, and compares the checksums of all it holds.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds something else.
+        UserError: the file is missing, damaged, or holds something else.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no training state {path}; --resume takes a <name>_last.pt")
+        raise UserError(f"there is no training state {path}; --resume takes a <name>_last.pt")
     try:
         _check_archive(path)
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
+                raise UserError(f"{damaged} is damaged")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged bytes lead the reader to many classes; what could run code is not read
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a training state (damaged, or not written by this program); "
             "--resume none starts over"
         ) from e
     if isinstance(found, dict) and found and all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(
+        raise UserError(
             f"{path} holds weights and no training state of this version; --resume takes a <name>_last.pt, "
             "or none to start over"
         )
     try:
         if found.pop("format") != STATE_FORMAT:
-            raise ValueError("another version's")
+            raise UserError("another version's")
         check_tensors(path, _tensors_in(found))
         return TrainingState(**found)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} holds no training state of this version; --resume none starts over") from e
+        raise UserError(f"{path} holds no training state of this version; --resume none starts over") from e
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """The batches that each update and each evaluation takes from a data set (utils/datasets.py has those).
 
-Pictures in memory are transformed a batch at a time on the device that trains; those in files are decoded
+Images in memory are transformed a batch at a time on the device that trains; those in files are decoded
 by worker processes.  Which pictures an update takes, and every random number of their crops, is a function
 of the seed and the update's number (``StepSampler``): nothing is carried along that a resumed run would
 have to restore.
@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.datasets import FilePictures, MemoryPictures, PictureError, Pictures, read_picture
-from utils.hardware import move
+from utils.datasets import FileImages, ImageError, Images, MemoryImages, read_image
+from utils.hardware import to_device
 
 #: How often a process that decodes looks whether its run is still there.
 LOOK_SECS = 0.5
@@ -110,7 +110,7 @@ class StepSampler:
 
 
 def train_batches(
-    pictures: Pictures,
+    pictures: Images,
     sampler: StepSampler,
     steps: Iterable[int],
     micro_batch_size: int,
@@ -121,13 +121,13 @@ def train_batches(
     """The training's batches: for each of ``steps`` in turn, its pictures in parts of ``micro_batch_size``.
 
     Raises:
-        PictureError: a picture cannot be decoded.
+        ImageError: a picture cannot be decoded.
     """
     return _batches(pictures, _train_parts(sampler, steps, micro_batch_size), transform, device, num_workers)
 
 
 def eval_batches(
-    pictures: Pictures,
+    pictures: Images,
     batch_size: int,
     transform: Transform,
     device: torch.device,
@@ -138,14 +138,14 @@ def eval_batches(
     """This process's share of all pictures, each once, in order; the last batch may be smaller.
 
     Raises:
-        PictureError: a picture cannot be decoded.
+        ImageError: a picture cannot be decoded.
     """
     mine = torch.arange(len(pictures))[rank::world_size]
     parts = [(indices, torch.empty(len(indices), 0)) for indices in mine.split(batch_size) if len(indices)]
     return _batches(pictures, parts, transform, device, num_workers)
 
 
-def num_eval_batches(pictures: Pictures, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
+def num_eval_batches(pictures: Images, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
     """How many batches ``eval_batches`` gives."""
     return math.ceil(len(range(rank, len(pictures), world_size)) / batch_size)
 
@@ -162,12 +162,12 @@ def _train_parts(sampler: StepSampler, steps: Iterable[int], micro_batch_size: i
 
 
 def _batches(
-    pictures: Pictures, parts: Parts, transform: Transform, device: torch.device, num_workers: int
+    pictures: Images, parts: Parts, transform: Transform, device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
-    if isinstance(pictures, MemoryPictures):
+    if isinstance(pictures, MemoryImages):
         here = pictures.to(device)
         for indices, draws in parts:
-            at = move(indices, device)
+            at = to_device(indices, device)
             yield transform.batch(here.images[at], draws), here.labels[at]
         return
     items = (list(zip(indices.tolist(), draws)) for indices, draws in parts)
@@ -182,8 +182,8 @@ def _batches(
     )
     for batch in _worker_errors(loader):
         if isinstance(batch, str):
-            raise PictureError(batch)
-        x, y = (move(t, device) for t in batch)
+            raise ImageError(batch)
+        x, y = (to_device(t, device) for t in batch)
         yield transform.complete(x), y
 
 
@@ -244,15 +244,15 @@ class _DecodeTask(Dataset):
     as a stack.
     """
 
-    def __init__(self, pictures: FilePictures, transform: Transform) -> None:
+    def __init__(self, pictures: FileImages, transform: Transform) -> None:
         self.pictures = pictures
         self.transform = transform
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | str:
         index, draws = item
         try:
-            picture = read_picture(self.pictures.paths[index])
-        except PictureError as e:
+            picture = read_image(self.pictures.paths[index])
+        except ImageError as e:
             return str(e)
         return self.transform.picture(picture, draws), self.pictures.labels[index]
 

@@ -1,6 +1,6 @@
 """Data sets: which pictures there are, and what they show.
 
-Small pictures sit in memory as uint8, large ones stay in their files.  Pictures of any mode become RGB here.
+Small pictures sit in memory as uint8, large ones stay in their files.  Images of any mode become RGB here.
 This module must not know models, nor what becomes of a picture (utils/data_utils.py makes the batches).
 """
 
@@ -21,22 +21,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import cifar, dist_util
+from utils.errors import UserError
 
 CLASS_NAMES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100, "digits": tuple("0123456789")}
 NAMED_DATASETS = tuple(CLASS_NAMES)
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: A folder's split is decoded once, into memory, if its pictures have one size and are this small.
-MEMORY_PICTURE_PX = 256 * 256
+MEMORY_IMAGE_PX = 256 * 256
 MEMORY_LIMIT_BYTES = 2**30
 DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
 
 
-class PictureError(ValueError):
+class ImageError(UserError):
     """A picture of the user's cannot be read; the message names its path."""
 
 
 @dataclass(frozen=True)
-class MemoryPictures:
+class MemoryImages:
     """Pictures in memory: (N, 3, H, W) uint8, labels (N,) int64."""
 
     images: Tensor
@@ -49,13 +50,13 @@ class MemoryPictures:
         """CRC-32 of the pictures and labels."""
         return zlib.crc32(self.labels.numpy().data, zlib.crc32(self.images.contiguous().numpy().data))
 
-    def to(self, device: torch.device) -> MemoryPictures:
+    def to(self, device: torch.device) -> MemoryImages:
         """The same on a device, once for all updates and evaluations."""
-        return MemoryPictures(self.images.to(device), self.labels.to(device))
+        return MemoryImages(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
-class FilePictures:
+class FileImages:
     """Pictures that are decoded when they are needed; labels (N,) int64."""
 
     paths: list[str]
@@ -69,20 +70,20 @@ class FilePictures:
         names = "\n".join("/".join(os.path.normpath(path).split(os.sep)[-3:]) for path in self.paths)
         return zlib.crc32(self.labels.numpy().data, zlib.crc32(names.encode("utf-8", "surrogateescape")))
 
-    def to(self, device: torch.device) -> FilePictures:
+    def to(self, device: torch.device) -> FileImages:
         """Themselves: what is decoded moves with its batch."""
         return self
 
 
-Pictures = MemoryPictures | FilePictures
+Images = MemoryImages | FileImages
 
 
 @dataclass(frozen=True)
 class DataSets:
     """What a run learns from and is measured on; ``classes`` are the labels' names."""
 
-    train: Pictures
-    test: Pictures
+    train: Images
+    test: Images
     classes: list[str]
 
     def checksum(self) -> str:
@@ -104,11 +105,11 @@ def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
         num_workers: threads that decode.
 
     Raises:
-        ValueError: no such data set, or a folder that is none.
+        UserError: no such data set, or a folder that is none.
         ConnectionError: a download failed.
     """
     if name in ("cifar10", "cifar100"):
-        with dist_util.main_first():
+        with dist_util.main_process_first():
             return _load_cifar(name, data_dir)
     if name == "digits":
         return _load_digits()
@@ -117,7 +118,7 @@ def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
 
 
 def check_layout(name: str) -> None:
-    """Raises ValueError unless ``name`` is a data set's, or a folder's whose every class has pictures in both splits.
+    """Raises UserError unless ``name`` is a data set's, or a folder's whose every class has pictures in both splits.
 
     Lists folders and reads no picture, so that it can come before anything that takes long: 100,000 files on a
     local disk take 0.1 s.
@@ -127,13 +128,13 @@ def check_layout(name: str) -> None:
         return
     train_dir, test_dir, classes = _layout(name)
     for folder in (os.path.join(split_dir, name) for split_dir in (train_dir, test_dir) for name in classes):
-        if next(_each_picture(folder), None) is None:
+        if next(_each_image(folder), None) is None:
             raise _empty_class(folder)
 
 
 def _check_name(name: str) -> None:
     if name not in NAMED_DATASETS and not os.path.isdir(name):
-        raise ValueError(
+        raise UserError(
             f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
             "a folder needs train/<class>/ and test/<class>/"
         )
@@ -153,7 +154,7 @@ def _load_cifar(name: str, data_dir: str) -> DataSets:
                 f"(md5 {cls.tgz_md5}), or name another folder with --data_dir"
             ) from e
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        splits.append(MemoryPictures(images, torch.tensor(data.targets)))
+        splits.append(MemoryImages(images, torch.tensor(data.targets)))
         classes = list(data.classes)
     return DataSets(splits[0], splits[1], classes)
 
@@ -166,32 +167,32 @@ def _load_digits() -> DataSets:
     for split in ("train", "test"):
         grey = arrays[f"{split}_images"][:, None].float() * (255 / 16)  # (N, 1, 8, 8), 0..16 in the file
         images = F.interpolate(grey, (32, 32), mode="bilinear").round().byte()  # (N, 1, 32, 32)
-        splits.append(MemoryPictures(images.repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
+        splits.append(MemoryImages(images.repeat(1, 3, 1, 1), arrays[f"{split}_labels"].long()))
     return DataSets(splits[0], splits[1], class_names("digits"))
 
 
 def _layout(root: str) -> tuple[str, str, list[str]]:
-    """A folder's two splits and the names of its classes; raises ValueError if it lacks them."""
+    """A folder's two splits and the names of its classes; raises UserError if it lacks them."""
     train_dir = os.path.join(root, "train")
     test_dir = next((d for d in (os.path.join(root, s) for s in ("test", "val")) if os.path.isdir(d)), None)
     if not os.path.isdir(train_dir) or test_dir is None:
-        raise ValueError(f"--dataset {root} needs the folders train/<class>/ and test/<class>/ (or val/<class>/)")
+        raise UserError(f"--dataset {root} needs the folders train/<class>/ and test/<class>/ (or val/<class>/)")
     classes = _subfolders(train_dir)
     if not classes:
-        raise ValueError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<picture>")
+        raise UserError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<picture>")
     if unknown := sorted(set(_subfolders(test_dir)) - set(classes)):
-        raise ValueError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
+        raise UserError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
     return train_dir, test_dir, classes
 
 
 def _load_folder(root: str, num_workers: int) -> DataSets:
     train_dir, test_dir, classes = _layout(root)
-    splits: list[Pictures] = []
+    splits: list[Images] = []
     for folder in (train_dir, test_dir):
-        paths, numbers = _list_pictures(folder, classes)
+        paths, numbers = _list_images(folder, classes)
         labels = torch.tensor(numbers)
         images = _decode_all(paths, num_workers)
-        splits.append(FilePictures(paths, labels) if images is None else MemoryPictures(images, labels))
+        splits.append(FileImages(paths, labels) if images is None else MemoryImages(images, labels))
     return DataSets(splits[0], splits[1], classes)
 
 
@@ -199,12 +200,12 @@ def _subfolders(folder: str) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
-def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
+def _list_images(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
     """Paths and labels, in the order of the classes and of the names in them."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = pictures_below(os.path.join(folder, name))
+        found = images_below(os.path.join(folder, name))
         if not found:
             raise _empty_class(os.path.join(folder, name))
         paths += found
@@ -212,17 +213,17 @@ def _list_pictures(folder: str, classes: list[str]) -> tuple[list[str], list[int
     return paths, labels
 
 
-def _empty_class(folder: str) -> ValueError:
+def _empty_class(folder: str) -> UserError:
     kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
-    return ValueError(f"{folder} holds no picture ({kinds}); fill the folder or remove the class")
+    return UserError(f"{folder} holds no picture ({kinds}); fill the folder or remove the class")
 
 
-def pictures_below(folder: str) -> list[str]:
+def images_below(folder: str) -> list[str]:
     """The pictures of a folder and of those in it, sorted; hidden ones are left out."""
-    return sorted(_each_picture(folder))
+    return sorted(_each_image(folder))
 
 
-def _each_picture(folder: str) -> Iterator[str]:
+def _each_image(folder: str) -> Iterator[str]:
     """The pictures of a folder, then those of the folders in it, which are not listed before."""
     seen: set[str] = set()  # a link may lead back up
     for parent, subfolders, files in os.walk(folder, followlinks=True):
@@ -237,22 +238,22 @@ def class_names(name: str) -> list[str]:
     """The names of a data set's classes, as ``load_datasets`` has them; neither its pictures nor a copy are needed.
 
     Raises:
-        ValueError: no such data set, or a folder without class folders.
+        UserError: no such data set, or a folder without class folders.
     """
     if name in CLASS_NAMES:
         return list(CLASS_NAMES[name])
     _check_name(name)
     train_dir = os.path.join(name, "train")
     if not os.path.isdir(train_dir) or not (classes := _subfolders(train_dir)):
-        raise ValueError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<picture>")
+        raise UserError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<picture>")
     return classes
 
 
-def read_picture(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
     """Decodes a picture of any mode as RGB.
 
     Raises:
-        PictureError: it cannot be decoded.
+        ImageError: it cannot be decoded.
     """
     try:
         with Image.open(path) as picture:
@@ -261,17 +262,17 @@ def read_picture(path: str) -> Image.Image:
                 return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        raise PictureError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
+        raise ImageError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
 
 
-def picture_at(pictures: Pictures, index: int) -> tuple[str, Image.Image]:
+def image_at(pictures: Images, index: int) -> tuple[str, Image.Image]:
     """One picture as the data set has it, and what to call it: its path, or its number.
 
     Raises:
-        PictureError: it cannot be decoded.
+        ImageError: it cannot be decoded.
     """
-    if isinstance(pictures, FilePictures):
-        return pictures.paths[index], read_picture(pictures.paths[index])
+    if isinstance(pictures, FileImages):
+        return pictures.paths[index], read_image(pictures.paths[index])
     return f"picture {index}", Image.fromarray(pictures.images[index].permute(1, 2, 0).cpu().numpy())
 
 
@@ -281,13 +282,13 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 
 def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
     """All pictures as (N, 3, H, W) uint8, or None if they differ in size or take too much memory."""
-    first = _to_tensor(read_picture(paths[0]))
-    if first[0].numel() > MEMORY_PICTURE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
+    first = _to_tensor(read_image(paths[0]))
+    if first[0].numel() > MEMORY_IMAGE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
         return None
     images = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
 
     def decode(i: int) -> bool:
-        picture = _to_tensor(read_picture(paths[i]))
+        picture = _to_tensor(read_image(paths[i]))
         if picture.shape != first.shape:
             return False
         images[i] = picture

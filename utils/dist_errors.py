@@ -20,7 +20,7 @@ T = TypeVar("T")
 GRACE_SECS = 20
 
 
-def tells() -> bool:
+def is_error_reporter() -> bool:
     """Whether this process is the one that tells the user how the run ended: the first of all that asks."""
     group = dist_util.group()
     if group is None:  # alone, or it met nobody
@@ -72,7 +72,7 @@ def _who_is_lost() -> str:
     here = _within(3, lambda: store.add(f"left/{dist_util.rank()}", 1), 0)
     if not here:  # it went with the others
         group.tells, missing = dist_util.is_first_of_machine() if group.tells is None else group.tells, others
-    if not tells():
+    if not is_error_reporter():
         return ""
     if here:
         time.sleep(1)  # those of the others that live notice at about the same time

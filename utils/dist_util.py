@@ -3,8 +3,8 @@
 The module of ``utils`` that its neighbours may import.  With a single process the collective
 functions do nothing, so that no caller needs to ask which case it is in.
 
-Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a download (``together``,
-``main_first``) has an hour; in the training, who waits for another for more than ``timeout()`` gives up.
+Hosts talk by Gloo, devices by NCCL or Gloo.  What may take as long as a download (``all_ranks_or_none``,
+``main_process_first``) has an hour; in the training, who waits for another for more than ``timeout()`` gives up.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils import hardware
+from utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Group:
     machines: list[str] = field(default_factory=list)  # by rank, what tells one machine from another
     device_group: Any = None  # process groups, once ``setup`` is through
     host_group: Any = None
-    tells: bool | None = None  # once ``dist_errors.tells`` was asked
+    tells: bool | None = None  # once ``dist_errors.is_error_reporter`` was asked
 
 
 _group: Group | None = None  # as the default group, which PyTorch keeps the same way
@@ -54,7 +55,7 @@ class FailedElsewhere(Exception):
     """Another process of the run found an error, which it tells the user.
 
     Args:
-        input_error: it was a ValueError.
+        input_error: it was a UserError.
     """
 
     def __init__(self, input_error: bool) -> None:
@@ -76,14 +77,14 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         The device, with its number if it is a GPU.
 
     Raises:
-        ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
+        UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
         ConnectionError: the other processes cannot be reached.
         FailedElsewhere: another process raised one of these.
     """
     if "WORLD_SIZE" not in os.environ:
         return hardware.pick_device(device_name, local_rank)
     longest, run = timeout(), _join()
-    with together():
+    with all_ranks_or_none():
         device = hardware.pick_device(device_name, local_rank)
         found = _exchange((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
         run.hosts, run.machines = [host for _, host in found], ["/".join(pair) for pair in found]
@@ -102,11 +103,11 @@ def timeout() -> timedelta:
     """How long a process waits for another while training.
 
     Raises:
-        ValueError: ``TRAIN_TIMEOUT_SECS`` is not a number of seconds.
+        UserError: ``TRAIN_TIMEOUT_SECS`` is not a number of seconds.
     """
     text = os.environ.get(TIMEOUT_VARIABLE, "600")
     if not text.isdecimal() or not 0 < int(text) <= 86400:
-        raise ValueError(f"{TIMEOUT_VARIABLE}={text}: expected seconds, from 1 to 86400")
+        raise UserError(f"{TIMEOUT_VARIABLE}={text}: expected seconds, from 1 to 86400")
     return timedelta(seconds=int(text))
 
 
@@ -114,7 +115,7 @@ def _join() -> Group:
     """Meets the other processes and makes them the default group, of hosts.
 
     Raises:
-        ValueError, ConnectionError: as ``setup``.
+        UserError, ConnectionError: as ``setup``.
     """
     global _group
     try:
@@ -126,7 +127,7 @@ def _join() -> Group:
         dist.init_process_group("gloo", store=dist.PrefixStore("group", _group.store), rank=number, world_size=size,
                                 timeout=max(timeout(), PATIENCE))  # fmt: skip
     except ValueError as e:
-        raise ValueError(f"what the launcher set cannot be used: {e}") from e
+        raise UserError(f"what the launcher set cannot be used: {e}") from e
     except RuntimeError as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(
@@ -229,7 +230,7 @@ def _exchange(value: Any = None, error: Exception | None = None) -> list[Any]:
         FailedElsewhere: another process came with an error; only to those who come without.
     """
     found: list[Any] = [None] * world_size()
-    mine = (value, error and (isinstance(error, ValueError), str(error)))
+    mine = (value, error and (isinstance(error, UserError), str(error)))
     dist.all_gather_object(found, mine)
     errors = [error for _, error in found]
     if error is not None:
@@ -240,7 +241,7 @@ def _exchange(value: Any = None, error: Exception | None = None) -> list[Any]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def all_ranks_or_none() -> Iterator[None]:
     """All processes come out of the block well, or none: an error of one ends it for all.
 
     Raises:
@@ -260,18 +261,18 @@ def together() -> Iterator[None]:
         first = next(i for i, error in enumerate(errors) if error)
         if first != rank():
             raise FailedElsewhere(errors[first][0]) from e
-        if len(set(errors)) > 1 and isinstance(e, ValueError | OSError):  # say whose it is
-            kind = ValueError if isinstance(e, ValueError) else OSError
+        if len(set(errors)) > 1 and isinstance(e, UserError | OSError):  # say whose it is
+            kind = UserError if isinstance(e, UserError) else OSError
             raise kind(f"{e} (says process {first} of {world_size()}, on {socket.gethostname()})") from e
         raise
     _exchange()
 
 
 @contextlib.contextmanager
-def main_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The main process runs the block alone, then the first of each other machine, then the rest.
 
-    For what one must prepare for all, whether or not the machines share a disk; within ``together``.
+    For what one must prepare for all, whether or not the machines share a disk; within ``all_ranks_or_none``.
     """
     turns = 3 if dist.is_initialized() else 1
     mine = 0 if is_main() or turns == 1 else 1 if is_first_of_machine() else 2
@@ -283,7 +284,7 @@ def main_first() -> Iterator[None]:
 
 
 def check_same(values: dict[str, Any], what: str) -> None:
-    """Raises ValueError if processes have different values; every process must take part.
+    """Raises UserError if processes have different values; every process must take part.
 
     Args:
         values: what must be the same, by its name.
@@ -299,7 +300,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
         if other.get(name) != found[0].get(name)
     ]
     if differences:
-        raise ValueError(f"{'; '.join(differences[:3])}; {what}")
+        raise UserError(f"{'; '.join(differences[:3])}; {what}")
 
 
 def place(number: int) -> str:
@@ -308,7 +309,7 @@ def place(number: int) -> str:
     return f"process {number}{host}"
 
 
-def newest(x: T, version: tuple[Any, ...]) -> T:
+def broadcast_newest(x: T, version: tuple[Any, ...]) -> T:
     """The ``x`` of the process that has the highest version, the first of them, for all; every process must ask.
 
     Args:

@@ -17,7 +17,7 @@ from utils import dist_util
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     """All predictions of one evaluation, on the CPU.
 
     Attributes:
@@ -62,7 +62,7 @@ class Predictions:
         self._predicted.append(predicted)
         self._confidence.append(logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0])
 
-    def evaluation(self, labels: Tensor, loss_sum: Tensor, rank: int = 0, world_size: int = 1) -> Evaluation:
+    def evaluation(self, labels: Tensor, loss_sum: Tensor, rank: int = 0, world_size: int = 1) -> EvalResult:
         """What all processes found together; each must take part.
 
         Args:
@@ -75,4 +75,4 @@ class Predictions:
             both[0, rank::world_size] = torch.cat(self._predicted).float()
             both[1, rank::world_size] = torch.cat(self._confidence)
         predicted, confidence = dist_util.sum_over_ranks(both).cpu()
-        return Evaluation(loss_sum.item() / len(labels), labels.cpu(), predicted.long(), confidence)
+        return EvalResult(loss_sum.item() / len(labels), labels.cpu(), predicted.long(), confidence)

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
+from utils.errors import UserError
+
 TEMPORARY = ".tmp"  # what the names of files end with that are not whole yet
 
 
@@ -108,21 +110,21 @@ def check_writable(folder: str) -> None:
     """Makes a folder if need be.
 
     Raises:
-        ValueError: files cannot be written there.
+        UserError: files cannot be written there.
     """
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise ValueError(f"the folder {folder} cannot be written ({e.strerror}); name another, or free it") from e
+        raise UserError(f"the folder {folder} cannot be written ({e.strerror}); name another, or free it") from e
 
 
 TRAINING = "training under this name; wait for it, stop it, or give another --name"
 
 
 @contextlib.contextmanager
-def only_run(path: str, busy: str = TRAINING) -> Iterator[None]:
+def file_lock(path: str, busy: str = TRAINING) -> Iterator[None]:
     """Holds a lock while the block runs; the system takes it away from a process that dies.
 
     Args:
@@ -130,7 +132,7 @@ def only_run(path: str, busy: str = TRAINING) -> Iterator[None]:
         busy: what the other process is at, and what to do about it.
 
     Raises:
-        ValueError: another process holds it.
+        UserError: another process holds it.
     """
     with contextlib.closing(_locked(path, busy)) as f:
         f.truncate(0)
@@ -158,7 +160,7 @@ def _locked(path: str, busy: str) -> IO[str]:
                 return f
             with f:
                 f.seek(0)
-                raise ValueError(f"process {f.read().strip() or 'unknown'} is {busy}") from e
+                raise UserError(f"process {f.read().strip() or 'unknown'} is {busy}") from e
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
                 return f

@@ -12,6 +12,8 @@ import platform
 
 import torch
 
+from utils.errors import UserError
+
 #: The variables that a process, here the launcher, was started with; on Linux.
 LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
@@ -23,20 +25,20 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     """The device that this process computes on, made ready for it; see ``dist_util.setup``.
 
     Raises:
-        ValueError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
+        UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """
     kind = device_type(name)
     env_rank = _number("LOCAL_RANK", max(local_rank, 0))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
-        raise ValueError(
+        raise UserError(
             f"--local_rank {local_rank} without a launcher; start several processes with "
             "`torchrun --nproc_per_node=N` in place of `python`"
         )
     if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
-        raise ValueError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
+        raise UserError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
     if kind == "cuda":
         if env_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
+            raise UserError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
         torch.cuda.set_device(env_rank)
     if kind == "cpu":
         _keep_freed_memory()
@@ -44,16 +46,16 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def device_type(name: str) -> str:
-    """The kind of device that --device means here; raises ValueError if there is none."""
+    """The kind of device that --device means here; raises UserError if there is none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if "WORLD_SIZE" in os.environ:
         if name == "mps":
-            raise ValueError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
+            raise UserError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
         available["mps"] = False
     if name == "auto":
         return next(kind for kind, there in available.items() if there)
     if not available[name]:
-        raise ValueError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
+        raise UserError(f"--device {name}: this machine or this PyTorch has none; use --device auto")
     return name
 
 
@@ -61,11 +63,11 @@ def make_deterministic() -> None:
     """Lets CUDA compute the same bits in every run; must come before it computes anything.
 
     Raises:
-        ValueError: the environment forbids it.
+        UserError: the environment forbids it.
     """
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
     if workspace not in CUBLAS_WORKSPACES:
-        raise ValueError(
+        raise UserError(
             f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}, "
             f"expected {' or '.join(CUBLAS_WORKSPACES)}; unset it"
         )
@@ -75,7 +77,7 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device.  The host does not wait for CUDA, for which the source may be let go of at once."""
     return x.to(device, non_blocking=device.type == "cuda")
 
@@ -121,7 +123,7 @@ def _local_world_size() -> int:
 def _number(variable: str, otherwise: int) -> int:
     text = os.environ.get(variable, str(otherwise))
     if not text.isdecimal():
-        raise ValueError(f"{variable}={text}: expected a number, as launchers set it; unset it, or mend the launcher")
+        raise UserError(f"{variable}={text}: expected a number, as launchers set it; unset it, or mend the launcher")
     return int(text)
 
 

@@ -16,7 +16,7 @@ class OutOfMemory(RuntimeError):
 
 
 @contextlib.contextmanager
-def memory_remedy(remedy: str) -> Iterator[None]:
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
     """Makes what torch, its libraries and Python raise for lack of memory an ``OutOfMemory`` that names a remedy."""
     try:
         yield

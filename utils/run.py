@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from models.configs import ViTConfig, canonical_name
 from utils import checkpoint, datasets, dist_util, files
 from utils.args import checkpoint_path, last_path, log_dir, make_parser, report_path
-from utils.files import only_run
+from utils.errors import UserError
+from utils.files import file_lock
 from utils.metrics import TrainingLog
 from utils.precision import Precision
 
@@ -72,7 +73,7 @@ def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
     """The state that ``--resume`` asks for, or None: a new run.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
     if args.resume == "none":
         return None
@@ -97,7 +98,7 @@ class BestWeights:
     def __init__(self, path: str, is_own: bool) -> None:
         self.path, self.is_own = path, is_own
 
-    def save(self, weights: dict[str, Tensor], description: checkpoint.Description) -> int:
+    def save(self, weights: dict[str, Tensor], description: checkpoint.CheckpointMetadata) -> int:
         """Writes weights and their description; returns the weights' checksum.
 
         The same weights need no second name: a run that is killed before its first state computes them again.
@@ -113,7 +114,7 @@ class BestWeights:
 def _holds(path: str, weights: dict[str, Tensor]) -> bool:
     try:
         return checkpoint.checksum(checkpoint.load_weights(path)) == checkpoint.checksum(weights)
-    except ValueError:  # damaged, or somebody else's
+    except UserError:  # damaged, or somebody else's
         return False
 
 
@@ -131,8 +132,8 @@ def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> boo
         weights = checkpoint.load_weights(path)
         if state.best_crc32:  # which older states lack
             return checkpoint.checksum(weights) == state.best_crc32
-        told = checkpoint.read_description(path, weights)
-    except ValueError:  # damaged, or copied without its description
+        told = checkpoint.read_metadata(path, weights)
+    except UserError:  # damaged, or copied without its description
         return False
     if told is None or told.model_type != state.settings.get("--model_type"):
         return False
@@ -153,11 +154,11 @@ def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> Best
     source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
     try:
         weights = checkpoint.load_weights(source)
-        told = checkpoint.read_description(source, weights)
+        told = checkpoint.read_metadata(source, weights)
         others = state.best_crc32 and checkpoint.checksum(weights) != state.best_crc32
         if told is None or others or told.step > state.step or told.accuracy != state.best_accuracy:
-            raise ValueError(f"{source} is of another evaluation")
-    except ValueError as e:
+            raise UserError(f"{source} is of another evaluation")
+    except UserError as e:
         logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
                        state.best_accuracy, e)  # fmt: skip
         state.best_accuracy, state.best_step = -1.0, 0
@@ -173,7 +174,7 @@ def begin(
     """The state that the run begins with: the one found, if it is of a run with the same settings.
 
     Raises:
-        ValueError: it is of another run; the message lists every difference.
+        UserError: it is of another run; the message lists every difference.
     """
     if state is None:
         return checkpoint.TrainingState(now, here)
@@ -190,7 +191,7 @@ def begin(
     ]
     if differences:
         path = last_path(args) if args.resume == "auto" else args.resume
-        raise ValueError(
+        raise UserError(
             f"{path} is of a run with other settings: {'; '.join(differences)}; give it the same, "
             "or another --name, or start over with --resume none"
         )
@@ -222,17 +223,17 @@ def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.Tr
     """Makes sure that nobody else trains under this name until ``held`` closes, and finds the state to go on from.
 
     Raises:
-        ValueError: somebody does, files cannot be written, or the state cannot be read.
+        UserError: somebody does, files cannot be written, or the state cannot be read.
     """
     files.check_writable(args.output_dir)
     files.check_writable(log_dir(args))
     if dist_util.is_main():
         for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
-            held.enter_context(only_run(lock))
+            held.enter_context(file_lock(lock))
         best = checkpoint_path(args)
-        own = (best, checkpoint.description_path(best), last_path(args))
+        own = (best, checkpoint.metadata_path(best), last_path(args))
         if taken := next((path for path in own if os.path.isdir(path)), None):  # a report may fail to be written
-            raise ValueError(f"{taken} is a folder where a file is written; move it, or give another --name")
+            raise UserError(f"{taken} is a folder where a file is written; move it, or give another --name")
         files.remove_stale(*own, report_path(args))
     state = newest_state(find_state(args))
     if state is not None:
@@ -246,7 +247,7 @@ def newest_state(state: checkpoint.TrainingState | None) -> checkpoint.TrainingS
     if state is not None:
         contents = checkpoint.checksum(state.model) if dist_util.several_machines() else 0
         version = (state.step, state.evaluated, contents)
-    found = dist_util.newest(state and vars(state), version)
+    found = dist_util.broadcast_newest(state and vars(state), version)
     return checkpoint.TrainingState(**found) if found else None
 
 
@@ -256,7 +257,7 @@ def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) 
     The parts of an update do not grow: what fitted into memory still does.
 
     Raises:
-        ValueError: so many processes cannot share the batch.
+        UserError: so many processes cannot share the batch.
     """
     total = state.settings.get("--train_batch_size of all processes", 0)
     was, now = state.circumstances.get("processes", 1), dist_util.world_size()
@@ -265,7 +266,7 @@ def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) 
         return
     if total % now:
         fitting = [n for n in range(1, min(total, 2 * max(was, now)) + 1) if total % n == 0]
-        raise ValueError(
+        raise UserError(
             f"{now} processes cannot share equally the {total} pictures of an update, on which this run began; "
             f"numbers that can: {', '.join(map(str, fitting))}"
         )
@@ -286,7 +287,7 @@ OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir"
 def check_processes(
     args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, state: checkpoint.TrainingState | None
 ) -> None:
-    """Raises ValueError unless all processes have the same flags, data and weights."""
+    """Raises UserError unless all processes have the same flags, data and weights."""
     if dist_util.world_size() == 1:
         return
     same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}

@@ -16,25 +16,25 @@ from torch import Tensor
 from utils import checkpoint, datasets, dist_util, figures, files, hardware
 from utils import report as page
 from utils.args import log_dir, make_parser, report_path
-from utils.evaluation import Evaluation
+from utils.evaluation import EvalResult
 from utils.metrics import MetricsWriter, read_lines
 from utils.precision import Precision
 
 logger = logging.getLogger("train")
 
 #: So many of the first update's pictures and of the worst mistakes are shown, with so long sides.
-SHOWN_PICTURES, SHOWN_MISTAKES, PICTURE_PX, MISTAKE_PX = 64, 24, 96, 128
+SHOWN_IMAGES, SHOWN_MISTAKES, IMAGE_PX, MISTAKE_PX = 64, 24, 96, 128
 
 
 def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
     """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
     if writer.enabled:
-        pictures = figures.from_tensor(images[:SHOWN_PICTURES])
-        panels = [(classes[label], figures.scaled(x, PICTURE_PX)) for label, x in zip(labels.tolist(), pictures)]
+        pictures = figures.from_tensor(images[:SHOWN_IMAGES])
+        panels = [(classes[label], figures.scaled(x, IMAGE_PX)) for label, x in zip(labels.tolist(), pictures)]
         writer.picture(1, "train/pictures", figures.arrange(panels, columns=8))
 
 
-def show_best(writer: MetricsWriter, found: Evaluation, data: datasets.DataSets, step: int) -> None:
+def show_best(writer: MetricsWriter, found: EvalResult, data: datasets.DataSets, step: int) -> None:
     """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
     if writer.enabled:
         writer.picture(step, "test/confusion", figures.confusion(found.confusion(len(data.classes)), data.classes))
@@ -43,11 +43,11 @@ def show_best(writer: MetricsWriter, found: Evaluation, data: datasets.DataSets,
             writer.picture(step, "test/worst_mistakes", figures.arrange(panels, columns=4))
 
 
-def worst_mistakes(found: Evaluation, data: datasets.DataSets) -> list[tuple[page.Mistake, Image]]:
+def worst_mistakes(found: EvalResult, data: datasets.DataSets) -> list[tuple[page.Mistake, Image]]:
     """The mistakes that were made with the most confidence, with their pictures."""
     mistakes = []
     for i in found.worst_mistakes(SHOWN_MISTAKES):
-        name, picture = datasets.picture_at(data.test, i)
+        name, picture = datasets.image_at(data.test, i)
         picture = figures.scaled(picture, MISTAKE_PX)
         truth, predicted = (data.classes[int(labels[i])] for labels in (found.truth, found.predicted))
         mistakes.append(
@@ -87,7 +87,7 @@ def report_contents(
     Raises:
         OSError, ValueError: the logs or the pictures cannot be read.
     """
-    best, parser = Evaluation(**state.best), make_parser()
+    best, parser = EvalResult(**state.best), make_parser()
     return page.Contents(
         name=args.name,
         subject=f"{args.model_type} on {args.dataset}",

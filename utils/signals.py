@@ -68,7 +68,7 @@ class StopSignal:
         """Whether this process, the only one of the run, should leave what it is at."""
         return bool(self.number) and dist_util.world_size() == 1
 
-    def agreed(self) -> int:
+    def any_rank(self) -> int:
         """The number of a signal that any process of the run got, or 0; every process must ask."""
         return dist_util.max_over_ranks(self.number)
 

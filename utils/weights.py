@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint
+from utils.errors import UserError
 
 #: Weights hardly compress: what unpacks to more than both is no checkpoint, but made to fill the memory.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**28, 20
@@ -74,7 +75,7 @@ def read(path: str) -> Weights:
         path: an .npz, .safetensors or PyTorch file whatever its name, or a folder as ``save_pretrained`` writes.
 
     Raises:
-        ValueError: it is something else, which the message names, or damaged, or holds more than numbers.  The
+        UserError: it is something else, which the message names, or damaged, or holds more than numbers.  The
             message begins with "it".
     """
     if os.path.isdir(path):
@@ -83,7 +84,7 @@ def read(path: str) -> Weights:
         kind = kind_of(path)
         return Weights(path, {"npz": read_npz, "safetensors": _read_safetensors, "torch": _read_torch}[kind](path))
     except OSError as e:
-        raise ValueError(f"it cannot be read ({e.strerror or e})") from e
+        raise UserError(f"it cannot be read ({e.strerror or e})") from e
 
 
 def _indices(folder: str) -> list[str]:
@@ -94,32 +95,32 @@ def file_in(folder: str) -> str:
     """The file of weights in a folder.
 
     Raises:
-        ValueError: there is none, or it is in several parts, or nothing tells which it is.
+        UserError: there is none, or it is in several parts, or nothing tells which it is.
     """
     names = sorted(os.listdir(folder))
     for name in FOLDER_FILES:
         if name in names:
             return os.path.join(folder, name)
     if indices := _indices(folder):
-        raise ValueError(f"it has its weights in several files ({indices[0]}); {_SHARDS_REMEDY}")
+        raise UserError(f"it has its weights in several files ({indices[0]}); {_SHARDS_REMEDY}")
     endings = [name for name in names if name.endswith(_ENDINGS) and not name.startswith(".")]
     candidates = [name for name in endings if not name.endswith("_last.pt")]  # training states
     if len(candidates) == 1:
         return os.path.join(folder, candidates[0])
     found = f"has several files of weights ({', '.join(candidates[:5])}); name one" if candidates else "has no weights"
-    raise ValueError(f"it is a folder that {found}; expected {' or '.join(FOLDER_FILES)}")
+    raise UserError(f"it is a folder that {found}; expected {' or '.join(FOLDER_FILES)}")
 
 
 def kind_of(path: str) -> str:
     """The format of a file, by its first bytes: npz, safetensors or torch.
 
     Raises:
-        ValueError: it is none of these.
+        UserError: it is none of these.
     """
     with open(path, "rb") as f:
         head = f.read(512)
     if not head:
-        raise ValueError("it is empty; fetch it again")
+        raise UserError("it is empty; fetch it again")
     if head.startswith(b"PK"):
         return _kind_of_archive(path)
     if len(head) > 8 and 2 <= int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:9] == b"{":
@@ -127,25 +128,25 @@ def kind_of(path: str) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for start, what in _OTHER_FILES:
         if head.startswith(start) or text.startswith(start.lower()):
-            raise ValueError(f"it is {what}")
+            raise UserError(f"it is {what}")
     if text.startswith(b"{"):
         is_index = b"weight_map" in text or path.endswith(".index.json")
-        raise ValueError(f"it is the list of several files; {_SHARDS_REMEDY}" if is_index else "it is a JSON text")
+        raise UserError(f"it is the list of several files; {_SHARDS_REMEDY}" if is_index else "it is a JSON text")
     if not head.startswith(b"\x80"):  # as every pickle does, which PyTorch's files of old are
-        raise ValueError(f"it is neither an .npz nor a .safetensors nor a PyTorch file: it begins with {head[:12]!r}")
+        raise UserError(f"it is neither an .npz nor a .safetensors nor a PyTorch file: it begins with {head[:12]!r}")
     return "torch"
 
 
 def _kind_of_archive(path: str) -> str:
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is not an archive, or only the beginning of one: cut off or damaged; fetch it again")
+        raise UserError("it is not an archive, or only the beginning of one: cut off or damaged; fetch it again")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         return "torch"
     if any(name.endswith(".npy") for name in names):
         return "npz"
-    raise ValueError(f"it is a zip archive with neither arrays nor tensors in it ({', '.join(names[:3])})")
+    raise UserError(f"it is a zip archive with neither arrays nor tensors in it ({', '.join(names[:3])})")
 
 
 # ---- .npz ----
@@ -155,24 +156,24 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     """Reads every array of an .npz into memory.
 
     Raises:
-        ValueError: the file is no .npz, is damaged, or holds something other than numbers.
+        UserError: the file is no .npz, is damaged, or holds something other than numbers.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is not an .npz archive, or only the beginning of one")
+        raise UserError("it is not an .npz archive, or only the beginning of one")
     try:
         with zipfile.ZipFile(path) as archive:
             total = sum(member.file_size for member in archive.infolist())
             if total > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * os.path.getsize(path)):
-                raise ValueError(f"it would unpack to {total / 2**30:.1f} GiB")
+                raise UserError(f"it would unpack to {total / 2**30:.1f} GiB")
             # archive.read compares the checksum before anything of a member is believed; np.load does not.
             return {name.removesuffix(".npy"): _read_array(name, archive.read(name)) for name in archive.namelist()}
     except Pickled:
         raise
     except (ValueError, EOFError, KeyError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"it is a damaged .npz archive ({e}); fetch it again") from e
+        raise UserError(f"it is a damaged .npz archive ({e}); fetch it again") from e
 
 
-class Pickled(ValueError):
+class Pickled(UserError):
     """An .npz holds objects of Python, which could run code."""
 
 
@@ -180,18 +181,18 @@ def _read_array(name: str, data: bytes) -> np.ndarray:
     """Reads one array of an .npz.
 
     Raises:
-        ValueError: it is none, before memory is taken for more numbers than are there.
+        UserError: it is none, before memory is taken for more numbers than are there.
     """
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
-        raise ValueError(f"{name} is of a format that is not known")
+        raise UserError(f"{name} is of a format that is not known")
     shape, _, dtype = _HEADERS[version](file)
     if dtype.hasobject:
         raise Pickled(f"it is a pickled .npz ({name} holds objects of Python, which could run code and are not read); "
                       "save its arrays as numbers")  # fmt: skip
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"{name} says it is of shape {shape}, and has {len(data) - file.tell():,} bytes")
+        raise UserError(f"{name} says it is of shape {shape}, and has {len(data) - file.tell():,} bytes")
     file.seek(0)
     array = np.lib.format.read_array(file, allow_pickle=False)
     if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
@@ -210,19 +211,19 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     try:
         return _arrays(load_file(path))
     except (SafetensorError, OSError, KeyError, TypeError) as e:
-        raise ValueError(f"it is a damaged .safetensors file, cut off perhaps ({e}); fetch it again") from e
+        raise UserError(f"it is a damaged .safetensors file, cut off perhaps ({e}); fetch it again") from e
 
 
 def _read_torch(path: str) -> dict[str, np.ndarray]:
     found = checkpoint.load_torch(path)
     if isinstance(found, dict) and {"format", "step", "optimizer"} <= found.keys():
         best = path.removesuffix("_last.pt") if path.endswith("_last.pt") else "<name>"
-        raise ValueError(f"it is a training state, which --resume takes; give the weights: {best}_checkpoint.bin")
+        raise UserError(f"it is a training state, which --resume takes; give the weights: {best}_checkpoint.bin")
     found = _unwrapped(found)
     if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"it holds no state_dict (names and tensors); {checkpoint.SAVE_REMEDY}")
+        raise UserError(f"it holds no state_dict (names and tensors); {checkpoint.SAVE_REMEDY}")
     if odd := [str(name) for name, x in found.items() if not isinstance(x, Tensor)]:
-        raise ValueError(
+        raise UserError(
             f"it holds no state_dict (names and tensors): {', '.join(odd[:3])} is something else; "
             f"{checkpoint.SAVE_REMEDY}"
         )
@@ -244,7 +245,7 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Tensors as arrays, half precision as float32, under names without what wrappers put before all of them."""
     names = list(tensors)
     if not names:
-        raise ValueError("it holds no tensors")
+        raise UserError("it holds no tensors")
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
     return {name: _array(x.detach()) for name, x in zip(names, tensors.values())}

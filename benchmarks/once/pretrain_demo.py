@@ -64,7 +64,7 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
     transform = augment.TrainTransform(IMG_SIZE)
     sampler = data_utils.StepSampler(len(images), args.batch_size, transform.num_draws, args.seed)
     steps = range(1, args.num_steps + 1)
-    pictures = datasets.MemoryPictures(sketches(images), torch.arange(len(images)))
+    pictures = datasets.MemoryImages(sketches(images), torch.arange(len(images)))
     batches = data_utils.train_batches(
         pictures, sampler, steps, args.batch_size, transform, precision.device, num_workers=0
     )
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _cli.check_output(args.output)
     pictures = datasets.load_datasets(args.dataset, "./data", num_workers=2).train
-    if not isinstance(pictures, datasets.MemoryPictures):
+    if not isinstance(pictures, datasets.MemoryImages):
         raise ValueError(f"--dataset {args.dataset}: expected small pictures, all of one size")
     model = pretrain(args, pictures.images, Precision(torch.device("cpu"), "O1" if args.fp16 else "O0"))
     state = model.state_dict()

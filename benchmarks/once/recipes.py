@@ -179,8 +179,8 @@ class Recipe:
 def train(recipe: Recipe, seed: int, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor]:
     """Trains on the digits; of each of the 360 test pictures, is it right (0 or 1) and the loss, in float64."""
     data = datasets.load_datasets("digits", "", 0)
-    assert isinstance(data.train, datasets.MemoryPictures)
-    assert isinstance(data.test, datasets.MemoryPictures)
+    assert isinstance(data.train, datasets.MemoryImages)
+    assert isinstance(data.test, datasets.MemoryImages)
     num_pictures = int(recipe.share * len(data.train))
     torch.manual_seed(seed)
     model = VisionTransformer(recipe.config, IMG_SIZE, NUM_CLASSES, zero_head=True)

@@ -39,7 +39,7 @@ def measure(
         common.timed(lambda: updates.update(1, 0.01, [(images, labels)], 1), 1, device) for _ in range(max(rounds, 2))
     ]
 
-    description = checkpoint.Description(
+    description = checkpoint.CheckpointMetadata(
         model_type, img_size, [str(i) for i in range(ours.NUM_CLASSES)], "erf", "digits", 1, 0.5
     )
     found = {}

@@ -36,7 +36,7 @@ def make_checkpoint(
     """Writes weights, random ones if none are given, with a description, without a training; returns their path."""
     names = [f"class {i}" for i in range(NUM_CLASSES)]
     path = str(folder / f"{model_type}_checkpoint.bin")
-    description = checkpoint.Description(model_type, img_size, names, gelu, "pets", 8, 0.5)
+    description = checkpoint.CheckpointMetadata(model_type, img_size, names, gelu, "pets", 8, 0.5)
     checkpoint.save_weights(path, state or random_state(model_type, img_size), description)
     return path
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.datasets import FilePictures, MemoryPictures
+from utils.datasets import FileImages, MemoryImages
 
 
 def noise(rng, height=6, width=6):
@@ -25,11 +25,11 @@ def damage(path, how):
     path.write_bytes({"noise": b"no picture", "empty": b"", "cut_off": content[: len(content) // 2]}[how])
 
 
-def numbered_pictures(count, size=4):
+def numbered_images(count, size=4):
     """Pictures whose labels are their numbers."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    return MemoryPictures(images, torch.arange(count))
+    return MemoryImages(images, torch.arange(count))
 
 
 def as_files(pictures, root):
@@ -38,4 +38,4 @@ def as_files(pictures, root):
         save(Image.fromarray(image.permute(1, 2, 0).numpy()), root, f"{i}.png")
         for i, image in enumerate(pictures.images)
     ]
-    return FilePictures(paths, pictures.labels)
+    return FileImages(paths, pictures.labels)

@@ -121,12 +121,12 @@ def every_name_is_whole(name: str = "a", folder: str = "output") -> None:
     if os.path.exists(best):
         weights = checkpoint.load_weights(best)
         with contextlib.suppress(checkpoint.Unmatched):
-            checkpoint.read_description(best, weights)
-    elif os.path.exists(beside := checkpoint.description_path(best)):
+            checkpoint.read_metadata(best, weights)
+    elif os.path.exists(beside := checkpoint.metadata_path(best)):
         json.loads(Path(beside).read_text())
 
 
-def write_pictures(root: str, sizes: Iterator[tuple[int, int]] | None = None, per_class: int = 6) -> None:
+def write_images(root: str, sizes: Iterator[tuple[int, int]] | None = None, per_class: int = 6) -> None:
     """A folder of random pictures, of one size (decoded into memory) or of several (read when they are needed)."""
     rng, sizes = np.random.default_rng(0), sizes or itertools.repeat((32, 32))
     for split, name in itertools.product(("train", "test"), ("ant", "bee")):
@@ -138,7 +138,7 @@ def write_pictures(root: str, sizes: Iterator[tuple[int, int]] | None = None, pe
 
 
 def several_sizes() -> Iterator[tuple[int, int]]:
-    """For ``write_pictures``: a folder that is read through the loader."""
+    """For ``write_images``: a folder that is read through the loader."""
     return itertools.cycle([(40, 30), (33, 50), (32, 32)])
 
 

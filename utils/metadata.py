@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils import checkpoint
+from utils.errors import UserError
 from utils.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class Told:
+class Metadata:
     """Facts about a model that files beside its weights tell; None where nothing tells one.
 
     Attributes:
@@ -56,20 +57,20 @@ class Told:
     images_source: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    description: checkpoint.Description | None = None
+    description: checkpoint.CheckpointMetadata | None = None
 
     def check(self, num_heads: int) -> None:
         """Compares what weights do not show with what this project's models compute.
 
         Raises:
-            ValueError: the model has another activation, pooling or number of attention heads.
+            UserError: the model has another activation, pooling or number of attention heads.
         """
         if self.gelu not in (None, *GELUS):
-            raise ValueError(f"{self.source} tells of the activation {self.gelu}; known are {', '.join(_GELUS)}")
+            raise UserError(f"{self.source} tells of the activation {self.gelu}; known are {', '.join(_GELUS)}")
         if self.num_heads not in (None, num_heads):
-            raise ValueError(f"{self.source} tells of {self.num_heads} attention heads, expected {num_heads}")
+            raise UserError(f"{self.source} tells of {self.num_heads} attention heads, expected {num_heads}")
         if self.pooling != "token":
-            raise ValueError(f"{self.source} tells of a model that pools its tokens by {self.pooling}, expected token")
+            raise UserError(f"{self.source} tells of a model that pools its tokens by {self.pooling}, expected token")
         mean, std = self.mean or MEAN, self.std or STD
         if (mean, std) != (MEAN, STD):
             logger.warning(
@@ -78,22 +79,22 @@ class Told:
             )  # fmt: skip
 
 
-def read_told(weights: Weights) -> Told | None:
+def read_beside(weights: Weights) -> Metadata | None:
     """Reads what stands beside weights; returns None if nothing does.
 
     Raises:
-        ValueError: a file there cannot be read, or is of other weights.
+        UserError: a file there cannot be read, or is of other weights.
     """
     description = None
-    if os.path.isfile(checkpoint.description_path(weights.path)):
+    if os.path.isfile(checkpoint.metadata_path(weights.path)):
         try:
             tensors = weights.tensors()
         except TypeError as e:  # arrays of a kind that no description is of
-            raise ValueError(f"{weights.path} holds more than numbers of this machine ({e})") from e
-        description = checkpoint.read_description(weights.path, tensors)
+            raise UserError(f"{weights.path} holds more than numbers of this machine ({e})") from e
+        description = checkpoint.read_metadata(weights.path, tensors)
     if description is not None:
-        source, d = checkpoint.description_path(weights.path), description
-        return Told(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
+        source, d = checkpoint.metadata_path(weights.path), description
+        return Metadata(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
     if weights.path.endswith(".npz"):
         return None
     folder = os.path.dirname(weights.path)
@@ -109,14 +110,14 @@ def read_told(weights: Weights) -> Told | None:
         source = sources[1]
         return replace(told, images_source=source, **_normalisation(images or {}))
     except (TypeError, ValueError, KeyError, AttributeError) as e:
-        raise ValueError(f"{source} does not describe a model as timm or transformers do ({e}); remove it") from e
+        raise UserError(f"{source} does not describe a model as timm or transformers do ({e}); remove it") from e
 
 
 def _read_json(path: str) -> dict[str, Any] | None:
     """A file's dictionary; None where there is no file.
 
     Raises:
-        ValueError: it holds something else.
+        UserError: it holds something else.
     """
     if not os.path.isfile(path):
         return None
@@ -124,19 +125,19 @@ def _read_json(path: str) -> dict[str, Any] | None:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
     except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); repair or remove it") from e
+        raise UserError(f"{path} cannot be read ({e}); repair or remove it") from e
     if not isinstance(found, dict):
-        raise ValueError(f"{path} cannot be read (it holds no dictionary); repair or remove it")
+        raise UserError(f"{path} cannot be read (it holds no dictionary); repair or remove it")
     return found
 
 
-def _from_transformers(source: str, config: dict[str, Any]) -> Told:
+def _from_transformers(source: str, config: dict[str, Any]) -> Metadata:
     labels = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
     classes: list[str] | None = [name for _, name in sorted(labels.items())] or None
     # Some numbers may lack a name, and all have a made-up one where none was given.
     if sorted(labels) != [*range(len(labels))] or all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
         classes = None
-    return Told(
+    return Metadata(
         source,
         img_size=_side(config.get("image_size")),
         gelu=_gelu(config.get("hidden_act")),
@@ -152,12 +153,12 @@ def _normalisation(images: dict[str, Any]) -> dict[str, Any]:
     return {"mean": _triple(images.get("image_mean")), "std": _triple(images.get("image_std"))}
 
 
-def _from_timm(source: str, config: dict[str, Any]) -> Told:
+def _from_timm(source: str, config: dict[str, Any]) -> Metadata:
     images = config.get("pretrained_cfg") or config  # older files have these keys at the top
     given = config.get("model_args") or {}
     classes = config.get("label_names") or images.get("label_names")
     pooling = given.get("global_pool") or config.get("global_pool") or images.get("global_pool") or "token"
-    return Told(
+    return Metadata(
         source,
         img_size=_side(given.get("img_size") or (images.get("input_size") or (None,))[-1]),
         gelu=_gelu(given.get("act_layer", "gelu")),
@@ -173,11 +174,11 @@ def _side(size: Any) -> int | None:
     """The side of square images in pixels; None if it is not told.
 
     Raises:
-        ValueError: they are not square.
+        UserError: they are not square.
     """
     sides = set(size) if isinstance(size, list) else {size}
     if len(sides) != 1:
-        raise ValueError(f"its images are {size} pixels, not square")
+        raise UserError(f"its images are {size} pixels, not square")
     return _whole(sides.pop())
 
 
@@ -185,12 +186,12 @@ def _whole(number: Any) -> int | None:
     """A number of pixels or heads; None if it is not told.
 
     Raises:
-        ValueError: it is no whole number of at least 1.
+        UserError: it is no whole number of at least 1.
     """
     if number is None:
         return None
     if isinstance(number, bool) or float(number) != int(number) or int(number) < 1:
-        raise ValueError(f"{number!r} is no whole number of at least 1")
+        raise UserError(f"{number!r} is no whole number of at least 1")
     return int(number)
 
 
@@ -205,5 +206,5 @@ def _triple(values: Any) -> tuple[float, ...] | None:
         return None
     each = tuple(float(x) for x in values) if isinstance(values, list) else (float(values),)
     if len(each) not in (1, 3):
-        raise ValueError(f"{values} is not for three channels")
+        raise UserError(f"{values} is not for three channels")
     return each * (3 // len(each))
