@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
 import shutil
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -192,10 +194,18 @@ def another_format(path: str) -> None:
     torch.save({**torch.load(path, weights_only=True), "format": 0}, path)
 
 
-def trained(*flags: str) -> None:
-    """A run of five steps that is over."""
-    code, _, err = run_forked(["train.py", *RUN, "--num_steps", "5", *flags])
+@functools.cache
+def finished_run() -> tempfile.TemporaryDirectory:
+    """The folder of a run of five steps that is over, made once; it goes when the tests end."""
+    folder = tempfile.TemporaryDirectory()
+    code, _, err = run_forked(["train.py", *RUN, "--num_steps", "5"], cwd=folder.name)
     assert code == 0, err
+    return folder
+
+
+def trained() -> None:
+    """A run of five steps that is over, in the current folder."""
+    shutil.copytree(finished_run().name, ".", dirs_exist_ok=True)
 
 
 def another_run() -> list[str]:
