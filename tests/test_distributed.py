@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers.launching import TINY, job, ranks, torchrun, train_main, values_of
+from tests.helpers.steps import make_optimizer, params_of
 from utils import dist_util, hardware
 from utils.precision import Precision
 
@@ -114,7 +115,7 @@ def updated(level: str, accumulation: int, num_steps: int, clip: float) -> dict:
     model = VisionTransformer(CONFIGS["testing"], 32, 4)
     nn.init.normal_(model.head.weight)
     precision = Precision(device, level)
-    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model, precision)
     wrapped = dist_util.wrap(model).eval()  # no dropout
     reduced: list[tuple[str, int]] = []
 
@@ -143,7 +144,7 @@ def updated(level: str, accumulation: int, num_steps: int, clip: float) -> dict:
         precision.step(optimizer, clip)
         counts.append(reduced[:])
         reduced.clear()
-    masters = torch.cat([p.detach().flatten().double() for p in precision.parameters()])
+    masters = torch.cat([p.detach().flatten().double() for p in params_of(optimizer)])
     halves = sum(p.numel() for p in model.parameters() if p.dtype != torch.float32)
     dist_util.cleanup()
     return {"counts": counts, "norms": norms, "masters": masters.tolist(), "halves": halves}

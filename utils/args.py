@@ -9,35 +9,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from models.configs import CONFIGS
+import torch
+
+from models.configs import CONFIGS, canonical_name
 from utils import dist_util, hardware
 from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS
 from utils.scheduler import DECAY_TYPES
 
 logger = logging.getLogger("train")
-
-
-def checkpoint_path(args: argparse.Namespace) -> str:
-    """Where the run's fine-tuned weights are."""
-    return os.path.join(args.output_dir, f"{args.name}_checkpoint.bin")
-
-
-def log_dir(args: argparse.Namespace) -> str:
-    """Where the run's TensorBoard events and metrics are."""
-    return os.path.join("logs", args.name)
-
-
-def last_path(args: argparse.Namespace) -> str:
-    """Where the state is from which the run can go on."""
-    return os.path.join(args.output_dir, f"{args.name}_last.pt")
-
-
-def report_path(args: argparse.Namespace) -> str:
-    """Where the run's report is."""
-    return os.path.join(args.output_dir, f"{args.name}_report.html")
 
 
 class Parser(argparse.ArgumentParser):
@@ -163,7 +145,73 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
     if args.zero_head and (args.eval_only or args.pretrained_dir == ""):
         logger.warning("--zero_head has no effect without weights to train on from")
-    if args.num_workers is None:
-        args.num_workers = min(8, hardware.num_cpus())
-    if args.num_workers < 0:
+    if args.num_workers is not None and args.num_workers < 0:
         raise UserError(f"--num_workers is {args.num_workers}, expected 0 or more")
+
+
+#: TEMPORARY
+RESULT_FLAGS = (
+    "zero_head", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
+    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
+)  # fmt: skip
+OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
+
+
+def decoding_workers(args: argparse.Namespace) -> int:
+    """Returns how many processes decode images."""
+    return min(8, hardware.num_cpus()) if args.num_workers is None else args.num_workers
+
+
+def settings(
+    args: argparse.Namespace, pretrained: str, dataset_checksum: str, dropout_rate: float, batch: int, precision: str
+) -> dict[str, Any]:
+    """Returns what decides on a run's result, by the names of the flags: a run resumes only under the same.
+
+    Args:
+        args: the flags.
+        pretrained: path of the weights that the run starts from, given or found.
+        dataset_checksum, dropout_rate, precision: of the images, of the model, and the name of the number formats.
+        batch: images of one step on all ranks.
+    """
+    is_folder = os.path.isdir(args.dataset) and args.dataset not in ("cifar10", "cifar100", "digits")
+    return {
+        "--pretrained_dir": pretrained,
+        "--model_type": canonical_name(args.model_type),
+        "--dataset": f"{'folder' if is_folder else args.dataset} {dataset_checksum}",
+        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
+        "--dropout": dropout_rate,
+        "--train_batch_size of all processes": batch,
+        "precision": precision,
+    }
+
+
+def environment(args: argparse.Namespace, batch: int, num_micro_batches: int, device: str) -> dict[str, Any]:
+    """Returns what may change the last digits of a run's result.
+
+    Args:
+        args: the flags.
+        batch, num_micro_batches: of one step on each rank.
+        device: its kind.
+    """
+    return {
+        "--device": device,
+        "--train_batch_size": batch,
+        "--gradient_accumulation_steps": num_micro_batches,
+        "--eval_batch_size": args.eval_batch_size,
+        "--compile": args.compile,
+        "--deterministic": args.deterministic,
+        "processes": dist_util.world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def defaults() -> dict[str, Any]:
+    """Returns the default of every flag that has one, by its name: what a setting counts as that a state lacks."""
+    parser = make_parser()
+    return {f"--{a.dest}": a.default for a in parser._actions if a.default is not None}
+
+
+def same_on_all_ranks(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags that must be the same on all ranks."""
+    return {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}

@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pickle import UnpicklingError
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from utils import files
 from utils.errors import UserError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -256,68 +256,38 @@ def load_weights(path: str) -> dict[str, Tensor]:
     return state
 
 
-@dataclass
-class TrainingState:
-    """Everything a run needs to go on after an update as if it had never stopped.
-
-    Attributes:
-        settings: what decides on the run's result, by the names of the flags.
-        circumstances: what decides on the last digits only.
-        step: updates done.
-        evaluated: the last update after which the model was evaluated.
-        best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
-        best_step: the update after which that was.
-        best: what that evaluation found, by the names of ``evaluation.EvalResult``.
-        best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
-        model: float32 weights by the model's names.
-        optimizer, precision, log: what these objects keep.
-    """
-
-    settings: dict[str, Any]
-    circumstances: dict[str, Any]
-    step: int = 0
-    evaluated: int = 0
-    best_accuracy: float = -1.0
-    best_step: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    best_crc32: int = 0
-    model: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    precision: dict[str, Any] = field(default_factory=dict)
-    log: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, kind in _STATE_KINDS.items():
-            if type(getattr(self, name)) is not kind:
-                raise UserError(f"{name}: of another kind than expected")
-        if not 0 <= self.evaluated <= self.step:
-            raise UserError("step or evaluated: impossible values")
-
-
-_STATE_KINDS: dict[str, type] = {
+#: What a training state holds, and of which kind; ``run.Run.save`` says what each is for.
+STATE_KINDS: dict[str, type] = {
     "settings": dict,
-    "circumstances": dict,
+    "environment": dict,
+    "batch": dict,
     "step": int,
-    "evaluated": int,
+    "last_eval_step": int,
     "best_accuracy": float,
     "best_step": int,
-    "best": dict,
+    "best_result": dict,
     "best_crc32": int,
     "model": dict,
     "optimizer": dict,
     "precision": dict,
     "log": dict,
 }
+#: Names of format 1, which is read for ever, and what they are called now.
+FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 
 
-def save_state(path: str, state: TrainingState) -> None:
-    """Writes the state of a run; see ``files.atomic_write``."""
+def save_state(path: str, state: Mapping[str, Any]) -> None:
+    """Writes a training state, which has the names of ``STATE_KINDS``; see ``files.atomic_write``."""
+    assert state.keys() == STATE_KINDS.keys()
     with files.atomic_write(path) as f:
-        torch.save({"format": STATE_FORMAT, **vars(state)}, f)
+        torch.save({"format": STATE_FORMAT, **state}, f)
 
 
-def load_state(path: str) -> TrainingState:
-    """Reads the state of a run, and compares the checksums of all it holds.
+def load_state(path: str) -> dict[str, Any]:
+    """Reads a training state of any format, and compares the checksums of all it holds.
+
+    Returns:
+        What it holds, by the names of ``STATE_KINDS``.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else.
@@ -329,24 +299,38 @@ def load_state(path: str) -> TrainingState:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise UserError(f"{damaged} is damaged")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged bytes lead the reader to many classes; what could run code is not read
         raise UserError(
             f"{path} cannot be read as a training state (damaged, or not written by this program); "
             "--resume none starts over"
         ) from e
-    if isinstance(found, dict) and found and all(isinstance(x, Tensor) for x in found.values()):
+    if isinstance(state, dict) and state and all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(
             f"{path} holds weights and no training state of this version; --resume takes a <name>_last.pt, "
             "or none to start over"
         )
     try:
-        if found.pop("format") != STATE_FORMAT:
+        version = state.pop("format")
+        state = _from_format_1(state) if version == 1 else state
+        check_tensors(path, _tensors_in(state))
+        same = state.keys() == STATE_KINDS.keys() and version in (1, STATE_FORMAT)
+        if not same or any(type(state[name]) is not kind for name, kind in STATE_KINDS.items()):
             raise UserError("another version's")
-        check_tensors(path, _tensors_in(found))
-        return TrainingState(**found)
+        if not 0 <= state["last_eval_step"] <= state["step"]:
+            raise UserError("impossible values")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} holds no training state of this version; --resume none starts over") from e
+    return state
+
+
+def _from_format_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state of format 1 with today's names; what it lacks has its default."""
+    renamed = {FORMAT_1_NAMES.get(name, name): value for name, value in state.items()}
+    flags = ("--train_batch_size", "--gradient_accumulation_steps")
+    given = tuple(renamed["environment"].get(name, 1) for name in flags)
+    batch = {"total": renamed["settings"].get("--train_batch_size of all processes", 0), "given": given}
+    return {"best_crc32": 0, "batch": batch, **renamed}
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

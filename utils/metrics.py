@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,9 @@ class MetricsWriter:
     Args:
         log_dir: the run's folder, made if need be.
         enabled: False on processes that write nothing.
-        lengths: what ``flush`` gave when the state was saved from which the run goes on: what was written
+        lengths: what ``flush`` gave when the state was saved from which the run resumes: what was written
             later is cut off, for it will be written again.  None: a new run.
-        step: the update of that state.
+        step: the step of that state.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MetricsWriter:
             return
         os.makedirs(log_dir, exist_ok=True)
         if lengths is not None and not _cut_off(log_dir, lengths):
-            logger.warning("%s does not hold the logs of the run up to update %d: they begin after it", log_dir, step)
+            logger.warning("%s does not hold the logs of the run up to step %d: they begin after it", log_dir, step)
             lengths = None
         if lengths is None:
             _set_aside_earlier(log_dir)
@@ -62,10 +62,15 @@ class MetricsWriter:
         # TensorBoard, if it is looking, forgets what has been cut off from then on.
         self._events = EventFile(log_dir, purge_step=step + 1 if step else None)
         self._lines = open(os.path.join(log_dir, METRICS_FILE), "ab")  # noqa: SIM115
-        self._end: int | None = None  # of the events that a run that goes on longer keeps
+        self._end: int | None = None  # of the events that a longer run keeps
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], notes: Mapping[str, float] | None = None) -> None:
         """Adds one line and its scalars, which are in the files when it returns.
+
+        Args:
+            step: of the line.
+            values: by their tags.
+            notes: what stands in the line only.
 
         Raises:
             FloatingPointError: a value is not finite; nothing is written.
@@ -75,16 +80,17 @@ class MetricsWriter:
         if not self.enabled:
             return
         with _named(self._lines.name):
-            self._lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            self._lines.write(json.dumps({"step": step, **values, **(notes or {})}).encode() + b"\n")
             self._lines.flush()
         self._events.add_scalars(values, step)
 
-    def picture(self, step: int, tag: str, picture: Image.Image) -> None:
-        """Adds a picture to the events; ``metrics.jsonl`` holds numbers only."""
+    def image(self, step: int, tag: str, image: Image.Image) -> None:
+        """Adds an image to the events; ``metrics.jsonl`` holds numbers only."""
         if self.enabled:
-            from torch.utils.tensorboard.summary import image
+            from torch.utils.tensorboard import summary
 
-            self._events.add_summary(image(tag, np.asarray(picture.convert("RGB")), dataformats="HWC"), step)
+            pixels = np.asarray(image.convert("RGB"))
+            self._events.add_summary(summary.image(tag, pixels, dataformats="HWC"), step)
 
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
@@ -93,8 +99,8 @@ class MetricsWriter:
         tab would then know the values of one run only.
 
         Args:
-            step: the last update, of which all else must be written.  The entry counts as one later and is
-                left out of what ``flush`` counts: a run that goes on longer writes its own.
+            step: the last step, of which all else must be written.  The entry counts as one later and is
+                left out of what ``flush`` counts: a run that is resumed with more steps writes its own.
             values: the run's flags.
         """
         if not self.enabled:
@@ -145,7 +151,7 @@ class EventFile:
 
     Args:
         folder: where it is made.
-        purge_step: from which update on TensorBoard is to forget what other files of the folder said.
+        purge_step: from which step on TensorBoard is to forget what other files of the folder said.
     """
 
     def __init__(self, folder: str, purge_step: int | None = None) -> None:
@@ -239,76 +245,111 @@ def _set_aside_earlier(log_dir: str) -> None:
     logger.warning("Moved the logs of an earlier run of this name to %s", target)
 
 
-class TrainingLog:
-    """The training's bar and lines: loss, learning rate and speed, averaged between two log lines.
+class TrainLog:
+    """The training's progress bar and log lines: loss, learning rate and speed, averaged between two lines.
 
-    The losses stay on the device until a line is due, so that no update waits for a number; then every
-    process takes part in averaging them.
+    The losses stay on the device until a line is due, so that no step waits for a number; then every rank takes part
+    in averaging them.  A context manager, which opens the files; ``load_state_dict`` comes before.
 
     Args:
-        writer: where the lines go.
-        num_steps: updates of the whole run.
-        images_per_step: pictures of one update, over all processes.
-        log_every: updates between two lines.
-        first_step: updates that are already done.
+        log_dir: the run's folder of logs.
+        num_steps: steps of the whole run.
+        images_per_step: images of one step, over all ranks.
+        log_every: steps between two lines.
     """
 
-    def __init__(
-        self, writer: MetricsWriter, num_steps: int, images_per_step: int, log_every: int, first_step: int = 0
-    ) -> None:
-        self._writer = writer
+    def __init__(self, log_dir: str, num_steps: int, images_per_step: int, log_every: int) -> None:
+        self._log_dir = log_dir
         self._num_steps = num_steps
         self._images_per_step = images_per_step
         self._log_every = log_every
+        self._first_step, self._lengths = 0, None  # of a resumed run: steps done, and bytes of its files
         self._losses: list[Tensor] = []
         self._applied: list[Tensor] = []
+        self.train_secs, self.eval_secs = 0.0, 0.0  # since the run began, over all resumes
+        self._timed_secs, self._timed_steps = 0.0, 0  # of all lines since this process started
+
+    def __enter__(self) -> TrainLog:
+        self._writer = MetricsWriter(self._log_dir, dist_util.is_main(), self._lengths, self._first_step)
         self._bar = tqdm(
-            total=num_steps,
-            initial=first_step,
+            total=self._num_steps,
+            initial=self._first_step,
             desc="Training",
             unit="step",
             **dist_util.bar_options(),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
         )
-        self._total_secs, self._total_steps = 0.0, 0
-        self.restart_clock()
+        self._start_clock()
+        return self
 
-    def restart_clock(self) -> None:
-        """Leaves out the time since the last update, which was not spent on training."""
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def _start_clock(self) -> None:
         self._since = time.perf_counter()
-        self._steps_timed = 0
+        self._steps_since = 0
 
-    def update(self, step: int, loss: Tensor, learning_rate: float, applied: Tensor) -> None:
-        """Counts one update, and writes a line if one is due.
+    def _count_secs(self) -> None:
+        """Adds the time since the clock was started to the training's, and starts the clock anew."""
+        self.train_secs += time.perf_counter() - self._since
+        self._start_clock()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the block's time out of the training's: it evaluates or saves."""
+        self._count_secs()
+        yield
+        self._start_clock()
+
+    def step(self, step: int, loss: Tensor, learning_rate: float, applied: Tensor) -> None:
+        """Counts one step, and writes a line if one is due.
 
         Args:
-            step: the update's number, from 1.
-            loss: its mean loss over this process's pictures, a detached scalar still on the device.
+            step: its number, from 1.
+            loss: its mean loss over this rank's images, a detached scalar still on the device.
             learning_rate: what it used.
-            applied: False if it was skipped, for its scaled gradients overflowed; a scalar there too.
+            applied: False if it was skipped, for its scaled gradients overflowed; a bool scalar on the device.
 
         Raises:
-            FloatingPointError: a loss since the last line is not finite, and its update was not skipped.
+            FloatingPointError: a loss since the last line is not finite, and its step was not skipped.
         """
         self._losses.append(loss)
         self._applied.append(applied)
-        self._steps_timed += 1
+        self._steps_since += 1
         self._bar.update(1)
         if step % self._log_every and step != self._num_steps:
             return
         losses = self._read_losses(step)
         values = {"train/loss": sum(losses) / len(losses)} if losses else {}
-        secs = max(time.perf_counter() - self._since, 1e-9)
-        speed = self._steps_timed * self._images_per_step / secs
-        self._total_secs += secs
-        self._total_steps += self._steps_timed
-        self.restart_clock()
+        secs, steps = max(time.perf_counter() - self._since, 1e-9), self._steps_since
+        self._count_secs()
+        speed = steps * self._images_per_step / secs
+        self._timed_secs += secs
+        self._timed_steps += steps
         loss_text = "".join(f"loss={mean:.4f}, " for mean in values.values())
-        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s", refresh=False)  # shown with the next update
-        self._writer.write(step, {**values, "train/lr": learning_rate, "images_per_sec": speed})
+        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s", refresh=False)  # shown with the next step
+        self._writer.write(
+            step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
+        )
+
+    def evaluation(self, step: int, accuracy: float, loss: float, secs: float) -> None:
+        """Writes the line of an evaluation after a step, which took so many seconds."""
+        self.eval_secs += secs
+        values = {"test/accuracy": accuracy, "test/loss": loss}
+        self._writer.write(step, values, {"secs": self.train_secs, "eval_secs": self.eval_secs})
+
+    def image(self, step: int, tag: str, draw: Callable[[], Image.Image | None]) -> None:
+        """Adds what ``draw`` makes to the TensorBoard events; it is called on the main process only."""
+        if self._writer.enabled and (image := draw()) is not None:
+            self._writer.image(step, tag, image)
+
+    def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
+        """Adds the run to TensorBoard's hparams tab; see ``MetricsWriter.hyperparameters``."""
+        self._writer.hyperparameters(step, values)
 
     def _read_losses(self, step: int) -> list[float]:
-        """The losses of the updates since the last line, but for those that were skipped."""
+        """Returns the losses of the steps since the last line, but for those that were skipped."""
         summed = dist_util.sum_over_ranks(torch.stack(self._losses)) / dist_util.world_size()
         rows = torch.stack((summed, torch.stack(self._applied).to(summed.dtype)))
         both = rows.tolist()  # the one wait for the device between two lines
@@ -323,29 +364,33 @@ class TrainingLog:
         self._applied.clear()
         return losses
 
-    def training_state(self) -> dict[str, Any]:
-        """The updates since the last line, for a run that goes on from here; every process must ask."""
-        if not self._losses:
-            return {"losses": [], "applied": []}
-        summed = dist_util.sum_over_ranks(torch.stack(self._losses))
-        return {"losses": summed.tolist(), "applied": torch.stack(self._applied).tolist()}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the losses since the last line, the lengths of the files and the seconds so far; every rank must ask.
 
-    def load_training_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on from what ``training_state`` gave, which is of all processes: one of them takes it."""
+        The losses are sums over all ranks, and the files are on the disk.
+        """
+        self._count_secs()
+        state: dict[str, Any] = {"losses": [], "applied": []}
+        if self._losses:
+            summed = dist_util.sum_over_ranks(torch.stack(self._losses))
+            state = {"losses": summed.tolist(), "applied": torch.stack(self._applied).tolist()}
+        return {**state, "files": self._writer.flush(), "secs": self.train_secs, "eval_secs": self.eval_secs}
+
+    def load_state_dict(self, state: dict[str, Any], step: int, device: torch.device, own_files: bool) -> None:
+        """Takes back what ``state_dict`` gave after a step, before the files are opened.
+
+        Args:
+            state: sums over all ranks: the main process takes them, the others zeros.
+            step: steps done.
+            device: where the losses are.
+            own_files: the folder holds the files of which the state tells; else the logs begin anew.
+        """
         mine = float(dist_util.is_main())
         self._losses = [torch.tensor(loss * mine, device=device) for loss in state["losses"]]
         self._applied = [torch.tensor(applied, device=device) for applied in state["applied"]]
+        self._first_step, self._lengths = step, state.get("files", {}) if own_files else None
+        self.train_secs, self.eval_secs = state.get("secs", 0.0), state.get("eval_secs", 0.0)
 
     def speed(self) -> float:
-        """Images per second of all lines so far, evaluations left out."""
-        return self._total_steps * self._images_per_step / max(self._total_secs, 1e-9)
-
-    def __enter__(self) -> TrainingLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.close()
+        """Returns the images per second of all lines since this process started, evaluations left out."""
+        return self._timed_steps * self._images_per_step / max(self._timed_secs, 1e-9)
