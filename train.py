@@ -31,7 +31,7 @@ from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
 from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util
 from utils.apex import ApexPrecision, import_apex_amp
-from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser
+from utils.args import check_args, checkpoint_path, decoding_workers, last_path, log_dir, make_parser
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
 from utils.hardware import make_deterministic
@@ -143,7 +143,7 @@ def make_batches(
     world = (dist_util.rank(), dist_util.world_size())
     sampler = data_utils.StepSampler(len(pictures), args.train_batch_size, transform.num_draws, args.seed, *world)
     part_size = args.train_batch_size // args.gradient_accumulation_steps
-    return data_utils.train_batches(pictures, sampler, steps, part_size, transform, device, args.num_workers)
+    return data_utils.train_batches(pictures, sampler, steps, part_size, transform, device, decoding_workers(args))
 
 
 @torch.inference_mode()
@@ -162,7 +162,7 @@ def evaluate(
     share = (dist_util.rank(), dist_util.world_size())
     transform = augment.EvalTransform(args.img_size)
     batches = data_utils.eval_batches(
-        pictures, args.eval_batch_size, transform, precision.device, args.num_workers, *share
+        pictures, args.eval_batch_size, transform, precision.device, decoding_workers(args), *share
     )
     num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
@@ -253,7 +253,7 @@ def prepare(
         source = pretrained.load(path, args.model_type, strict=False)
     elif state is None:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
-    data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)
+    data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
     goes_on, resumed = state is not None, {} if state is None else state.model
     if not args.eval_only:
         start = path if args.pretrained_dir is None else args.pretrained_dir

@@ -30,7 +30,7 @@ from tests.helpers.runs import (
     write_images,
 )
 from utils import checkpoint, files, precision
-from utils import run as runs
+from utils.args import FLAGS
 from utils.evaluation import EvalResult
 from utils.metrics import TrainingLog
 
@@ -548,15 +548,10 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
     assert not os.path.exists(path)
 
 
-def test_settings_hold_every_flag_that_decides_on_the_result():
-    """A new flag must be put somewhere: among the settings, the circumstances, or here as without influence."""
-    names = {action.dest for action in train.make_parser()._actions} - {"help"}
-    told = set(runs.RESULT_FLAGS) | {"pretrained_dir", "model_type", "dataset", "dropout", "train_batch_size"}
-    told |= {"fp16", "fp16_opt_level", "amp_dtype", "amp_backend"}  # the precision's text
-    told |= {"device", "gradient_accumulation_steps", "eval_batch_size", "compile", "deterministic"}
-    without = {"name", "data_dir", "output_dir", "log_every", "num_workers", "resume", "save_every", "local_rank",
-               "eval_only", "load_model_dir"}  # fmt: skip
-    assert names == told | without
+def test_these_are_the_flags_that_decide_on_the_result():
+    """A new one needs a value in ``DIFFERENT``."""
+    of_precision = {"--fp16_opt_level", "--amp_dtype", "--amp_backend", "--loss_scale"}  # without effect alone
+    assert {f"--{flag.name}" for flag in FLAGS if flag.decides == "result"} == set(DIFFERENT) | of_precision
 
 
 def test_the_precision_of_a_run_is_all_of_its_flags():

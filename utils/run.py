@@ -18,19 +18,13 @@ from torch import Tensor, nn
 
 from models.configs import ViTConfig, canonical_name
 from utils import checkpoint, datasets, dist_util, files
-from utils.args import checkpoint_path, last_path, log_dir, make_parser, report_path
+from utils.args import checkpoint_path, deciding, default_of, last_path, log_dir, per_rank, report_path
 from utils.errors import UserError
 from utils.files import file_lock
 from utils.metrics import TrainingLog
 from utils.precision import Precision
 
 logger = logging.getLogger("train")
-
-#: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
-RESULT_FLAGS = (
-    "zero_head", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
-    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
-)  # fmt: skip
 
 
 def settings(
@@ -47,7 +41,7 @@ def settings(
         "--pretrained_dir": pretrained,
         "--model_type": canonical_name(args.model_type),
         "--dataset": f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}",
-        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
+        **{f"--{name}": getattr(args, name) for name in deciding("result")},
         "--dropout": config.dropout_rate,
         "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
         "precision": str(precision),
@@ -59,10 +53,7 @@ def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, A
     return {
         "--device": device.type,
         "--train_batch_size": args.train_batch_size,
-        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "--eval_batch_size": args.eval_batch_size,
-        "--compile": args.compile,
-        "--deterministic": args.deterministic,
+        **{f"--{name}": getattr(args, name) for name in deciding("last digits")},
         "processes": dist_util.world_size(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -179,8 +170,7 @@ def begin(
     if state is None:
         return checkpoint.TrainingState(now, here)
     # A flag that is younger than the state had its default's effect.
-    parser = make_parser()
-    defaults = {name: parser.get_default(name.removeprefix("--")) for name in now}
+    defaults = {name: default_of(name.removeprefix("--")) for name in now}
     was = {name: x if defaults[name] is None else defaults[name] for name, x in now.items()} | state.settings
     if type(n := was.get("--num_steps")) is int and n < args.num_steps:
         logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
@@ -280,17 +270,13 @@ def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) 
     args.train_batch_size, args.gradient_accumulation_steps = batch, parts
 
 
-#: Flags that may differ between processes: folders of their machines, and what does not change the result.
-OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
-
-
 def check_processes(
     args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, state: checkpoint.TrainingState | None
 ) -> None:
     """Raises UserError unless all processes have the same flags, data and weights."""
     if dist_util.world_size() == 1:
         return
-    same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    same = {f"--{name}": value for name, value in vars(args).items() if name not in per_rank()}
     # Which a training has taken already: seconds, for a large data set.
     same["the checksum of --dataset"] = state.settings["--dataset"] if state is not None else data.checksum()
     if dist_util.several_machines():
