@@ -349,8 +349,9 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         source = pretrained.load(path, args.model_type, strict=False)
     data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
     given = path if args.pretrained_dir is None else args.pretrained_dir
+    dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.check_settings(
-        settings(args, given, data.checksum(), config.dropout_rate, run.batch.total, str(precision)),
+        settings(args, given, dataset, config.dropout_rate, run.batch.total, str(precision)),
         environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
         defaults(),
     )

@@ -30,6 +30,7 @@ from tests.helpers.runs import (
     write_images,
 )
 from utils import checkpoint, files, precision
+from utils.args import FLAGS
 from utils.evaluation import EvalResult
 from utils.metrics import TrainLog
 from utils.run import Run
@@ -546,6 +547,12 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
     assert os.path.exists(path)
     held.__exit__(None, None, None)
     assert not os.path.exists(path)
+
+
+def test_these_are_the_flags_that_decide_on_the_result():
+    """A new one needs a value in ``DIFFERENT``."""
+    of_precision = {"--fp16_opt_level", "--amp_dtype", "--amp_backend", "--loss_scale"}  # without effect alone
+    assert {f"--{flag.name}" for flag in FLAGS if flag.decides == "result"} == set(DIFFERENT) | of_precision
 
 
 def test_the_precision_of_a_run_is_all_of_its_flags():

@@ -78,7 +78,15 @@ ROOMS = {
     "utils.signals": {"utils.dist_util"},
     "utils.metadata": {"utils.checkpoint", "utils.weights"},
     "utils.weights": {"utils.checkpoint"},
-    "utils.run": {"models.configs", "utils"},
+    "utils.exits": {"utils.data_utils", "utils.dist_errors", "utils.dist_util", "utils.memory", "utils.signals"},
+    "utils.run": {
+        "utils.checkpoint",
+        "utils.dist_util",
+        "utils.evaluation",
+        "utils.files",
+        "utils.metrics",
+        "utils.precision",
+    },
     "utils.showing": {"utils"},
 }
 

@@ -734,19 +734,6 @@ def test_a_flag_without_effect_is_a_warning(flags, caplog):
     assert "no effect without --fp16" in caplog.text
 
 
-def test_reference_defaults():
-    args = train.make_parser().parse_args(["--name", "x"])
-    expected = dict(
-        dataset="cifar10", model_type="ViT-B_16", pretrained_dir=None, output_dir="output",
-        img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100, learning_rate=3e-2, weight_decay=0,
-        num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0, local_rank=-1, seed=42,
-        gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2", loss_scale=0, eval_only=False,
-        data_dir="./data", device="auto", amp_dtype="auto", hflip=False,
-        amp_backend="native", compile=False,
-    )  # fmt: skip
-    assert {name: getattr(args, name) for name in expected} == expected
-
-
 def test_the_reference_scripts_default_weights_are_still_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("checkpoint")
