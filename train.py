@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models import pretrained, published
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util
+from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util, metadata
 from utils.apex import ApexPrecision, import_apex_amp
 from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser
 from utils.errors import UserError
@@ -250,7 +250,7 @@ def prepare(
     datasets.check_layout(args.dataset)
     path, source = start_path(args, state), None
     if state is None and path:
-        source = pretrained.load(path, args.model_type, strict=False)
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
     elif state is None:
         logger.warning("--pretrained_dir is empty: training starts from random weights")
     data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)

@@ -19,7 +19,7 @@ from models.modeling import VisionTransformer
 from tools import _cli
 from utils import checkpoint, datasets
 from utils.errors import UserError
-from utils.metadata import GELUS, Metadata
+from utils.metadata import GELUS, Metadata, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
     path = args.load_model_dir
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}; name one with --load_model_dir")
-    source = pretrained.load(path, args.model_type)
-    told = source.told
+    source = pretrained.load(open_weights(path, strict=True), args.model_type)
+    told = source.metadata
     if told is None and args.model_type is None:
         raise UserError(
             f"there is no {checkpoint.metadata_path(path)} that tells what {path} is of; "

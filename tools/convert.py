@@ -22,21 +22,21 @@ if not __package__:  # run as a file, from any folder
 from models import npz, pretrained
 from models.configs import CONFIGS
 from tools import _cli, _npz_file
-from utils import checkpoint
-from utils.metadata import Metadata
+from utils import checkpoint, metadata
 
 
 def describe(source: pretrained.Source) -> checkpoint.CheckpointMetadata | None:
     """Collects what files beside the weights tell; returns None if they do not name the classes."""
-    told = source.told or Metadata("")
-    if told.description is not None:
-        return told.description
-    if told.classes is None or len(told.classes) != source.num_classes or len(set(told.classes)) < len(told.classes):
+    known = source.metadata or metadata.Metadata("")
+    if known.description is not None:
+        return known.description
+    names = known.classes
+    if names is None or not len(set(names)) == len(names) == source.num_classes:
         return None
     config = CONFIGS[source.model_type]
     trained_for = config.size_of(source.arrays[npz.POSITIONS].shape[1])
     return checkpoint.CheckpointMetadata(
-        source.model_type, told.img_size or trained_for, told.classes, told.gelu or config.gelu, "", 0, -1.0
+        source.model_type, known.img_size or trained_for, names, known.gelu or config.gelu, "", 0, -1.0
     )
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"there is no file {args.file}")
     if not args.output.endswith(".npz"):
         raise UserError(f"--output {args.output} does not end in .npz, which is what is written")
-    source = pretrained.load(args.file, args.model_type)
+    source = pretrained.load(metadata.open_weights(args.file, strict=True), args.model_type)
     description = describe(source)
     beside = checkpoint.metadata_path(source.path)
     _npz_file.check_output(args.output, source.path, beside, described=description is not None)

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from utils import checkpoint
+from utils import checkpoint, weights
 from utils.errors import UserError
 from utils.weights import Weights
 
@@ -79,25 +79,49 @@ class Metadata:
             )  # fmt: skip
 
 
-def read_beside(weights: Weights) -> Metadata | None:
+def open_weights(path: str, strict: bool) -> Weights:
+    """Reads a file of weights, or the one in a folder, and the metadata beside it.
+
+    Args:
+        path: as for ``weights.read``.
+        strict: metadata that cannot be read, or is of other weights, is an error; else a warning, and left out.
+
+    Raises:
+        UserError: they cannot be read; the message begins with the path.
+    """
+    try:
+        path = weights.file_in(path) if os.path.isdir(path) else path
+        file = weights.read(path)
+    except UserError as e:
+        raise UserError(f"{path} cannot be loaded: {e}") from e
+    try:
+        return replace(file, metadata=read_beside(file))
+    except UserError as e:
+        if strict:
+            raise
+        logger.warning("%s", e)
+        return file
+
+
+def read_beside(file: Weights) -> Metadata | None:
     """Reads what stands beside weights; returns None if nothing does.
 
     Raises:
         UserError: a file there cannot be read, or is of other weights.
     """
     description = None
-    if os.path.isfile(checkpoint.metadata_path(weights.path)):
+    if os.path.isfile(checkpoint.metadata_path(file.path)):
         try:
-            tensors = weights.tensors()
+            tensors = file.tensors()
         except TypeError as e:  # arrays of a kind that no description is of
-            raise UserError(f"{weights.path} holds more than numbers of this machine ({e})") from e
-        description = checkpoint.read_metadata(weights.path, tensors)
+            raise UserError(f"{file.path} holds more than numbers of this machine ({e})") from e
+        description = checkpoint.read_metadata(file.path, tensors)
     if description is not None:
-        source, d = checkpoint.metadata_path(weights.path), description
+        source, d = checkpoint.metadata_path(file.path), description
         return Metadata(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
-    if weights.path.endswith(".npz"):
+    if file.path.endswith(".npz"):
         return None
-    folder = os.path.dirname(weights.path)
+    folder = os.path.dirname(file.path)
     sources = [os.path.join(folder, name) for name in ("config.json", "preprocessor_config.json")]
     config, images = map(_read_json, sources)
     if config is None and images is None:

@@ -12,6 +12,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ _OTHER_FILES = (
 )
 
 
+@dataclass(frozen=True)
 class Weights:
     """The contents of a file of weights.
 
@@ -58,10 +60,12 @@ class Weights:
         path: the file; the one that was read, if a folder was named.
         arrays: numbers by the names in the file, without what wrappers put before all of them.  Half precision of
             PyTorch's and safetensors' files is float32 here; an .npz's arrays are as they are.
+        metadata: a ``metadata.Metadata`` of files beside it, which ``metadata.open_weights`` reads; None without one.
     """
 
-    def __init__(self, path: str, arrays: dict[str, np.ndarray]) -> None:
-        self.path, self.arrays = path, arrays
+    path: str
+    arrays: dict[str, np.ndarray]
+    metadata: Any = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays as tensors, which share their memory: what a description's checksum is of."""
