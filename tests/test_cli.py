@@ -11,12 +11,13 @@ import pytest
 from tests.conftest import REPOSITORY
 from tools import _cli
 from utils import memory
+from utils.errors import UserError
 
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if "__main__" in path.read_text())
 
 
 def test_these_are_the_tools():
-    assert TOOLS == ["attention_map", "convert", "download", "export", "predict", "pretrain_demo", "reproduce"]
+    assert TOOLS == ["attention_map", "convert", "download", "export", "predict", "reproduce"]
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -45,7 +46,7 @@ def test_an_unknown_flag_is_one_line_and_status_2(name, capsys):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (ValueError("two\nlines"), 2),
+        (UserError("two\nlines"), 2),
         (OSError("two\nlines"), 1),
         (memory.OutOfMemory("two\nlines"), 1),
         (KeyboardInterrupt(), 130),

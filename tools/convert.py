@@ -14,8 +14,6 @@ import argparse
 import os
 import sys
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -23,6 +21,7 @@ from models import npz, pretrained
 from models.configs import CONFIGS
 from tools import _cli, _npz_file
 from utils import checkpoint, metadata
+from utils.errors import UserError
 
 
 def describe(source: pretrained.Source) -> checkpoint.CheckpointMetadata | None:

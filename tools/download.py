@@ -19,8 +19,6 @@ import os
 import sys
 import urllib.parse
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -30,6 +28,7 @@ from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import _cli
 from tools._sources import KINDS, Sources, Wanted, from_url
 from utils import files
+from utils.errors import UserError
 
 # ---- which file ----
 

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models import commands, npz
 from tools import _cli, _export_folder, _export_hf, _export_programs, _export_timm, _finetuned, _npz_file
 from utils import checkpoint
+from utils.errors import UserError
 
 FOLDERS = {"timm": _export_timm.write, "hf": _export_hf.write}
 FORMATS = ("npz", "onnx", "pt2", *FOLDERS)

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
 from utils import augment, datasets, dist_util, hardware, memory
+from utils.errors import UserError
 from utils.precision import Precision
 
 #: One picture: its path, and the probability of every class (num_classes,), or why it cannot be read.
