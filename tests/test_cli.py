@@ -3,6 +3,7 @@
 import importlib
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_what_only_we_can_mend_is_not_hidden():
         _cli.run("x", body)
 
 
+def test_a_tool_ends_well_when_its_reader_leaves():
+    command = [sys.executable, "-m", "tools.download", "--list"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 141
+
+
 def test_names_that_cannot_be_printed_are_spelled_out(monkeypatch, tmp_path):
     with open(tmp_path / "out", "w", encoding="ascii") as f:
         monkeypatch.setattr(sys, "stdout", f)
@@ -84,7 +94,8 @@ def test_a_file_that_is_written_gets_its_folder_and_replaces_nothing_that_is_rea
     _cli.check_output("new/deeper/file", "read")
     assert os.path.isdir("new/deeper")
     _cli.check_output("file", "read")
-    for path, words in (("read", "replace"), ("./link", "replace"), ("folder", "is a folder"), ("read/x", "written")):
+    wrong = {"read": "replace", "./link": "replace", "folder": "is a folder", "read/x": "written", "": "is empty"}
+    for path, words in wrong.items():
         with pytest.raises(ValueError, match=words):
             _cli.check_output(path, "read")
     assert Path("read").read_text() == "mine"

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -267,6 +268,19 @@ def test_one_process_at_a_time_downloads_a_file(server, fetch, tmp_path):
         os.waitpid(child, 0)
     assert fetch()[0] == 0
     assert names_in(tmp_path) == [FILE]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_reader_that_leaves_ends_it_between_two_files(server, tmp_path, monkeypatch, there):
+    if there:
+        (tmp_path / FILE).touch()
+    read, write = os.pipe()
+    os.close(read)
+    models = ["ViT-B_32", "ViT-L_32", "--base_url", server.url, "--to", str(tmp_path)]
+    with open(write, "w", buffering=1) as f:
+        monkeypatch.setattr(sys, "stdout", f)
+        assert download.main(models) == 141
+    assert server.requests == [None] * (not there)
 
 
 # ---- the flags ----

@@ -108,7 +108,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def lacks_file(library: Any, error: BaseException) -> bool:
-    """Tells a repository that is there, or in the cache, without the file."""
+    """Returns True for the error of a repository that is there, or in the cache, without the file."""
     errors = library.errors
     if isinstance(error, errors.RepositoryNotFoundError):
         return False

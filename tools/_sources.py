@@ -1,4 +1,4 @@
-"""Sources of the files of tools.download: Google's bucket, the Hugging Face hub, or an address of the user's.
+"""Asks the sources of tools.download: Google's bucket, the Hugging Face hub, or an address of the user's.
 
 What comes in another layout is converted to Google's .npz.  This module must not know flags.
 """
@@ -39,17 +39,17 @@ class Wanted:
 
     @property
     def google(self) -> str:
-        """Google's name of it."""
+        """Returns Google's name of it."""
         return UPSTREAMS[self.upstream][self.name]
 
     @property
     def model_type(self) -> str:
-        """The model that it is of."""
+        """Returns the model that it is of."""
         return self.name.removesuffix("-224")
 
     @property
     def hub_path(self) -> str:
-        """The path of what the hub has in its place: another AugReg run keeps its own name.
+        """Returns the path of the hub's file in its place: another AugReg run keeps its own name.
 
         Raises:
             SourceError: the user named the file as this project calls the run that the hub does not have.
@@ -134,8 +134,8 @@ def convert(source: str, path: str, model_type: str) -> list[str]:
         OSError: it cannot be written.
     """
     config = CONFIGS[model_type]
-    arrays = layouts.to_google(weights.read(source).arrays, config)
-    arrays = npz.match(arrays, config, npz.num_classes(arrays))
+    google = layouts.to_google(weights.read(source).arrays, config)
+    arrays = npz.match(google, config, npz.num_classes(google))
     _npz_file.write(path, arrays)
     return [name for name in ("head", "pre_logits") if f"{name}/kernel" not in arrays]
 
