@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models import pretrained, published
 from models.configs import CONFIGS, ViTConfig, canonical_name
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, showing
+from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, metadata, showing
 from utils.apex import ApexPrecision, import_apex_amp
 from utils.args import (
     check_args,
@@ -258,7 +258,7 @@ def evaluate_only(args: argparse.Namespace) -> int:
             raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
         config = make_config(args)
         datasets.check_layout(args.dataset)
-        source = pretrained.load(path, args.model_type, strict=False)
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
         data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
         pretrained.warn_of_other_classes(source, args.dataset, data.classes)
@@ -346,7 +346,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         path = ""
     else:
         path = published.find(args.pretrained_dir, args.model_type)
-        source = pretrained.load(path, args.model_type, strict=False)
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
     data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
     given = path if args.pretrained_dir is None else args.pretrained_dir
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"

@@ -62,7 +62,8 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
         published.find(str(path), model_type)
     message = str(e.value)
     assert str(path) in message
-    words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
+    command, _, hub = message.split("python -m tools.download ")[1].partition("; the Hugging Face hub has another run")
+    words = shlex.split(command.split(" and give ")[0])
     assert words[0] == model_type
     target = Path(words[words.index("--to") + 1])
     if target.suffix != ".npz":
@@ -75,6 +76,12 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
     target.parent.mkdir(exist_ok=True)
     target.touch()  # what the command would leave is found the next time
     assert published.find(str(path if path.is_dir() else target), model_type) == str(target)
+    if hub:  # or what it would leave where only the hub gives a file
+        target.unlink()
+        run = Path(shlex.split(hub)[-1])
+        run.touch()
+        assert published.find(str(run.parent), model_type) == str(run)
+    assert bool(hub) == (target.name == "augreg_R26-ViT-S_32.npz")
 
 
 @pytest.mark.parametrize(

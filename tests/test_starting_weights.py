@@ -166,7 +166,7 @@ def test_weights_for_images_of_another_mean_are_a_warning_with_the_numbers(caplo
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"num_attention_heads": 8, "hidden_act": "gelu"}, "tells of 8 attention heads, expected 4"),
+        ({"num_attention_heads": 8, "hidden_act": "gelu"}, "has 8 attention heads, expected 4"),
         ({"num_attention_heads": 4, "hidden_act": "quick_gelu"}, "activation quick_gelu"),
         ({"architecture": "vit", "global_pool": "avg"}, "pools its tokens by avg, expected token"),
         ({"architecture": "vit", "model_args": {"global_pool": "map"}}, "pools its tokens by map"),

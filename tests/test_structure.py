@@ -63,7 +63,7 @@ ROOMS = {
     "models.npz": {"models.configs"},
     "models.layouts": {"models.configs", "models.npz"},
     "models.published": {"models.commands", "models.configs"},
-    "models.pretrained": {"models.configs", "models.layouts", "models.npz", "utils.metadata", "utils.weights"},
+    "models.pretrained": {"models.configs", "models.layouts", "models.npz"},
     "utils.apex": {"utils.precision"},
     "utils.args": {"models.configs", "utils.dist_util", "utils.hardware", "utils.precision", "utils.scheduler"},
     "utils.augment": {"utils.hardware"},

@@ -607,7 +607,7 @@ BAD_INPUT = {
         ["checkpoint/imagenet21k_ViT-B_32.npz", "tools/download.py ViT-B_32"],
     ),
     "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
-    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded as testing: it is neither an .npz nor"]),
+    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded: it is neither an .npz nor"]),
     "npz of another model": (
         _another_model,
         ["expected (16, 16, 3, 32)", "found (8, 8, 3, 128)", "fits --model_type ViT-demo"],

@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -38,6 +36,7 @@ from models.published import file_name
 from tools import _cli
 from tools._published_results import ROWS, SOURCES, Row
 from utils import files, hardware, metrics, report
+from utils.errors import UserError
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"

@@ -88,7 +88,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {
             "Content-Length": str(len(body)),
             "ETag": etag,
-            "x-goog-generation": str(len(content)),
             "x-goog-hash": f"crc32c=AAAAAA==,md5={md5}",
             "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}" if start else None,
             **fault.get("headers", {}),
