@@ -89,7 +89,7 @@ class Ranks:
         self.number, self.folder = number, folder
         folder.mkdir(exist_ok=True)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.launching", "train", "torch.utils.tensorboard", "torchvision.datasets"])
+        context.set_forkserver_preload(["tests.helpers.launching", "train", "torch.utils.tensorboard", "torchvision.datasets"])
         # As torchrun does, this process keeps the store where they meet: its port cannot be taken in between.
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         local = number // nodes
