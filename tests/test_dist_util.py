@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.helpers.launching import ranks
 from utils import dist_errors, dist_util
+from utils.errors import UserError
 from utils.metrics import MetricsWriter, TrainingLog
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -128,15 +129,15 @@ def watch(folder: str, local_rank: int) -> dict:
             entered.append(rank)
 
     def before_a_download():
-        fail([1], ValueError("no such file"))
+        fail([1], UserError("no such file"))
         with dist_util.main_process_first():
             entered.append(rank)
 
     entered = []
     seen["outcomes"] = {
         "well": outcome(lambda: None),
-        "all": outcome(lambda: fail([0, 1], ValueError("no such model"))),
-        "second": outcome(lambda: fail([1], ValueError("no such file"))),
+        "all": outcome(lambda: fail([0, 1], UserError("no such model"))),
+        "second": outcome(lambda: fail([1], UserError("no such file"))),
         "download": outcome(download),
         "before a download": outcome(before_a_download),
         "a bug": outcome(lambda: fail([1], TypeError("not callable"))),
@@ -221,14 +222,14 @@ def test_the_main_process_prepares_before_the_other_enters(two):
 
 OUTCOMES = {
     "well": (None, None),
-    "all": (["ValueError", "no such model"], ["FailedElsewhere"]),
-    "second": (["FailedElsewhere"], ["ValueError", "no such file (says process 1 of 2, on HOST)"]),
+    "all": (["UserError", "no such model"], ["FailedElsewhere"]),
+    "second": (["FailedElsewhere"], ["UserError", "no such file (says process 1 of 2, on HOST)"]),
     "download": (["OSError", "no such download (says process 0 of 2, on HOST)"], ["FailedElsewhere"]),
-    "before a download": (["FailedElsewhere"], ["ValueError", "no such file (says process 1 of 2, on HOST)"]),
+    "before a download": (["FailedElsewhere"], ["UserError", "no such file (says process 1 of 2, on HOST)"]),
     "a bug": (["FailedElsewhere"], ["TypeError", "not callable"]),
     "same": (None, None),
     "not the same": (
-        ["ValueError", "--seed is 0 on process 0 (HOST) and 1 on process 1 (HOST); as one"], ["FailedElsewhere"],
+        ["UserError", "--seed is 0 on process 0 (HOST) and 1 on process 1 (HOST); as one"], ["FailedElsewhere"],
     ),
 }  # fmt: skip
 
