@@ -253,11 +253,11 @@ def evaluate_only(args: argparse.Namespace) -> int:
     """Evaluates a fine-tuned checkpoint (-v)."""
     precision = set_up(args)
     with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
+        config = make_config(args)
+        datasets.check_layout(args.dataset)
         path = args.load_model_dir or RunPaths(args.output_dir, args.name).checkpoint
         if not os.path.exists(path):
             raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
-        config = make_config(args)
-        datasets.check_layout(args.dataset)
         source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
         data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)

@@ -408,7 +408,7 @@ def test_a_streak_of_skipped_updates_ends_the_run_and_an_applied_one_ends_the_st
         skipped.add(torch.tensor(False))
         skipped.collect()
     skipped.add(torch.tensor(False))
-    words = f"overflowed in {MAX_SKIPPED_IN_A_ROW} updates in a row, up to step {3 * MAX_SKIPPED_IN_A_ROW},"
+    words = f"overflowed in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {3 * MAX_SKIPPED_IN_A_ROW},"
     with pytest.raises(FloatingPointError, match=words):
         skipped.collect()
 
