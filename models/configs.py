@@ -145,3 +145,22 @@ CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name 
 def canonical_name(model_type: str) -> str:
     """This project's name of a model that may be called by one of Google's."""
     return _ALIASES.get(model_type, model_type)
+
+
+def make_config(model_type: str, img_size: int, gelu: str, dropout_rate: float | None = None) -> ViTConfig:
+    """Returns a model's architecture with a training's choices.
+
+    Args:
+        model_type: one of ``CONFIGS``.
+        img_size: side of the images, in pixels.
+        gelu: erf or tanh.
+        dropout_rate: None for the model's own.
+
+    Raises:
+        UserError: images of that size do not fit the model.
+    """
+    config = replace(CONFIGS[model_type], gelu=gelu)
+    if dropout_rate is not None:
+        config = replace(config, dropout_rate=dropout_rate)
+    config.check_img_size(img_size)
+    return config

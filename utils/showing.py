@@ -15,7 +15,7 @@ from utils import datasets, dist_util, figures, files, hardware
 from utils import report as page
 from utils.args import make_parser
 from utils.evaluation import EvalResult
-from utils.metrics import read_lines
+from utils.log_files import read_lines
 
 logger = logging.getLogger("train")
 
