@@ -197,7 +197,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 def read_lines(log_dir: str) -> list[dict[str, float]]:
-    """What a run's ``metrics.jsonl`` holds, a line an object.
+    """Returns the lines of a run's ``metrics.jsonl``, an object each.
 
     Raises:
         OSError, ValueError: it cannot be read.

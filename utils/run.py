@@ -78,7 +78,7 @@ class RunPaths:
 
 @dataclass
 class RunState:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         step: steps done.
