@@ -82,7 +82,7 @@ def _masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
 
 
 def autocasts(kind: str) -> bool:
-    """Tells if autocast casts matrix products on a kind of device; never on "meta", which torch cannot be asked about."""
+    """Tells if autocast casts matrix products on a kind of device; torch cannot be asked about "meta"."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

@@ -52,7 +52,7 @@ class CheckpointMetadata:
     accuracy: float
 
     def __post_init__(self) -> None:
-        kinds = (str, int, list, str, str, int, (int, float))
+        kinds: tuple[Any, ...] = (str, int, list, str, str, int, (int, float))
         wrong = [f.name for f, kind in zip(fields(self), kinds) if not isinstance(getattr(self, f.name), kind)]
         if wrong or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
