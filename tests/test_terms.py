@@ -30,7 +30,12 @@ ENGLISH = (
     ("rank", r"\bper process\b|\bprocess \d+ of \d+\b|\bfirst process of all\b", "64 per process", "64 per rank"),
     ("exit code", r"\bexit status(?:es)?\b|\bstatus (?:0|1|2|1[34]\d)\b", "ends with status 2", "the status 403"),
     ("metadata", r"\b(?:its|the|a|without a) descriptions?\b", "without a description", "metadata"),
-    ("peak learning rate", r"\bat its highest\b|\b(?:maximum|highest) learning rate\b", "at its highest", "at its best"),
+    (
+        "peak learning rate",
+        r"\bat its highest\b|\b(?:maximum|highest) learning rate\b",
+        "at its highest",
+        "at its best",
+    ),
     ("warm-up", r"\bwarmup\b|\bwarming up\b", "after the warmup", "`--warmup_steps`, the warm-up"),
     ("main process", r"\bmaster process\b|\bprocess 0\b", "on process 0", "on rank 0"),
 )
