@@ -53,7 +53,8 @@ class CheckpointMetadata:
 
     def __post_init__(self) -> None:
         kinds: tuple[Any, ...] = (str, int, list, str, str, int, (int, float))
-        wrong = [f.name for f, kind in zip(fields(self), kinds) if not isinstance(getattr(self, f.name), kind)]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        wrong = [n for (n, x), kind in zip(values.items(), kinds) if not isinstance(x, kind) or isinstance(x, bool)]
         if wrong or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
         if self.img_size < 1 or not self.classes or len(set(self.classes)) < len(self.classes):
