@@ -5,23 +5,19 @@ from __future__ import annotations
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from models import layouts, npz
 from models import published as table
-from models.configs import CONFIGS
 from models.published import PUBLISHED, UPSTREAMS, find, run_names
-from tests.helpers import fake_npz
+from tests.helpers.downloads import assert_same_weights, google_arrays, timm_file
 from tests.helpers.servers import Bucket, Hub, RefusingProxy, make_content, serving
 from tools import _hub, _transfer, download
 
@@ -36,33 +32,11 @@ FILE = "imagenet21k_testing.npz"
 RUN = "T-i21k-300ep-lr_0.001-aug_light1"
 
 
-def google_arrays(model_type="testing", **options):
-    """The arrays of a file of Google's, head and pre_logits among them."""
-    return fake_npz.arrays(CONFIGS[model_type], img_size=32, pre_logits=True, **options)
-
-
-def timm_file(model_type="testing", head=False, seed=0):
-    """The content of a .safetensors in timm's layout with the numbers of ``google_arrays``."""
-    config = CONFIGS[model_type]
-    state = npz.to_state_dict(google_arrays(model_type, seed=seed), config, 32, num_classes=10 if head else None)
-    return safetensors.torch.save({k: v.contiguous() for k, v in layouts.from_ours(state, layouts.TIMM).items()})
-
-
-def assert_same_weights(path, expected, left_out=("head", "pre_logits")):
-    wanted = {name: x for name, x in expected.items() if not name.startswith(tuple(left_out))}
-    with np.load(path, allow_pickle=False) as file:
-        assert file.files == list(wanted)
-        for name, x in wanted.items():
-            assert (file[name].dtype, file[name].shape) == (x.dtype, x.shape)
-            assert file[name].tobytes() == x.tobytes(), name
-
-
 @pytest.fixture
 def small_table(monkeypatch):
     """The testing model as if Google published it: one file of each upstream, the last of another run on the hub."""
     monkeypatch.setitem(UPSTREAMS["imagenet21k"], "testing", "imagenet21k/testing")
     monkeypatch.setitem(UPSTREAMS["augreg"], "testing", "augreg/T-best")
-    monkeypatch.setitem(UPSTREAMS["augreg"], "testing-hybrid", "augreg/hybrid")
     monkeypatch.setitem(table.REPOSITORIES, "imagenet21k/testing", REPOSITORY)
     monkeypatch.setitem(table.REPOSITORIES, "augreg/T-best", OTHER)
     monkeypatch.setitem(table.OTHER_RUNS, "augreg/T-best", f"augreg/{RUN}")
@@ -85,7 +59,7 @@ def forget_sessions():
 
 @pytest.fixture
 def hub(monkeypatch, small_table, tmp_path):
-    """A hub with the testing model, and a cache of its own; the library was imported before, so it is told here."""
+    """A hub with the testing model, and a cache of its own; the library was imported before, so it is set here."""
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     with serving(Hub()) as server:
         server.add(REPOSITORY, SAFE, timm_file())
@@ -104,10 +78,10 @@ def hub(monkeypatch, small_table, tmp_path):
         forget_sessions()
 
 
-def run(bucket, tmp_path, *args, models=("testing",)):
-    """The tool with a bucket of its own, which falls back to the hub only because it is told to."""
-    source = [] if "--source" in args else ["--source", "auto"]
-    return download.main([*models, "--base_url", bucket.url, "--to", str(tmp_path / "here"), *source, *args])
+def run(bucket, tmp_path, *args, models=("testing",), source="auto"):
+    """Runs the tool with a bucket of its own, which falls back to the hub only because it is asked to."""
+    flags = ["--base_url", bucket.url, "--to", str(tmp_path / "here"), "--source", source]
+    return download.main([*models, *flags, *args])
 
 
 def hub_only(tmp_path, *args, to=None):
@@ -192,7 +166,7 @@ def test_the_bucket_is_asked_while_it_gives_anything(bucket, hub, tmp_path, caps
 def test_a_part_of_another_day_is_resumed_in_the_bucket(bucket, hub, tmp_path):
     bucket.every, bucket.files["/imagenet21k/testing.npz"] = {"status": 503}, make_content(0)
     bucket.faults = [CUT]
-    assert run(bucket, tmp_path, "--source", "google") == 1
+    assert run(bucket, tmp_path, source="google") == 1
     del bucket.requests[:]
     bucket.every, bucket.faults = {}, [{"status": 503}]
     assert run(bucket, tmp_path) == 0
@@ -200,8 +174,9 @@ def test_a_part_of_another_day_is_resumed_in_the_bucket(bucket, hub, tmp_path):
     assert hub.requests == []
 
 
-def test_a_mirror_that_is_named_is_all_that_is_asked(bucket, hub, tmp_path, capsys):
-    assert download.main(["testing", "--base_url", bucket.url, "--to", str(tmp_path / "here")]) == 1
+@pytest.mark.parametrize("source", [[], ["--source", "google"]])
+def test_a_mirror_that_is_named_is_all_that_is_asked(bucket, hub, tmp_path, capsys, source):
+    assert download.main(["testing", "--base_url", bucket.url, "--to", str(tmp_path / "here"), *source]) == 1
     assert "403" in capsys.readouterr().err.splitlines()[-1]
     assert hub.requests == []
 
@@ -229,14 +204,27 @@ def test_a_flipped_byte_is_found_and_the_file_fetched_again(hub, tmp_path, capsy
         assert_same_weights(tmp_path / "here" / FILE, google_arrays())
 
 
-def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(hub, tmp_path):
+def test_a_file_that_was_damaged_in_the_cache_is_fetched_again_or_removed(hub, tmp_path, monkeypatch, capsys):
+    def damage():
+        (blob,) = blobs(tmp_path)
+        content = bytearray(blob.read_bytes())
+        content[20_000] ^= 1
+        blob.write_bytes(content)
+
     assert hub_only(tmp_path, to=tmp_path / "one.npz") == 0
-    (blob,) = blobs(tmp_path)
-    content = bytearray(blob.read_bytes())
-    content[20_000] ^= 1
-    blob.write_bytes(content)
+    damage()
     assert hub_only(tmp_path, to=tmp_path / "two.npz") == 0
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    del hub.requests[:]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
+    assert hub_only(tmp_path, to=tmp_path / "three.npz") == 0  # the cache does where there is no network
+    damage()
+    assert hub_only(tmp_path, to=tmp_path / "four.npz") == 1
+    assert "sha256" in capsys.readouterr().err
+    assert hub_only(tmp_path, to=tmp_path / "five.npz") == 1
+    assert "HF_HUB_OFFLINE is set, and the cache" in capsys.readouterr().err
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("corrupt", [False, True])
@@ -264,29 +252,11 @@ def test_a_cut_that_stays_says_that_the_file_starts_again(hub, tmp_path, monkeyp
 
 
 def test_torchs_file_is_taken_where_there_is_no_other(hub, tmp_path):
-    state = safetensors.torch.load(timm_file())
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save(safetensors.torch.load(timm_file()), file)
     hub.repositories = {REPOSITORY: {BIN: file.getvalue()}}
     assert hub_only(tmp_path) == 0
     assert_same_weights(tmp_path / "here" / FILE, google_arrays())
-
-
-def test_the_cache_does_where_there_is_no_network(hub, tmp_path, monkeypatch, capsys):
-    assert hub_only(tmp_path) == 0
-    del hub.requests[:]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    forget_sessions()
-    assert hub_only(tmp_path, to=tmp_path / "two.npz") == 0
-    assert hub.requests == []
-    (blob,) = blobs(tmp_path)
-    content = bytearray(blob.read_bytes())
-    content[20_000] ^= 1
-    blob.write_bytes(content)
-    assert hub_only(tmp_path, to=tmp_path / "three.npz") == 1
-    assert "sha256" in capsys.readouterr().err
-    assert hub_only(tmp_path, to=tmp_path / "four.npz") == 1
-    assert "HF_HUB_OFFLINE is set, and the cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -328,14 +298,14 @@ def test_ctrl_c_says_that_the_file_starts_again(hub, tmp_path, monkeypatch, caps
     assert here(tmp_path) == []
 
 
-@pytest.mark.parametrize(("endpoint", "set_by_user", "expected"), [("x", None, "1"), ("x", "0", "0"), ("", None, None)])
-def test_xet_does_not_go_past_a_mirror(monkeypatch, endpoint, set_by_user, expected):
+@pytest.mark.parametrize(("endpoint", "given", "expected"), [("x", None, "1"), ("x", "0", "0"), ("", None, None)])
+def test_xet_does_not_go_past_a_mirror(monkeypatch, endpoint, given, expected):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "")  # so that it is put back
     monkeypatch.delenv("HF_HUB_DISABLE_XET")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if set_by_user is not None:
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", set_by_user)
+    if given is not None:
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", given)
     _hub.load()
     assert os.environ.get("HF_HUB_DISABLE_XET") == expected
 
@@ -350,7 +320,7 @@ def test_another_run_keeps_its_own_name(bucket, hub, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"has another AugReg run, {RUN}, which is written as {tmp_path / 'here' / RUN}.npz" in out
     assert "without" not in out  # the head is there, and no AugReg file has pre_logits
-    assert_same_weights(tmp_path / "here" / f"{RUN}.npz", google_arrays(seed=1), left_out=["pre_logits"])
+    assert_same_weights(tmp_path / "here" / f"{RUN}.npz", google_arrays(seed=1), left_out=("pre_logits",))
     assert run_names("testing") == [f"{RUN}.npz"]
     del hub.requests[:]
     assert run(bucket, tmp_path, "--upstream", "augreg") == 0
@@ -367,7 +337,7 @@ def test_another_run_is_not_written_under_the_name_of_the_recommended_one(hub, t
     assert hub_only(tmp_path, "--upstream", "augreg", to=tmp_path / "augreg_testing.npz") == 1
     assert f"another run, {RUN}" in capsys.readouterr().err
     assert hub_only(tmp_path, "--upstream", "augreg", to=tmp_path / "mine.npz") == 0
-    assert (tmp_path / "mine.npz").exists()
+    assert_same_weights(tmp_path / "mine.npz", google_arrays(seed=1))
 
 
 @pytest.mark.parametrize(
@@ -385,109 +355,11 @@ def test_what_only_the_bucket_has_is_said(hub, tmp_path, capsys, model, upstream
     assert hub.requests == []
 
 
-def test_every_row_of_the_table_is_of_a_file_of_googles():
-    paths = {path for files in UPSTREAMS.values() for path in files.values()}
-    assert set(table.REPOSITORIES) <= paths
-    assert set(table.OTHER_RUNS) <= set(table.REPOSITORIES)
-    assert paths - set(table.REPOSITORIES) == {
-        "imagenet21k/ViT-B_8",
-        "imagenet21k/R50+ViT-L_32",
-        "imagenet21k/R26+ViT-B_32",
-    }
-    assert len(set(table.REPOSITORIES.values())) == len(table.REPOSITORIES)
-
-
-def test_the_table_is_timms():
-    timm = pytest.importorskip("timm")
-    tags = ("orig_in21k", "orig_in21k_ft_in1k", "augreg_in21k")
-    known = {name: timm.get_pretrained_cfg(name) for tag in tags for name in timm.list_pretrained(f"vit_*.{tag}")}
-    ours = {repository: path for path, repository in table.REPOSITORIES.items() if repository.startswith("timm/")}
-    assert set(ours) == {config.hf_hub_id for config in known.values()}
-    for name, config in known.items():
-        path = ours[config.hf_hub_id]
-        if name.endswith("augreg_in21k"):
-            assert config.url.endswith(f"/vit_models/{table.OTHER_RUNS.get(path, path)}.npz")
-        else:
-            upstream = "imagenet21k+imagenet2012" if name.endswith("in1k") else "imagenet21k"
-            assert path.startswith(f"{upstream}/")
-            size = 224 if upstream == "imagenet21k" or path.endswith("-224") else 384
-            assert config.input_size[-1] == size
-            assert (config.num_classes == 0) == (upstream == "imagenet21k")
-        shape = re.fullmatch(r"vit_(\w+?)_(?:patch(\d+)|r(\d*)_s(\d+)(?:_p8)?)_\d+", name.split(".")[0])
-        letter = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}[shape[1]]
-        assert f"{letter}_{shape[2] or shape[4]}" in path
-        stem = re.search(r"/R(\d*)[+_]", path)
-        assert (stem and stem[1]) == shape[3]
-
-
-# ---- --url ----
-
-
-@pytest.fixture
-def mirror(bucket):
-    """A server that gives what is in ``files``."""
-    bucket.every = {}
-    return bucket
-
-
-def url_of(mirror, tmp_path, file, *args, model="testing"):
-    return download.main([model, "--url", f"{mirror.url}/{file}", "--to", str(tmp_path / "here"), *args])
-
-
-def npz_file():
-    file = io.BytesIO()
-    npz.write(file, google_arrays())
-    return file.getvalue()
-
-
-def timm_file_with_head():
-    return timm_file(head=True)
-
-
-@pytest.mark.parametrize(
-    ("make", "left_out"),
-    [(timm_file_with_head, ["pre_logits"]), (timm_file, ["head", "pre_logits"]), (npz_file, ["-"])],
-)
-def test_a_file_of_any_kind_becomes_the_models_npz(mirror, tmp_path, make, left_out):
-    mirror.files["/any/file"] = make()
-    mirror.faults = [{"drop": 50_000}]
-    assert url_of(mirror, tmp_path, "any/file") == 0
-    assert mirror.requests == [None, "bytes=50000-"]
-    assert here(tmp_path) == ["testing.npz"]
-    assert_same_weights(tmp_path / "here" / "testing.npz", google_arrays(), left_out)
-    assert find(str(tmp_path / "here"), "testing") == str(tmp_path / "here" / "testing.npz")
-
-
-def test_another_file_is_one_line_and_leaves_nothing(mirror, tmp_path, capsys):
-    mirror.files["/any/file"] = b"<html>log in</html>" * 100
-    assert url_of(mirror, tmp_path, "any/file") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{mirror.url}/any/file cannot be loaded as testing: it" in error
-    assert here(tmp_path) == []
-
-
-def test_another_models_file_stays_and_the_command_that_is_named_converts_it(mirror, tmp_path, capsys):
-    from tools import convert
-
-    mirror.files["/any/file"] = timm_file("ViT-demo", head=True)
-    assert url_of(mirror, tmp_path, "any/file") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{mirror.url}/any/file is of ViT-demo, not testing" in error
-    assert convert.main(shlex.split(error.split("tools.convert ")[1])) == 0
-    assert_same_weights(tmp_path / "here" / "ViT-demo.npz", google_arrays("ViT-demo"), ["pre_logits"])
-
-
 def test_the_way_by_hand_keeps_another_runs_name(hub, tmp_path, capsys):
     assert hub_only(tmp_path, "--upstream", "augreg") == 1  # the hub lacks it
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"which is another run, {RUN}; " in error
     assert error.endswith(f"--output {tmp_path / 'here' / RUN}.npz")
-
-
-def test_a_url_never_falls_back(mirror, hub, tmp_path, capsys):
-    assert url_of(mirror, tmp_path, "any/file") == 1
-    assert "404" in capsys.readouterr().err
-    assert hub.requests == []
 
 
 # ---- the whole way ----
