@@ -94,8 +94,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, alone):
 # ---- two processes ----
 
 
-def watch(folder: str, local_rank: int) -> dict:
+def watch(given: list) -> dict:
     """What one of two processes sees."""
+    folder, local_rank = given
     seen = {"rank_before_setup": dist_util.rank(), "device": str(dist_util.setup("cpu", local_rank))}
     rank = dist_util.rank()
     seen["rank"], seen["world_size"], seen["is_main"] = rank, dist_util.world_size(), dist_util.is_main()
@@ -197,9 +198,9 @@ def two_folder(tmp_path_factory):
 def two(two_folder):
     """What each of two processes saw."""
     # The first hears of its number from the environment only, the second from the flag as well.
-    with ranks(2, watch, [(str(two_folder), -1), (str(two_folder), 1)], two_folder) as run:
+    with ranks(two_folder, [[str(two_folder), -1], [str(two_folder), 1]], watch) as run:
         seen = run.results()
-        assert None not in seen, run.output()
+        assert all(isinstance(x, dict) for x in seen), run.output()
     return seen
 
 
