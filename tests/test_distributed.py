@@ -168,21 +168,21 @@ ERRORS = {
         [["--num_workers", "0"]] * 2, {"body": hurt}, [1, 2],
         [r"train.py: error: b.png cannot be read; repair or remove it$"],
     ),
-    "flags that differ": ([["--seed", "0"], ["--seed", "1"]], {}, [2, 2], ["--seed is 0 on process 0 "]),
+    "flags that differ": ([["--seed", "0"], ["--seed", "1"]], {}, [2, 2], ["--seed is 0 on rank 0 "]),
     # The other rank must not wait for the first in a reduction.
     "a file of one machine": (
         [[], ["--pretrained_dir", "none.npz"]], {"num_machines": 2}, [2, 2],
-        [r"there is no file none.npz.* \(says process 1 of 2, on "],
+        [r"there is no file none.npz.* \(on rank 1 of 2, "],
     ),
     "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["process 1 of this machine finds 1 GPUs; start fewer"]),
     # NCCL and Gloo would wait for each other.
-    "a GPU on one rank": ([["0"], ["2"]], {"body": with_gpus}, [2, 2], [r"--device is cpu on process 0 \("]),
+    "a GPU on one rank": ([["0"], ["2"]], {"body": with_gpus}, [2, 2], [r"--device is cpu on rank 0 \("]),
     "an unknown flag on one machine": (
         [[], ["--turbo"]], {"num_machines": 2, "TRAIN_TIMEOUT_SECS": "2"}, [1, 2],
-        [r"\(1 of 2 processes came\)", "unrecognized arguments: --turbo"],
+        [r"\(1 of 2 ranks joined\)", "unrecognized arguments: --turbo"],
     ),
     "no first rank": (
-        [None, [], []], {"TRAIN_TIMEOUT_SECS": "1"}, [None, 1, 1], [" does not reach the others by 127.0.0.1:"],
+        [None, [], []], {"TRAIN_TIMEOUT_SECS": "1"}, [None, 1, 1], [" does not reach the others at 127.0.0.1:"],
     ),
     "a broken launcher": ([[]] * 2, {"RANK": "first"}, [2, 2], ["what the launcher set cannot be used: "]),
 }  # fmt: skip
@@ -233,7 +233,9 @@ def download(folder: str) -> bool:
     return bool(did)
 
 
-@pytest.mark.parametrize(("disk", "who"), [("shared", [True, False, False, False]), ("own", [True, False, True, False])])
+@pytest.mark.parametrize(
+    ("disk", "who"), [("shared", [True, False, False, False]), ("own", [True, False, True, False])]
+)
 def test_each_machine_has_the_download_and_a_shared_disk_has_it_once(tmp_path, disk, who):
     folders = [str(tmp_path / ("data" if disk == "shared" else f"data{rank // 2}")) for rank in range(4)]
     with ranks(tmp_path, folders, download, num_machines=2) as run:

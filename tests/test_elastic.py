@@ -65,7 +65,7 @@ def test_after_a_killed_rank_torchrun_brings_the_same_weights(launcher, unhurt, 
         os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
         set_pace(tmp_path, STEPS)
         assert run.wait(60) == 0, run.output()
-        assert run.output().count("lost contact with process 1 (") == 1
+        assert run.output().count("lost contact with rank 1 (") == 1
         assert "Going on after update" in run.output()
         if launcher is real_torchrun:  # else torchrun logs where it noticed the death
             assert "Traceback" not in run.output()
@@ -127,17 +127,10 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
         assert [run.jobs[rank].wait(30) for rank in (0, 2)] == [1, 1], run.output()
         assert 2 < time.monotonic() - since < 3 + dist_errors.GRACE_SECS
         assert len(run.errors()) == 1, run.output()
-        assert "lost contact with process 1 (" in run.errors()[0]
+        assert "lost contact with rank 1 (" in run.errors()[0]
         assert "without an answer for 3 s" in run.errors()[0]
         assert "output/a_last.pt" in run.errors()[0]  # where it can resume
         assert "Traceback" not in run.output()
-
-
-@pytest.mark.parametrize("text", ["0", "soon", "-5", "1e3", ""])
-def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
-    monkeypatch.setenv("TRAIN_TIMEOUT_SECS", text)
-    with pytest.raises(ValueError, match=f"TRAIN_TIMEOUT_SECS={text}: expected seconds"):
-        dist_util.timeout()
 
 
 # ---- how processes share the batch ----

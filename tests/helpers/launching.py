@@ -57,7 +57,9 @@ def torchrun(flags: Sequence[str], namespace: str = "") -> int:
 
     if namespace:
         with open(f"/run/netns/{namespace}") as f:
-            assert ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            assert ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) == 0, os.strerror(
+                ctypes.get_errno()
+            )
     main(["--run-path", "--start-method=fork", *flags])
     return 0
 
