@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 
-import train
 from tests.helpers import paced
 from tests.helpers.launching import (
     PACED,
@@ -26,7 +25,9 @@ from tests.helpers.launching import (
     wait_for,
     weights_of,
 )
-from utils import checkpoint, dist_errors, dist_util, run
+from utils import dist_errors
+from utils.batch import Batch
+from utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
@@ -65,7 +66,7 @@ def test_after_a_killed_rank_torchrun_brings_the_same_weights(launcher, unhurt, 
         os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
         set_pace(tmp_path, STEPS)
         assert run.wait(60) == 0, run.output()
-        assert run.output().count("lost contact with process 1 (") == 1
+        assert run.output().count("lost contact with rank 1 (") == 1
         assert "Going on after update" in run.output()
         if launcher is real_torchrun:  # else torchrun logs where it noticed the death
             assert "Traceback" not in run.output()
@@ -127,60 +128,44 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
         assert [run.jobs[rank].wait(30) for rank in (0, 2)] == [1, 1], run.output()
         assert 2 < time.monotonic() - since < 3 + dist_errors.GRACE_SECS
         assert len(run.errors()) == 1, run.output()
-        assert "lost contact with process 1 (" in run.errors()[0]
+        assert "lost contact with rank 1 (" in run.errors()[0]
         assert "without an answer for 3 s" in run.errors()[0]
         assert "output/a_last.pt" in run.errors()[0]  # where it can resume
         assert "Traceback" not in run.output()
 
 
-@pytest.mark.parametrize("text", ["0", "soon", "-5", "1e3", ""])
-def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
-    monkeypatch.setenv("TRAIN_TIMEOUT_SECS", text)
-    with pytest.raises(ValueError, match=f"TRAIN_TIMEOUT_SECS={text}: expected seconds"):
-        dist_util.timeout()
+# ---- ranks share the batch ----
 
 
-# ---- how processes share the batch ----
+def saved(total: int, per_rank: int, num_micro_batches: int = 1) -> dict[str, Any]:
+    """What a training state holds of the batch, whose flags were these."""
+    return {"total": total, "given": (per_rank, num_micro_batches)}
 
 
 @pytest.mark.parametrize(
-    ("given", "parts", "began", "now", "expected"),
+    ("given", "micro_batches", "began", "now", "expected"),
     [
         (8, 1, 2, 1, (16, 2)),  # as much at a time as before
         (8, 1, 2, 4, (4, 1)),
-        (8, 2, 2, 4, (4, 1)),  # the parts may be larger than half as long as they are no larger than before
+        (8, 2, 2, 4, (4, 1)),  # micro-batches may be larger than half as long as they are no larger than before
         (6, 1, 4, 3, (8, 2)),
         (7, 1, 3, 1, (21, 3)),
-        (10, 1, 3, 2, (15, 3)),  # 15 in parts of 5: 10 at most, and all alike
+        (10, 1, 3, 2, (15, 3)),  # 15 as micro-batches of 5: 10 at most, and all alike
     ],
 )
-def test_the_same_command_on_other_numbers_of_processes(monkeypatch, given, parts, began, now, expected):
-    args = train.make_parser().parse_args(["--name", "a"])
-    args.train_batch_size, args.gradient_accumulation_steps = given, parts
-    state = checkpoint.TrainingState(
-        {"--train_batch_size of all processes": given * began}, {"--train_batch_size": given, "processes": began}
-    )
-    monkeypatch.setattr(dist_util, "world_size", lambda: now)
-    run.follow_processes(args, state)
-    assert (args.train_batch_size, args.gradient_accumulation_steps) == expected
-    assert args.train_batch_size * now == given * began
-    assert args.train_batch_size // args.gradient_accumulation_steps <= given // parts
+def test_the_same_command_on_other_numbers_of_ranks(given, micro_batches, began, now, expected):
+    flags = Batch.from_flags(given, micro_batches, now)
+    batch = flags.resumed(saved(given * began, given, micro_batches), began)
+    assert (batch.per_rank, batch.num_micro_batches) == expected
+    assert batch.total == given * began
+    assert batch.micro_batch <= flags.micro_batch
 
 
-def test_a_batch_that_was_changed_by_the_user_is_left_alone(monkeypatch):
-    args = train.make_parser().parse_args(["--name", "a", "--train_batch_size", "16"])
-    state = checkpoint.TrainingState(
-        {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
-    )
-    run.follow_processes(args, state)
-    assert args.train_batch_size == 16
+def test_a_batch_that_was_changed_by_the_user_is_left_alone():
+    batch = Batch.from_flags(16, 1, 1)
+    assert batch.resumed(saved(16, 8), 2) == batch
 
 
-def test_processes_that_cannot_share_the_batch_hear_which_numbers_can(monkeypatch):
-    args = train.make_parser().parse_args(["--name", "a", "--train_batch_size", "8"])
-    state = checkpoint.TrainingState(
-        {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
-    )
-    monkeypatch.setattr(dist_util, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match=r"3 processes cannot share equally the 16 pictures .*: 1, 2, 4$"):
-        run.follow_processes(args, state)
+def test_ranks_that_cannot_share_the_batch_hear_which_numbers_can():
+    with pytest.raises(UserError, match=r"3 ranks cannot share equally the 16 images .*: 1, 2, 4$"):
+        Batch.from_flags(8, 1, 3).resumed(saved(16, 8), 2)

@@ -67,7 +67,7 @@ def test_a_cut_cable_ends_the_run_with_a_word_and_it_resumes_when_mended(machine
         assert time.monotonic() - since < 25
         assert runs[0].wait(40) == 1, runs[0].output()
         assert len(runs[0].errors()) == 1
-        assert "lost contact with process 1 (" in runs[0].errors()[0]
+        assert "lost contact with rank 1 (" in runs[0].errors()[0]
         assert f"without an answer for {TIMEOUT_SECS} s" in runs[0].errors()[0]
         assert "output/a_last.pt" in runs[0].errors()[0]
         # The other machine cannot reach where they all meet; it ends as well.

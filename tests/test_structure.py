@@ -71,7 +71,7 @@ ROOMS = {
     "utils.data_utils": {"utils.datasets", "utils.hardware"},
     "utils.datasets": {"utils.cifar", "utils.dist_util"},
     "utils.dist_errors": {"utils.dist_util"},
-    "utils.dist_util": {"utils.hardware"},
+    "utils.dist_util": {"utils.hardware", "utils.rendezvous"},
     "utils.evaluation": {"utils.dist_util"},
     "utils.metrics": {"utils.dist_util", "utils.log_files"},
     "utils.precision": {"utils.dist_util"},

@@ -56,10 +56,9 @@ def torchrun(flags: Sequence[str], namespace: str = "") -> int:
     from torch.distributed.run import main
 
     if namespace:
+        libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/run/netns/{namespace}") as f:
-            assert ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) == 0, os.strerror(
-                ctypes.get_errno()
-            )
+            assert libc.setns(f.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
     main(["--run-path", "--start-method=fork", *flags])
     return 0
 
