@@ -70,17 +70,6 @@ def out_of_memory() -> Launch:
     return Launch(["a.png", "--batch_size", "77"], prepare=prepare)
 
 
-def reader_left() -> Launch:
-    """Standard output is a pipe that nobody reads."""
-
-    def prepare() -> None:
-        read, write = os.pipe()
-        os.close(read)
-        os.dup2(write, sys.stdout.fileno())
-
-    return Launch(["a.png"], prepare=prepare)
-
-
 # ---- export ----
 
 EXPORT = ["--format", "npz", "--output", "m.npz"]
