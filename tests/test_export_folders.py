@@ -21,7 +21,6 @@ from tests.helpers.exporting import (
     make_checkpoint,
     predicted,
     random_state,
-    run,
     variables_of,
 )
 from tools import _export_timm
@@ -181,21 +180,3 @@ def test_kernels_come_out_of_timms_standardisation_as_out_of_googles(deviation):
     var, mean = torch.var_mean(given := _export_timm.for_timms_standardisation(kernel), dim=(1, 2, 3), keepdim=True,
                                correction=0)  # fmt: skip
     np.testing.assert_allclose((given - mean) / (var + 1e-8).sqrt(), google, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"), [("hf", ["no hybrids", "timm"]), ("timm", ["no hybrid of the shape of testing-hybrid"])]
-)
-def test_hybrids_that_a_library_lacks_are_one_line(tmp_path, kind, words):
-    path = make_checkpoint(tmp_path, "testing-hybrid", 72)
-    output = tmp_path / "m"
-    status, out, err = run("--load_model_dir", path, "--format", kind, "--output", output)
-    assert (status, out) == (2, "")
-    assert len(err) == 1
-    assert err[0].startswith("tools.export: error: ")
-    for word in words:
-        assert word in err[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "testing-hybrid_checkpoint.bin",
-        "testing-hybrid_checkpoint.json",
-    ]

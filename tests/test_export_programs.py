@@ -1,11 +1,9 @@
 """Programs of torch.export, and of ONNX in every opset through ONNX Runtime, give the logits of the model."""
 
-import importlib.util
 import json
 import shutil
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from tests.helpers.exporting import (
     export_as,
     make_checkpoint,
     predicted,
-    run,
     variables_of,
 )
 from tools import _export_programs
@@ -123,24 +120,3 @@ def test_weights_too_large_for_onnx_go_into_a_file_beside_it(path, tmp_path, mon
     assert "classes" not in variables["model"].get_modelmeta().custom_metadata_map
     assert f"class {variables['printed']}" == next(iter(predicted(path, "image.jpg")[0]))
     assert_same_logits(path, lambda x: variables["model"].run(None, {"pictures": x.numpy()})[0])
-
-
-@pytest.mark.usefixtures("onnx_packages")
-def test_an_opset_that_pytorch_does_not_write_is_one_line(path, tmp_path, monkeypatch):
-    lower = SimpleNamespace(model=SimpleNamespace(graph=[], opset_imports={"": 18}))
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: lower)  # so it does after a conversion that failed
-    status, out, err = run("--load_model_dir", path, "--format", "onnx", "--output", "m.onnx", "--opset", 20)
-    assert (status, out, len(err)) == (2, "", 1)
-    assert "--opset 20" in err[0]
-    assert not (tmp_path / "m.onnx").exists()
-
-
-@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
-def test_a_missing_package_is_named_with_its_installation(path, tmp_path, monkeypatch, missing):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
-    output = tmp_path / "m.onnx"
-    status, _, err = run("--load_model_dir", path, "--format", "onnx", "--output", output)
-    assert status == 2
-    assert f"pip install {missing}" in err[0]
-    assert not output.exists()

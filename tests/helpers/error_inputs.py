@@ -308,6 +308,8 @@ INPUTS = [
              "train/"),
         Case("dataset-before-weights", "the same, and the weights are missing as well",
              lambda: [*pets(lambda: shutil.rmtree("pets/test"))(), "--pretrained_dir", "nosuch.npz"], "test/"),
+        Case("dataset-before-checkpoint", "the same, and the checkpoint to evaluate is missing as well",
+             lambda: [*pets(lambda: shutil.rmtree("pets/test"))(), "-v"], "test/"),
         Case("class-empty", "a class without images", pets(lambda: os.mkdir("pets/train/wasp")), "pets/train/wasp"),
         Case("class-not-trained", "a class that is not trained on",
              pets(lambda: shutil.copytree("pets/test/ant", "pets/test/wasp")), "wasp"),
