@@ -30,6 +30,7 @@ TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "-
         "--pretrained_dir", "", "--dropout", "0", "--log_every", "1"]  # fmt: skip
 #: train.py, paced by ``set_pace``.
 PACED = str(REPOSITORY / "tests" / "helpers" / "paced.py")
+RESUMED = "Going on after update"  # what a run logs that resumes
 MARK = "TRAIN_TEST_JOB"  # in the environment of all that a job starts
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
