@@ -184,7 +184,7 @@ class Ranks:
         self._all = jobs
         self.jobs = [job for job in jobs if job is not None]
 
-    def results(self, secs: float = 60) -> list[Any]:
+    def results(self, secs: float = 120) -> list[Any]:
         """Returns what each rank returned, within a time; None for a rank that was not started."""
         deadline = time.monotonic() + secs
         return [job and job.wait(max(deadline - time.monotonic(), 0.01)) for job in self._all]
