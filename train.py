@@ -176,7 +176,7 @@ def evaluate(
                 logits = model(images)[0].float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
             predictions.add(logits)
-    return predictions.evaluation(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
+    return predictions.result(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
 def report(step: int | None, found: EvalResult) -> None:

@@ -28,7 +28,7 @@ def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_what_a_launcher_set_wrongly_is_named(monkeypatch, variable):
+def test_a_variable_that_a_launcher_set_wrongly_is_named(monkeypatch, variable):
     monkeypatch.setenv(variable, "first")
     with pytest.raises(ValueError, match=f"{variable}=first: expected a number"):
         hardware.pick_device("cpu", -1) if variable == "LOCAL_RANK" else hardware.num_cpus()
@@ -41,7 +41,7 @@ from utils import hardware
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(8):
         torch.empty(2**24).fill_(1.0)  # 64 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -58,8 +58,8 @@ def test_memory_that_tensors_free_is_kept_for_the_next():
     done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     usual, kept = map(int, done.stdout.split())
-    assert usual >= 20 * 64 / 2  # pages of 2 MB at the largest
-    assert kept < usual / 20
+    assert usual >= 8 * 64 / 2  # pages of 2 MB at the largest
+    assert kept < usual / 8
 
 
 @pytest.mark.parametrize("failure", [OSError, AttributeError])
@@ -82,7 +82,7 @@ def test_processors_are_those_that_the_process_may_use():
         os.sched_setaffinity(0, before)
 
 
-def test_processors_are_divided_among_the_processes_of_a_machine(monkeypatch):
+def test_processors_are_divided_among_the_ranks_of_a_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = hardware.num_cpus()
     for number in (1, 2, 1000):
@@ -116,7 +116,7 @@ def test_threads_are_divided_unless_the_user_chose(monkeypatch, tmp_path, variab
 
 
 @pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
-def test_only_cuda_copies_while_the_host_goes_on(kind, waits):
+def test_only_cuda_copies_without_the_host_waiting(kind, waits):
     """On MPS such a copy may read memory that has another use by then (PyTorch #139550)."""
 
     class Recording:
