@@ -242,7 +242,7 @@ def with_gpus(numbers: list[int], flags: list[str]) -> int:
 @pytest.mark.parametrize(
     ("gpus", "text"),
     [
-        ([1, 1], "process 1 of this machine finds 1 GPUs; start fewer"),
+        ([1, 1], "local rank 1 finds 1 GPUs; start fewer processes"),
         ([0, 2], "--device is cpu on process 0 ("),  # NCCL and Gloo would wait for each other
     ],
 )
