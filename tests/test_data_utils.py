@@ -11,7 +11,7 @@ import torch.utils.data
 from tests.helpers.folders import as_files, damage, noise, numbered_images, save
 from utils import augment, data_utils, datasets
 from utils.data_utils import StepSampler
-from utils.datasets import FileImages, ImageError, MemoryImages, load_datasets
+from utils.datasets import FileImages, ImageError, load_datasets
 
 CPU = torch.device("cpu")
 GREY_LEVEL = 1 / 127.5
@@ -130,25 +130,6 @@ def test_training_images_are_the_samplers_cropped_and_mirrored_as_its_draws_say(
         torch.testing.assert_close(x, expected, rtol=0, atol=1.001 * GREY_LEVEL)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24)])
-def test_images_in_memory_and_in_files_give_the_same_batches(tmp_path, rng, monkeypatch, height, width):
-    for split in ("train", "test"):
-        for i in range(6):
-            save(noise(rng, height, width), tmp_path, split, "ab"[i % 2], f"{i}.png")
-    memory = load_datasets(str(tmp_path), "", 1)
-    monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 6 * 3 * height * width - 1)
-    files = load_datasets(str(tmp_path), "", 1)
-    assert isinstance(memory.train, MemoryImages)
-    assert isinstance(files.train, FileImages)
-    for batches in (
-        lambda data: take(data.train, sampler_of(6, 6, seed=1), img_size=20),
-        lambda data: evaluated(data.test, 4, 20),
-    ):
-        (a, labels_a), (b, labels_b) = (joined(batches(data)) for data in (memory, files))
-        assert torch.equal(labels_a, labels_b)
-        assert (a - b).abs().max() <= 1.001 * GREY_LEVEL
-
-
 def test_workers_give_the_batches_that_no_worker_gives(tmp_path):
     images = as_files(numbered_images(10), tmp_path)
     alone, workers = (take(images, sampler_of(10, 6), num_workers=n) for n in (0, 2))
@@ -186,13 +167,14 @@ def test_an_evaluation_sees_each_image_once(make_images, world_size):
         images, in_memory = make_images(count)
         seen = []
         for rank in range(world_size):
-            batches = evaluated(images, 3, 4, 0, rank, world_size)
+            batches = evaluated(images, 3, 7, 0, rank, world_size)
             assert len(batches) == data_utils.num_eval_batches(images, 3, rank, world_size)
             assert all(1 <= len(labels) <= 3 for _, labels in batches)
             seen += batches
         x, labels = joined(seen)
         assert labels.sort().values.tolist() == list(range(count))
-        torch.testing.assert_close(x, in_memory.images[labels] / 127.5 - 1, rtol=0, atol=1e-6)
+        expected = augment.resize(in_memory.images[labels], 7)
+        torch.testing.assert_close(x, expected, rtol=0, atol=1.001 * GREY_LEVEL)
 
 
 # ---- batches of files ----

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers.folders import as_files, damage, noise, numbered_images, save
 from utils import datasets
-from utils.datasets import FileImages, ImageError, class_names, load_datasets
+from utils.datasets import FileImages, ImageError, MemoryImages, class_names, load_datasets
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -59,41 +59,37 @@ def test_grey_of_sixteen_and_of_thirty_two_bits_keeps_its_levels(tmp_path):
         assert set(np.array(datasets.read_image(path)).ravel()) == {expected}
 
 
-def test_photos_of_one_size_are_not_held_in_memory(tmp_path, rng):
+def test_small_images_are_held_in_memory_up_to_a_limit_and_photos_are_not(folder, tmp_path, rng, monkeypatch):
+    for limit, kind in ((10 * 3 * 6 * 6, MemoryImages), (10 * 3 * 6 * 6 - 1, FileImages)):
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets, "MEMORY_LIMIT_BYTES", limit)
+            assert isinstance(load_datasets(str(folder), "", 1).train, kind)
     for split in ("train", "test"):
-        save(noise(rng, 257, 257), tmp_path, split, "cat", "0.png")
-    assert isinstance(load_datasets(str(tmp_path), "", 1).train, FileImages)
+        save(noise(rng, 257, 257), tmp_path, "photos", split, "cat", "0.png")
+    assert isinstance(load_datasets(str(tmp_path / "photos"), "", 1).train, FileImages)
+
+
+def moved(*path):
+    return lambda root: root.joinpath(*path).rename(root.parent / "elsewhere")
+
+
+def renamed(*path, new):
+    return lambda root: [p.rename(p.with_name(new(p.name))) for p in sorted(root.joinpath(*path).iterdir())]
 
 
 SPLITS = r"needs the folders train/<class>/ and test/<class>/ \(or val/<class>/\)"
 #: Changes to a folder that make its layout a wrong one, and the message about it.
 WRONG_LAYOUTS = {
-    "no train": (lambda root: (root / "train").rename(root / "elsewhere"), SPLITS),
-    "no test": (lambda root: (root / "test").rename(root / "elsewhere"), SPLITS),
-    "no classes": (
-        lambda root: [c.rename(root / c.name) for c in sorted((root / "train").iterdir())],
-        "train has no class folders",
-    ),
-    "a class that is only tested": (
-        lambda root: (root / "train" / "cat").rename(root / "cat"), "test has classes that .*train has not: cat$",
-    ),
-    "a class that is not tested": (
-        lambda root: (root / "test" / "cat").rename(root / "cat"), "test/cat holds no image",
-    ),
-    "an empty class": (
-        lambda root: (root / "test" / "zebra").mkdir() or (root / "train" / "zebra").mkdir(),
-        "train/zebra holds no image",
-    ),
-    "a class of other files": (
-        lambda root: [p.rename(p.with_suffix(".txt")) for p in sorted((root / "train" / "dog").iterdir())],
-        "train/dog holds no image",
-    ),
-    "hidden images only": (
-        lambda root: [p.rename(p.with_name("." + p.name)) for p in sorted((root / "test" / "dog").iterdir())],
-        "test/dog holds no image",
-    ),
-    "nothing": (lambda root: root.rename(root.with_name("elsewhere")), "is neither a folder nor a known data set"),
-}  # fmt: skip
+    "no train": (moved("train"), SPLITS),
+    "no test": (moved("test"), SPLITS),
+    "no classes": (renamed("train", new=lambda name: f".{name}"), "train has no class folders"),
+    "a class that is only tested": (moved("train", "cat"), "test has classes that .*train has not: cat$"),
+    "a class that is not tested": (moved("test", "cat"), "test/cat holds no image"),
+    "an empty class": (lambda root: (root / "train" / "zebra").mkdir(), "train/zebra holds no image"),
+    "a class of other files": (renamed("train", "dog", new=lambda name: f"{name}.txt"), "train/dog holds no image"),
+    "hidden images only": (renamed("test", "dog", new=lambda name: f".{name}"), "test/dog holds no image"),
+    "nothing": (moved(), "is neither a folder nor a known data set"),
+}
 
 
 @pytest.mark.parametrize("case", WRONG_LAYOUTS)
