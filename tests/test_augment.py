@@ -104,8 +104,8 @@ def test_boxes_lie_inside_the_image_and_reach_its_edges():
 
 def test_extreme_images_fall_back_to_torchvisions_centre_crop():
     for height, width, box in (
-        (4, 200, (0, 97, 4, 5)),
-        (200, 4, (97, 0, 5, 4)),
+        (5, 200, (0, 96, 5, 7)),
+        (200, 5, (96, 0, 7, 5)),
         (1, 300, (0, 149, 1, 1)),
         (300, 1, (149, 0, 1, 1)),
     ):
