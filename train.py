@@ -229,7 +229,7 @@ def evaluate(
                 logits = model(x)[0].float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
             predictions.add(logits)
-    return predictions.evaluation(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
+    return predictions.result(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
 def log_result(step: int | None, result: EvalResult) -> None:

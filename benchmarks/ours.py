@@ -78,5 +78,5 @@ def evaluate(
             logits = model(images)[0].float()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(torch.float64)
         predictions.add(logits)
-    found = predictions.evaluation(pictures.labels, loss_sum)
+    found = predictions.result(pictures.labels, loss_sum)
     return found.accuracy, found.loss

@@ -65,7 +65,7 @@ def test_transformers_own_resize_is_within_one_grey_level(transformers, tmp_path
         image = Image.open(path).convert("RGB")
         theirs = processor(image, return_tensors="pt")["pixel_values"][0]
         transform = augment.EvalTransform(32)
-        ours = transform.complete(transform.picture(image, torch.empty(0))[None])[0]
+        ours = transform.complete(transform.image(image, torch.empty(0))[None])[0]
         assert (theirs - ours).abs().max() < 1 / 127.5 + 1e-5
 
 

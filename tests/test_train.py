@@ -669,7 +669,7 @@ def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, cap
     ("wrong", "words"),
     [
         (lambda: os.rename("pets/test", "pets/tests"), "--dataset pets needs the folders"),
-        (lambda: os.mkdir("pets/train/wasp"), "pets/train/wasp holds no picture"),
+        (lambda: os.mkdir("pets/train/wasp"), "pets/train/wasp holds no image"),
     ],
 )
 def test_a_folder_without_the_layout_is_told_before_weights_are_asked_for(capsys, missing, wrong, words):

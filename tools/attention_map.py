@@ -61,7 +61,7 @@ def attend(model: VisionTransformer, picture: Image.Image, device: torch.device)
         device: what computes.
     """
     transform = augment.EvalTransform(model.img_size)
-    x = transform.complete(transform.picture(picture, torch.empty(0))[None].to(device))  # (1, 3, S, S)
+    x = transform.complete(transform.image(picture, torch.empty(0))[None].to(device))  # (1, 3, S, S)
     with torch.inference_mode():
         logits, attention = model(x)
     maps = rollout([probabilities[0].float().cpu().numpy() for probabilities in attention])
