@@ -26,12 +26,13 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from models import pretrained, published
+from models import commands, pretrained, published
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util
+from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util, figures, fonts, hardware
+from utils import report as page
 from utils.apex import ApexPrecision, import_apex_amp
-from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser
+from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser, report_path
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
 from utils.hardware import make_deterministic
@@ -51,7 +52,6 @@ from utils.run import (
     take_name,
 )
 from utils.scheduler import make_schedule
-from utils.showing import show_batch, show_best, write_report
 from utils.signals import Stopped, StopSignal, handlers_restored, leave
 
 logger = logging.getLogger("train")
@@ -186,6 +186,83 @@ def report(step: int | None, found: EvalResult) -> None:
         logger.info("Global Steps: %d", step)
     logger.info("Valid Loss: %.5f", found.loss)
     logger.info("Valid Accuracy: %.5f", found.accuracy)
+
+
+def show_batch(writer: MetricsWriter, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
+    """Shows the first images in TensorBoard as the model sees them."""
+    if writer.enabled:
+        writer.picture(1, "train/pictures", figures.training_batch(images, labels, classes))
+        if legend := fonts.legend(classes):
+            writer.text(1, "train/classes", legend)
+
+
+def show_best(writer: MetricsWriter, result: EvalResult, data: datasets.DataSets, step: int) -> None:
+    """Shows in TensorBoard which classes and which images an evaluation took for others."""
+    if writer.enabled:
+        writer.picture(step, "test/confusion", figures.confusion(result.confusion(len(data.classes)), data.classes))
+        if (mistakes := figures.mistakes(result, data)) is not None:
+            writer.picture(step, "test/worst_mistakes", mistakes)
+
+
+def write_report(
+    args: argparse.Namespace,
+    state: checkpoint.TrainingState,
+    data: datasets.DataSets,
+    precision: Precision,
+    speed: float,
+    start: float,
+) -> None:
+    """Writes the run's report as far as it has come."""
+    if not dist_util.is_main():
+        return
+    parser = make_parser()
+    contents = page.Contents(
+        name=args.name,
+        subject=f"{args.model_type} on {args.dataset}",
+        num_steps=args.num_steps,
+        step=state.step,
+        log_dir=log_dir(args),
+        data=data,
+        best=EvalResult(**state.best),
+        best_step=state.best_step,
+        flags={f"--{name}": (value, parser.get_default(name)) for name, value in vars(args).items()},
+        facts={
+            **page.versions(),
+            "device": f"{precision.device}, {hardware.device_name(precision.device)}",
+            "numbers": str(precision),
+            "ranks": str(dist_util.world_size()),
+            "threads of each": str(torch.get_num_threads()),
+        },
+        timing={
+            "wall time since the last start": f"{time.perf_counter() - start:.1f} s, with evaluations",
+            "images per second while training": f"{speed:.1f}",
+            "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
+            "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        },
+        commands=next_commands(args),
+    )
+    page.write_report(report_path(args), contents)
+
+
+def next_commands(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """What a run's user may want to do next, and the commands for it."""
+    changed = {name: x for name, x in vars(args).items() if x != make_parser().get_default(name)}
+
+    def words(*left_out: str) -> list[str]:
+        pairs = ((name, x) for name, x in changed.items() if name not in left_out)
+        return [f"--{name}" if x is True else f"--{name}={x}" for name, x in pairs]
+
+    training = ("resume", "num_steps", "train_batch_size", "pretrained_dir", "learning_rate", "warmup_steps",
+                "eval_every", "save_every", "log_every", "hflip", "dropout", "zero_head", "seed")  # fmt: skip
+    weights = ("--load_model_dir", checkpoint_path(args))
+    return [
+        ("Evaluate the best weights", commands.train_command(*words(*training), "-v")),
+        ("Name what is on an image", commands.tool_command("predict", *weights, "IMAGE.jpg")),
+        ("Draw what the model looks at", commands.tool_command("attention_map", *weights, "IMAGE.jpg")),
+        ("Export, here for transformers", commands.tool_command(
+            "export", *weights, "--format", "hf", "--output", f"{args.name}_hf")),
+        ("Resume, if it was stopped", commands.train_command(*words("resume", "local_rank"))),
+    ]  # fmt: skip
 
 
 def save_best(

@@ -79,7 +79,8 @@ ROOMS = {
     "utils.metadata": {"utils.checkpoint", "utils.weights"},
     "utils.weights": {"utils.checkpoint"},
     "utils.run": {"models.configs", "utils"},
-    "utils.showing": {"utils"},
+    "utils.figures": {"utils.datasets", "utils.evaluation", "utils.fonts"},
+    "utils.report": {"utils.datasets", "utils.evaluation", "utils.figures", "utils.files", "utils.metrics"},
 }
 
 

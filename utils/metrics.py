@@ -86,6 +86,13 @@ class MetricsWriter:
 
             self._events.add_summary(image(tag, np.asarray(picture.convert("RGB")), dataformats="HWC"), step)
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text, as Markdown, to the events."""
+        if self.enabled:
+            from torch.utils.tensorboard.summary import text as summary
+
+            self._events.add_summary(summary(tag, text), step)
+
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
 
