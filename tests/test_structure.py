@@ -88,7 +88,15 @@ ROOMS = {
         "utils.metrics",
         "utils.precision",
     },
-    "utils.showing": {"utils"},
+    "utils.figures": {"utils.datasets", "utils.evaluation", "utils.fonts"},
+    "utils.report": {
+        "utils.datasets",
+        "utils.evaluation",
+        "utils.figures",
+        "utils.files",
+        "utils.hardware",
+        "utils.log_files",
+    },
 }
 
 
