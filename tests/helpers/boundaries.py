@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ def _path_of(file: Any) -> str:
 def _plain(path: str) -> str:
     """Returns a file's name without what is random in it."""
     name = re.sub(r"^(events)\.out.*", r"\1", os.path.basename(path))
-    return re.sub(r"^\.(a_\w+\.\w+)\.\w+\.tmp$", r"\1.tmp", name)
+    return re.sub(r"^\.(a_.+)\.\w+\.tmp$", r"\1.tmp", name)
 
 
 @contextlib.contextmanager
@@ -122,6 +124,44 @@ def killed_everywhere(*flags: str) -> Iterator[Iterator[str]]:
     os.close(go_on)
 
 
+def _files() -> dict[str, bytes]:
+    """Returns all files of the runs, by their paths."""
+    return {str(p): p.read_bytes() for root in ("output", "logs") for p in Path(root).rglob("*") if p.is_file()}
+
+
+def every_kill_is_harmless(*flags: str, only: str = "", check: Callable[[], object] = lambda: None) -> list[str]:
+    """Kills a run at each boundary and starts it again: it must end as if it had not been killed.
+
+    Args:
+        flags: beside those of a short run.
+        only: a pattern of the names of boundaries after which it is started again.
+        check: fails if the files that a killed run left, or those of the run that ended, are not as they should be.
+
+    Returns:
+        The names of all boundaries.
+    """
+    names: list[str] = []
+    before: dict[str, bytes] = {}
+    with killed_everywhere(*flags) as boundaries:
+        for name in boundaries:
+            print(f"killed at {name}")  # shown if the test fails
+            names.append(name)
+            if not re.search(only, name) or _files() == before:  # the same files: the next run would do the same
+                continue
+            before = _files()
+            shutil.rmtree("trial", ignore_errors=True)
+            for folder in filter(os.path.exists, ("output", "logs", "pets")):
+                shutil.copytree(folder, f"trial/{folder}")
+            with runs.working_in("trial"):
+                runs.every_name_is_whole()
+                check()
+                assert runs.short_run(*flags) == 0
+                check()
+                runs.assert_same(runs.outcome(), runs.undisturbed())
+                assert [f for f in os.listdir("output") if f.endswith((".tmp", ".lock"))] == []
+    return names
+
+
 def killed_at(boundary: str, *flags: str, prepare: Callable[[], object] = lambda: None) -> None:
     """Runs a short run in a forked child that ends at a boundary as if it were killed: nothing is tidied up.
 
@@ -150,9 +190,7 @@ def signalled_at(boundary: str, number: signal.Signals, *flags: str, times: int 
     return code, err
 
 
-def _forked(
-    flags: Sequence[str], prepare: Callable[[], object], reached: Callable[[str], object]
-) -> tuple[int, str]:
+def _forked(flags: Sequence[str], prepare: Callable[[], object], reached: Callable[[str], object]) -> tuple[int, str]:
     """Runs a short run that is watched; returns its exit code and what it printed to standard error."""
 
     def begin() -> None:
