@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import pytest
 
-import train
 from tests.helpers.boundaries import signalled_at
-from tests.helpers.forked import Forked, run_forked
+from tests.helpers.forked import Forked
 from tests.helpers.runs import (
     ROOT,
     SHORT,
@@ -29,16 +28,149 @@ from tests.helpers.runs import (
     write_images,
 )
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-
 
 @pytest.fixture(autouse=True)
 def _folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_images(sizes=several_sizes())
+    write_images()
 
 
 def resumes_as_if_undisturbed():
-    assert [f for f in os.listdir("output") if f.endswith(".tmp")] == []
+    assert [f for f in os.listdir("output") if f.endswith((".tmp", ".lock"))] == []
     assert short_run() == 0
-    assert_same(outcome(), undisturbed(images=lambda: None))
+    assert_same(outcome(), undisturbed())
+
+
+@pytest.mark.parametrize(
+    ("boundary", "number", "step", "last_eval_step"),
+    [
+        ("start: forward", SIGTERM, 1, 0),
+        ("start: forward #2", SIGINT, 1, 0),  # between two micro-batches
+        ("after step 2: step begins", SIGTERM, 2, 0),  # its evaluation is left to the resumed run
+        ("after step 2: forward", SIGINT, 2, 0),  # in the evaluation
+        ("after step 2: save a_checkpoint.bin.tmp", SIGTERM, 2, 2),
+        ("after step 2: save a_last.pt.tmp", SIGINT, 3, 2),
+        ("after step 3: step ends", SIGTERM, 3, 2),
+        ("after step 4: step begins", SIGINT, 4, 2),
+    ],
+)
+def test_one_finishes_the_step_and_saves(boundary, number, step, last_eval_step):
+    code, error = signalled_at(boundary, number)
+    assert code == 128 + number
+    assert (last_state().step, last_state().last_eval_step) == (step, last_eval_step)
+    assert f"{number.name}: finishing" in error
+    assert error.splitlines()[-1].startswith(f"train.py: error: stopped after step {step}; rerun the same command")
+    resumes_as_if_undisturbed()
+
+
+def test_one_in_the_last_save_has_nothing_left_to_stop():
+    assert signalled_at("after step 4: save a_last.pt.tmp", SIGTERM)[0] == 0
+    assert last_state().step == 4
+    resumes_as_if_undisturbed()
+
+
+@pytest.mark.parametrize(
+    ("boundary", "number"),
+    [
+        ("after step 3: step begins", SIGINT),
+        ("after step 4: forward", SIGTERM),  # in the evaluation
+        ("after step 4: save a_checkpoint.bin.tmp", SIGINT),
+        ("after step 4: save a_last.pt.tmp", SIGTERM),
+    ],
+)
+def test_two_stop_at_once_and_leave_the_last_state_whole(boundary, number):
+    code, error = signalled_at(boundary, number, times=2)
+    assert code == 128 + number
+    assert error.splitlines()[-1] == f"train.py: error: stopped by {number.name} at once"
+    assert last_state().step == 2
+    resumes_as_if_undisturbed()
+
+
+def test_the_message_names_the_flag_where_the_command_would_start_over():
+    code, error = signalled_at("after step 1: step ends", SIGINT, "--resume", "none")
+    assert code == 130
+    assert "--resume auto" in error.splitlines()[-1]
+
+
+def test_ctrl_c_before_the_training_and_in_an_evaluation_only_is_one_line():
+    assert short_run("--num_steps", "1", "--warmup_steps", "0") == 0
+    for boundary, flags in (("start: open .a.lock", ("--resume", "none")), ("start: forward", ("-v",))):
+        code, error = signalled_at(boundary, SIGINT, *flags)
+        assert (code, error.splitlines()[-1]) == (130, "train.py: error: interrupted")
+        assert "Traceback" not in error
+
+
+# ---- to a process group, and with workers ----
+
+
+@contextlib.contextmanager
+def training_with_workers():
+    """Gives a run in a process group of its own, once it has written a line of metrics."""
+    write_images("sizes", several_sizes(), per_class=12)
+    flags = ("--dataset", "sizes", "--num_steps", "100000", "--eval_every", "100000", "--log_every", "1")
+    with Forked(["train.py", *SHORT, *flags, "--num_workers", "2"]) as child:
+        deadline = time.monotonic() + 90
+        while not (Path("logs/a/metrics.jsonl").exists() and Path("logs/a/metrics.jsonl").stat().st_size):
+            assert child.poll() is None, child.stderr()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert len(members(child.pid)) >= 3
+        yield child
+
+
+def members(group):
+    """Returns the processes of a group, but those that have ended and wait for their parent to notice."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                pids.append(path.parent.name)
+    return pids
+
+
+def nobody_is_left(group, secs):
+    """Fails unless every process of the group has ended after so many seconds."""
+    for _ in range(20 * secs):  # not by the clock: the machine may have slept
+        if not members(group):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"there still are processes after {secs} s")
+
+
+@pytest.mark.parametrize(("number", "times"), [(SIGINT, 1), (SIGTERM, 1), (SIGINT, 2)])
+def test_signals_to_every_process_of_a_run_with_workers(number, times):
+    """As a terminal's Ctrl-C and many a scheduler's SIGTERM come."""
+    with training_with_workers() as child:
+        for _ in range(times):
+            os.killpg(child.pid, number)
+            time.sleep(0.02)
+        # The second may come when nothing of Python is left, and do what it does by itself: a shell says the same.
+        assert child.wait() in (128 + number, -number if times == 2 else 128 + number), child.stderr()
+        assert "Traceback" not in child.stderr()
+        every_name_is_whole()
+        if times == 1:
+            assert f"stopped after step {last_state().step}; " in child.stderr()
+        nobody_is_left(child.pid, 10)
+
+
+def test_no_worker_outlives_a_run_that_is_killed():
+    """Left to PyTorch it looks for its parent every five seconds, and a pipe from the run stays open so long."""
+    with training_with_workers() as child:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        nobody_is_left(child.pid, 4)
+
+
+def test_a_signal_while_python_tidies_up_shows_no_stack():
+    code = (
+        "import atexit, os, signal, time\n"
+        "from utils.signals import leave\n"
+        "atexit.register(time.sleep, 30)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "leave(7)"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert time.monotonic() - begin < 30

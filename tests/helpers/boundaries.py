@@ -181,11 +181,13 @@ def signalled_at(boundary: str, number: signal.Signals, *flags: str, times: int 
 
     def reached(name: str) -> None:
         if name == boundary:
+            os.mkdir("reached")
             for _ in range(times):
                 os.kill(os.getpid(), number)
                 time.sleep(0.001)  # signals of one number do not queue
 
     code, err = _forked(flags, lambda: None, reached)
+    os.rmdir("reached")  # else it was not
     runs.every_name_is_whole()
     return code, err
 
