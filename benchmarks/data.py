@@ -26,9 +26,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks import common, ours, peers
-from benchmarks.step import flops_of_update
+from benchmarks import common, peers
+from benchmarks.step import flops_of_step
 from models.configs import CONFIGS
+from train import evaluate
 from utils import augment, data_utils, datasets, dist_util
 from utils.precision import OPT_LEVELS, Precision
 
@@ -66,7 +67,7 @@ class Setting:
         if self.dataset == SYNTHETIC:
             generator = torch.Generator().manual_seed(SEED)
             images = torch.randint(256, (NUM_SYNTHETIC, 3, 32, 32), generator=generator, dtype=torch.uint8)
-            labels = torch.randint(ours.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
+            labels = torch.randint(peers.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
             train = test = datasets.MemoryImages(images, labels)  # type: datasets.Images
         else:
             sets = datasets.load_datasets(self.dataset, self.data_dir, self.workers)
@@ -186,7 +187,7 @@ class OurEvaluation:
         self._setting = setting
         self._images = setting.load()[1]
         s = setting
-        self._model, self._precision = ours.build(s.model_type, s.img_size, None, s.device, level)
+        self._model, self._precision = peers.build(s.model_type, s.img_size, None, s.device, level)
         self._precision.prepare(self._model)
         self.note = (f"batch {s.eval_batch_size}",)
         self.run()
@@ -194,7 +195,7 @@ class OurEvaluation:
     def run(self) -> float:
         s = self._setting
         start = time.perf_counter()
-        ours.evaluate(self._model, self._images, self._precision, s.img_size, s.eval_batch_size, s.workers)
+        evaluate(self._model, self._images, self._precision, s.img_size, s.eval_batch_size, s.workers)
         return time.perf_counter() - start  # the accuracy is a number on the host: nothing is left to wait for
 
 
@@ -213,7 +214,7 @@ class StockEvaluation:
             pin_memory=setting.device == "cuda",
         )
         config = peers.CONFIGS[setting.model_type]
-        self._model = peers.plain_model(config, setting.img_size, ours.NUM_CLASSES, 0.0).to(setting.device).eval()
+        self._model = peers.plain_model(config, setting.img_size, peers.NUM_CLASSES, 0.0).to(setting.device).eval()
         self.run()
 
     @torch.no_grad()
@@ -258,7 +259,7 @@ def measure(
 def evaluation_peaks(setting: Setting, dtypes: Mapping[str, torch.dtype], quick: bool) -> dict[str, float]:
     """Returns images per second if matrix products, in these number formats, took all of an evaluation."""
     config, size = CONFIGS[setting.model_type], setting.img_size
-    flops = flops_of_update(config, size, ours.NUM_CLASSES, 1) / 3  # a third of a step's is the forward pass
+    flops = flops_of_step(config, size, peers.NUM_CLASSES, 1) / 3  # a third of a step's is the forward pass
     rows = (1 + config.grid_size(size) ** 2) * setting.eval_batch_size
     rates = common.matmul_peaks(setting.device, dtypes.values(), rows, config.hidden_size, config.mlp_dim, quick)
     return {name: rates[dtype] / flops for name, dtype in dtypes.items()}
