@@ -25,11 +25,23 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from models import pretrained, published
+from models import commands, pretrained, published
 from models.configs import canonical_name, make_config
 from models.modeling import VisionTransformer
 from utils import args as flags
-from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, metadata, showing
+from utils import (
+    augment,
+    checkpoint,
+    data_utils,
+    datasets,
+    dist_util,
+    exits,
+    figures,
+    fonts,
+    hardware,
+    metadata,
+    report,
+)
 from utils.apex import make_precision
 from utils.batch import Batch
 from utils.errors import UserError
@@ -149,11 +161,18 @@ def show_result(
     step, is_last = run.state.step, run.state.step == args.num_steps
     if is_best:
         log.image(step, "test/confusion", lambda: figures.confusion(result.confusion(len(data.classes)), data.classes))
-        log.image(step, "test/worst_mistakes", lambda: showing.mistakes(result, data))
+        log.image(step, "test/worst_mistakes", lambda: figures.mistakes(result, data))
     if is_last:
         log.hyperparameters(step, {**run.settings, "--dataset": args.dataset})
     if (is_best or is_last) and dist_util.is_main():
-        showing.write_report(run.paths.report, showing.report_contents(args, run, data, precision, log))
+        contents = report.Contents(
+            args.name, f"{args.model_type} on {args.dataset}", args.num_steps, step, run.paths.log_dir, data,
+            EvalResult(**run.state.best_result), run.state.best_step, flags.with_defaults(args),
+            report.facts(precision.device, str(precision), dist_util.world_size()),
+            report.timing(data, log.train_secs, log.eval_secs, log.speed()),
+            commands.after_training(flags.changed(args), run.paths.checkpoint),
+        )  # fmt: skip
+        report.write_report(run.paths.report, contents)
 
 
 def describe(args: argparse.Namespace, classes: list[str], step: int, accuracy: float) -> checkpoint.CheckpointMetadata:
@@ -165,7 +184,9 @@ def describe(args: argparse.Namespace, classes: list[str], step: int, accuracy: 
 def show_first(log: TrainLog, batches: Iterator[data_utils.Batch], classes: list[str]) -> Iterator[data_utils.Batch]:
     """Shows the first micro-batch in TensorBoard as the model sees it; returns the batches from it on."""
     images, labels = next(batches)
-    log.image(1, "train/pictures", lambda: showing.training_batch(images, labels, classes))
+    log.image(1, "train/pictures", lambda: figures.training_batch(images, labels, classes))
+    if legend := fonts.legend(classes):
+        log.text(1, "train/classes", legend)
     return itertools.chain([(images, labels)], batches)
 
 
@@ -229,7 +250,7 @@ def evaluate(
                 logits = model(x)[0].float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
             predictions.add(logits)
-    return predictions.evaluation(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
+    return predictions.result(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
 def log_result(step: int | None, result: EvalResult) -> None:

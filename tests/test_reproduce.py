@@ -334,7 +334,7 @@ def test_after_ctrl_c_the_same_command_goes_on():
 
     process = start(*rows, *CPU)
     for line in process.stderr:  # ends with the process, if the line never comes
-        if "Going on after update" in line:
+        if "Resumed after step" in line:
             break
     stopped_by(process, signal.SIGINT)
     second = results()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
+import resource
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +139,7 @@ INDEX = b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00
         (LFS, "Git LFS pointer"),
         (INDEX, "max_shard_size"),
         (b'{"hidden_size": 768}', "JSON"),
+        (b"\x93NUMPY" + bytes(100), "single array of NumPy"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
         (b"\x1f\x8b\x08" + bytes(100), "unpack"),
         (b"GGUF" + bytes(100), "GGUF"),
@@ -218,3 +222,81 @@ def test_nothing_in_a_file_is_run(tmp_path, kind):
     with pytest.raises(UserError, match="could run code"):
         weights.read(str(path))
     assert not touched.exists()
+
+
+# ---- archives that are damaged, or made to fill the memory ----
+
+
+def test_a_damaged_member_is_noticed(tmp_path):
+    path = tmp_path / "weights.npz"
+    for save in (np.savez, np.savez_compressed):
+        save(path, a=np.arange(1000.0), b=np.ones(3))
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo("a.npy")
+        data = bytearray(path.read_bytes())
+        data[member.header_offset + 30 + len(member.filename) + member.compress_size - 100] ^= 1  # a bit of its numbers
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"damaged \.npz archive"):
+            weights.read(str(path))
+
+
+def test_damage_anywhere_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "weights.npz"
+    array = np.arange(8192, dtype=np.float32).reshape(1, -1)  # more than is read, and so compared, at once
+    np.savez(path, cls=array)
+    data = path.read_bytes()
+    wrong = []
+    for position in [*range(200), *range(len(data) - 100, len(data))]:  # all but the numbers
+        for flip in (0x01, 0x06):  # the second makes float16 of float32
+            path.write_bytes(data[:position] + bytes([data[position] ^ flip]) + data[position + 1 :])
+            try:
+                outcome = weights.read_npz(str(path)).get("cls", array)
+            except UserError:
+                continue
+            except Exception as e:  # a traceback for the user
+                outcome = e
+            if not np.array_equal(outcome, array):
+                wrong.append(f"byte {position}, flipped by {flip}: {outcome!r:.60}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path):
+    path = write(tmp_path / "a.npz", "npz")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("cls.npy", b"not an array")
+    with pytest.raises(UserError, match=r"cls|damaged"):
+        weights.read(str(path))
+
+
+def peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_an_absurd_shape_is_refused_before_memory_is_taken(tmp_path):
+    for shape in [(10**6, 10**6), (10**5, 10**4), (2**40,)]:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as f:
+            f.writestr("cls.npy", header.getvalue() + bytes(64))
+        before = peak_kib()
+        with pytest.raises(UserError, match="says it is of shape"):
+            weights.read_npz(str(tmp_path / "a.npz"))
+        assert peak_kib() - before < 64 * 1024
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_holds_is_refused_before_memory_is_taken(tmp_path):
+    archive = zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("cls.npy", "w") as member:
+        for _ in range(300):
+            member.write(bytes(2**20))
+    before = peak_kib()
+    with pytest.raises(UserError, match=r"would unpack to 0\.3 GiB"):
+        weights.read_npz(str(tmp_path / "a.npz"))
+    assert peak_kib() - before < 64 * 1024
+
+
+def test_weights_that_were_compressed_are_read(tmp_path):
+    arrays = {"a": np.zeros((300, 300), np.float32), "b": np.random.default_rng(0).random(1000, np.float32)}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    read_back = weights.read_npz(str(tmp_path / "a.npz"))
+    assert all((read_back[name] == x).all() for name, x in arrays.items())
