@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,7 +21,11 @@ from torch import Tensor
 
 from utils import datasets
 from utils.evaluation import EvalResult
-from utils.fonts import drawable, drawable_names, fitting, font_for
+from utils.fonts import drawable, drawable_names, fitting, font_for, legend
+
+if TYPE_CHECKING:
+    from utils.data_utils import Batch
+    from utils.metrics import TrainLog
 
 #: So many of the first batch's images and of the worst mistakes are shown, with so long sides.
 BATCH_IMAGES, BATCH_PX, WORST_MISTAKES, MISTAKE_PX = 64, 96, 24, 128
@@ -59,6 +65,27 @@ class Mistake:
 
 
 # ---- what a run shows ----
+
+
+# ---- what a training shows in TensorBoard ----
+
+
+def show_first(log: TrainLog, batches: Iterator[Batch], classes: list[str]) -> Iterator[Batch]:
+    """Shows the first micro-batch as the model sees it; returns the micro-batches from it on."""
+    images, labels = next(batches)
+    log.image(1, "train/pictures", lambda: training_batch(images, labels, classes))
+    if names := legend(classes):
+        log.text(1, "train/classes", names)
+    return itertools.chain([(images, labels)], batches)
+
+
+def show_result(log: TrainLog, step: int, result: EvalResult, data: datasets.DataSets) -> None:
+    """Shows which classes, and which images, an evaluation took for others."""
+    log.image(step, "test/confusion", lambda: confusion(result.confusion(len(data.classes)), data.classes))
+    log.image(step, "test/worst_mistakes", lambda: mistakes(result, data))
+
+
+# ---- grids of images ----
 
 
 def training_batch(images: Tensor, labels: Tensor, classes: list[str]) -> Image.Image:
