@@ -181,7 +181,7 @@ def test_names_are_text_whatever_is_in_them(make):
     assert "<script" not in text
 
 
-def test_who_cannot_see_is_told_what_there_is(page):
+def test_everything_that_is_drawn_is_also_said_in_words(page):
     assert page.all("html")[0]["lang"] == "en"
     assert len(page.all("h1")) == 1
     for image in page.all("img"):

@@ -86,13 +86,13 @@ def write_report(path: str, contents: Contents) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that compute, and the system."""
-    found = {"Python": platform.python_version()}
+    facts = {"Python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "tensorboard", "Pillow"):
         try:
-            found[package] = importlib.metadata.version(package)
+            facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # built from source, without its metadata
-            found[package] = "unknown"
-    return {**found, "system": platform.platform(terse=True), "machine": platform.machine()}
+            facts[package] = "unknown"
+    return {**facts, "system": platform.platform(terse=True), "machine": platform.machine()}
 
 
 def render(contents: Contents) -> str:
@@ -173,9 +173,8 @@ def _header(contents: Contents, lines: Sequence[Line]) -> str:
         ("after step", number(contents.best_step)),
         ("progress", f"{number(contents.step)} of {number(contents.num_steps)} steps"),
     ]
-    if (times := _times(lines)) and contents.best_step > 0:
-        until_best = float(np.interp(contents.best_step, *zip(*times)))
-        tiles.insert(3, ("trained until then", duration(until_best)))
+    if (secs := dict(_times(lines)).get(contents.best_step)) is not None:
+        tiles.insert(3, ("trained until then", duration(secs)))
     finished = contents.step >= contents.num_steps
     note = "" if finished else "<p>The training is not finished; each better evaluation rewrites this page.</p>"
     listed = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles)
