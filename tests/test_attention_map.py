@@ -196,7 +196,7 @@ def test_a_checkpoint_without_names_of_classes_will_do(finetuned_any, draw, tmp_
     ("args", "words"),
     [
         (["nosuch.png"], ["there is no image nosuch.png"]),
-        (["text.png"], ["text.png cannot be read"]),
+        (["text.png"], ["text.png cannot be read as an image"]),
         (["a.png", "--output", "map.jpg"], ["map.jpg", ".png"]),
         (["a.png", "--output", "text.png/map.png"], ["the folder text.png cannot be written"]),
         (["."], ["there is no image ."]),

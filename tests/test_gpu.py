@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from benchmarks import ours
+from benchmarks import peers
 from models.configs import CONFIGS
 from models.cpu_ops import dropout
 from models.modeling import VisionTransformer
+from tests.helpers.steps import make_optimizer
 from utils import augment, data_utils, datasets
 from utils.evaluation import Predictions
 from utils.precision import Precision
@@ -106,13 +107,13 @@ def test_an_optimizer_whose_first_update_is_skipped_starts_with_no_momentum():
     torch.manual_seed(0)
     model = VisionTransformer(CONFIGS["testing"], 32, 10).cuda()
     precision = Precision(torch.device("cuda"), "O1", "float16")
-    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model, precision)
     before = [p.detach().clone() for p in model.parameters()]
     with precision.autocast():
         loss = model(torch.rand(4, 3, 32, 32, device="cuda"), torch.arange(4, device="cuda"))
     precision.backward(loss * 1e30)
     assert not precision.step(optimizer, 1.0)
-    assert precision.num_skipped() == 1
+    assert precision.collect_skipped() == 1
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
 
@@ -133,10 +134,10 @@ def test_updates_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
     data = datasets.load_datasets("digits", "", 1).to(device)
     model = VisionTransformer(CONFIGS["testing"], 32, 10).to(device)
     precision = Precision(device, level, dtype)
-    updates, transform = ours.Updates(model, precision), augment.TrainTransform(32, hflip=True)
+    training, transform = peers.OurTraining(model, precision), augment.TrainTransform(32, hflip=True)
     sampler = data_utils.StepSampler(len(data.train), 8, transform.num_draws, 0)
     batches = data_utils.train_batches(data.train, sampler, range(1, 9), 4, transform, device, 0)
-    updates.update(1, 0.01, batches, 2)  # what is set up once may wait
+    training.step(1, 0.01, batches, 2)  # what is set up once may wait
     larger = VisionTransformer(CONFIGS["testing"], 48, 10).to(device).eval()  # the digits, of 32 px, are resized
     evaluated = data_utils.eval_batches(data.test, 8, augment.EvalTransform(48), device, 0)
     with torch.inference_mode():
@@ -144,7 +145,7 @@ def test_updates_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2, 5):
-            updates.update(step, 0.01, batches, 2)
+            training.step(step, 0.01, batches, 2)
         loss_sum, predictions = torch.zeros((), dtype=torch.float64, device=device), Predictions()
         with torch.inference_mode(), precision.autocast():
             for images, labels in itertools.islice(evaluated, 3):

@@ -68,7 +68,7 @@ def attend(model: VisionTransformer, image: Image.Image, device: torch.device) -
         device: computes it.
     """
     transform = augment.EvalTransform(model.img_size)
-    x = transform.complete(transform.picture(image, torch.empty(0))[None].to(device))  # (1, 3, S, S)
+    x = transform.complete(transform.image(image, torch.empty(0))[None].to(device))  # (1, 3, S, S)
     with torch.inference_mode():
         logits, attention = model(x)
     maps = rollout([probabilities[0].float().cpu().numpy() for probabilities in attention])

@@ -13,17 +13,19 @@ import importlib.metadata
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from utils import datasets, figures, files
+from utils import datasets, figures, files, hardware
 from utils.evaluation import EvalResult
 from utils.figures import duration, number
-from utils.metrics import read_lines
+from utils.log_files import read_lines
 
 logger = logging.getLogger("train")
 
@@ -84,15 +86,37 @@ def write_report(path: str, contents: Contents) -> None:
         logger.warning("The report %s could not be written (%s)", path, e)
 
 
+def facts(device: torch.device, precision: str, num_ranks: int) -> dict[str, str]:
+    """Returns versions and hardware, by what they are called on the page."""
+    return {
+        **versions(),
+        "device": f"{device}, {hardware.device_name(device)}",
+        "precision": precision,
+        "ranks": str(num_ranks),
+        "threads of each": str(torch.get_num_threads()),
+    }
+
+
+def timing(data: datasets.DataSets, train_secs: float, eval_secs: float, images_per_sec: float) -> dict[str, str]:
+    """Returns durations, over all resumes, and the rate since the last start, by what they are called on the page."""
+    return {
+        "training": duration(train_secs),
+        "evaluations": duration(eval_secs),
+        "images per second while training": f"{images_per_sec:.1f}",
+        "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
+        "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that compute, and the system."""
-    facts = {"Python": platform.python_version()}
+    """Returns the versions of Python and of the packages that compute, and the system."""
+    found = {"Python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "tensorboard", "Pillow"):
         try:
-            facts[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # built from source, without its metadata
-            facts[package] = "unknown"
-    return {**facts, "system": platform.platform(terse=True), "machine": platform.machine()}
+            found[package] = "unknown"
+    return {**found, "system": platform.platform(terse=True), "machine": platform.machine()}
 
 
 def render(contents: Contents) -> str:
@@ -111,7 +135,7 @@ def render(contents: Contents) -> str:
         ("mistakes", "Worst mistakes", _mistakes(worst, classes)),
         ("commands", "Next commands", _commands(contents.commands)),
         ("settings", "Settings", _settings(contents.flags)),
-        ("machine", "Timing, versions and hardware", _machine(contents, lines)),
+        ("machine", "Timing, versions and hardware", _machine(contents)),
     ]
     with open(STYLE_FILE, encoding="utf-8") as f:
         style = f.read()
@@ -301,13 +325,7 @@ def _settings(flags: Mapping[str, tuple[Any, Any]]) -> str:
     return f'<div class="card">{table}<p>The others have their defaults:</p><ul class="kept">{kept}</ul></div>'
 
 
-def _machine(contents: Contents, lines: Sequence[Line]) -> str:
-    timing = dict(contents.timing)
-    if lines and (times := _times(lines)):
-        timing = {"trained, without evaluations": duration(times[-1][1]), **timing}
-    spent = [line["eval_secs"] for line in lines if "eval_secs" in line]
-    if spent:
-        timing = {f"{len(spent)} evaluations": duration(sum(spent)), **timing}
-    pairs = (("Timing", timing), ("Versions and hardware", contents.facts))
+def _machine(contents: Contents) -> str:
+    pairs = (("Timing", contents.timing), ("Versions and hardware", contents.facts))
     tables = (_table(caption, [], (_row(*pair) for pair in values.items()), "facts") for caption, values in pairs)
     return f'<div class="row">{"".join(f"<div class=card>{table}</div>" for table in tables)}</div>'
