@@ -113,12 +113,12 @@ def worst_mistakes(result: EvalResult, data: datasets.DataSets) -> list[Mistake]
     Raises:
         ImageError: one of the images cannot be decoded.
     """
-    found = []
+    worst = []
     for i in result.worst_mistakes(WORST_MISTAKES):
         name, image = datasets.image_at(data.test, i)
         truth, predicted = int(result.truth[i]), int(result.predicted[i])
-        found.append(Mistake(scaled(image, MISTAKE_PX), name, truth, predicted, float(result.confidence[i])))
-    return found
+        worst.append(Mistake(scaled(image, MISTAKE_PX), name, truth, predicted, float(result.confidence[i])))
+    return worst
 
 
 def confusion(matrix: np.ndarray, classes: list[str]) -> Image.Image:
@@ -197,7 +197,7 @@ def scaled(image: Image.Image, side_px: int) -> Image.Image:
 def png(image: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
