@@ -190,28 +190,3 @@ def test_a_checkpoint_without_names_of_classes_will_do(finetuned_any, draw, tmp_
     status, out, _ = run(capsys, *args)
     assert status == 0
     assert "map.png: class " in out
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["nosuch.png"], ["there is no image nosuch.png"]),
-        (["text.png"], ["text.png cannot be read as an image"]),
-        (["a.png", "--output", "map.jpg"], ["map.jpg", ".png"]),
-        (["a.png", "--output", "text.png/map.png"], ["the folder text.png cannot be written"]),
-        (["."], ["there is no image ."]),
-        (["a.png", "--output", "a.png"], ["--output a.png would replace a file that is read"]),
-        (["a.png", "--classes", "x"], ["has 10 classes", "the flags name 1"]),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(finetuned_digits, draw, tmp_path, monkeypatch, capsys, args, words):
-    monkeypatch.chdir(tmp_path)
-    draw("a.png")
-    Path("text.png").write_text("no image")
-    status, out, err = run(capsys, "--load_model_dir", finetuned_digits, *args)
-    assert (status, out) == (2, "")
-    assert len(err) == 1, err
-    assert err[0].startswith("tools.attention_map: error: ")
-    for word in words:
-        assert word in err[0]
-    assert sorted(os.listdir()) == ["a.png", "text.png"]

@@ -29,7 +29,6 @@ from tests.helpers.launching import (
 )
 from utils import dist_errors
 from utils.batch import Batch
-from utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
@@ -167,8 +166,3 @@ def test_the_same_command_on_other_numbers_of_ranks(given, micro_batches, began,
 def test_a_batch_that_was_changed_by_the_user_is_left_alone():
     batch = Batch.from_flags(16, 1, 1)
     assert batch.resumed(saved(16, 8), 2) == batch
-
-
-def test_ranks_that_cannot_share_the_batch_hear_which_numbers_can():
-    with pytest.raises(UserError, match=r"3 ranks cannot share equally the 16 images .*: 1, 2, 4$"):
-        Batch.from_flags(8, 1, 3).resumed(saved(16, 8), 2)

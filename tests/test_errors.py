@@ -43,12 +43,13 @@ def test_the_page_has_these_errors_with_their_exit_codes(request):
 
 
 @pytest.mark.parametrize("bug", [ValueError, KeyError, RuntimeError])
-@pytest.mark.parametrize("flags", [[], ["--compile"]])
+@pytest.mark.parametrize("flags", [["--num_steps", "1", "--warmup_steps", "0"], ["-v", "--compile"]])
 def test_a_bug_keeps_its_traceback(bug, flags, tmp_path, monkeypatch):
     def evaluate(*args, **kwargs):
         raise bug("of ours")
 
     monkeypatch.chdir(tmp_path)
+    finetuned()()
     monkeypatch.setattr(train, "evaluate", evaluate)
     with pytest.raises(bug, match="of ours"):
-        train.main([*RUN, *finetuned()(), *flags])
+        train.main([*RUN, *flags])

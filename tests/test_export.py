@@ -139,31 +139,3 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, kind):
     assert (status, out, len(err)) == (1, "", 1)
     assert f"{output} could not be written" in err[0]
     assert names_in(output.parent) == []
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ("tflite --output m", ["tflite", "onnx"]),
-        ("npz", ["--output"]),
-        ("npz --output .", ["--output . is a folder"]),
-        ("npz --output ''", ["--output is empty"]),
-        ("hf --output ''", ["is the current folder"]),
-        ("npz --output taken/m.npz", ["the folder taken cannot be written"]),
-        ("hf --output taken/m", ["taken cannot be written"]),
-        ("npz --output m.npz --img_size 64", ["trained at --img_size 32, not 64"]),
-        ("npz --output m.npz --opset 17", ["--opset", "onnx", "npz"]),
-        ("onnx --output m.onnx --opset 16", ["--opset 16", "17"]),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(tmp_path, monkeypatch, args, words):
-    monkeypatch.chdir(tmp_path)
-    Path("taken").touch()
-    path = make_checkpoint(tmp_path, "testing", 32)
-    before = names_in(".")
-    status, out, err = run("--load_model_dir", path, "--format", *shlex.split(args))
-    assert (status, out) == (2, "")
-    assert len(err) <= 2, err  # a flag that contradicts the metadata is a warning before
-    for word in words:
-        assert word in err[-1]
-    assert names_in(".") == before

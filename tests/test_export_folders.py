@@ -21,7 +21,6 @@ from tests.helpers.exporting import (
     make_checkpoint,
     predicted,
     random_state,
-    run,
     variables_of,
 )
 from tools import _export_timm
@@ -170,15 +169,3 @@ def test_every_model_has_timms_names_and_shapes(timm, model_type):
         arguments = _export_timm.model_args(config, size)
         theirs = timm.create_model(_export_timm.architecture(model_type, config), num_classes=10, **arguments)
     assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.state_dict().items()}
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"), [("hf", "no hybrids"), ("timm", "no hybrid of the shape of testing-hybrid")]
-)
-def test_hybrids_that_a_library_lacks_are_one_line(tmp_path, kind, words):
-    path = make_checkpoint(tmp_path, "testing-hybrid", 72)
-    status, out, (error,) = run("--load_model_dir", path, "--format", kind, "--output", tmp_path / "m")
-    assert (status, out) == (2, "")
-    assert error.startswith("tools.export: error: ")
-    assert words in error
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json"]

@@ -1,18 +1,15 @@
 """Programs of torch.export, and of ONNX in every opset through ONNX Runtime, give the logits of the model."""
 
-import importlib.util
 import json
 import shutil
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from models.configs import CONFIGS
 from tests.helpers import exporting
-from tests.helpers.exporting import NUM_CLASSES, assert_same_logits, export_as, predicted, run, variables_of
+from tests.helpers.exporting import NUM_CLASSES, assert_same_logits, export_as, predicted, variables_of
 from tools import _export_programs
 
 #: Models that are traced quickly, with one block and one residual unit, and the size of their images.  The hybrid has
@@ -82,24 +79,3 @@ def test_weights_too_large_for_onnx_go_into_a_file_beside_it(make_checkpoint, on
     assert "classes" not in variables["model"].get_modelmeta().custom_metadata_map
     assert f"class {variables['printed']}" == next(iter(predicted(path, "image.jpg")[0]))
     assert_same_logits(path, lambda x: variables["model"].run(None, {"pictures": x.numpy()})[0])
-
-
-def test_an_opset_that_pytorch_does_not_write_is_one_line(make_checkpoint, onnx, tmp_path, monkeypatch):
-    lower = SimpleNamespace(model=SimpleNamespace(graph=[], opset_imports={"": 18}))
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: lower)  # so it does after a conversion that failed
-    args = ["--format", "onnx", "--output", "m.onnx", "--opset", 20]
-    status, out, err = run("--load_model_dir", make_checkpoint("plain"), *args)
-    assert (status, out, len(err)) == (2, "", 1)
-    assert "--opset 20" in err[0]
-    assert not (tmp_path / "m.onnx").exists()
-
-
-def test_a_missing_package_is_named_with_its_installation(make_checkpoint, tmp_path, monkeypatch):
-    path, find = make_checkpoint("plain"), importlib.util.find_spec
-    for missing in ("onnx", "onnxscript"):
-        without = {missing: None}
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, x=without: x[name] if name in x else find(name))
-        status, _, err = run("--load_model_dir", path, "--format", "onnx", "--output", tmp_path / "m.onnx")
-        assert status == 2
-        assert f"pip install {missing}" in err[0]
-        assert not (tmp_path / "m.onnx").exists()

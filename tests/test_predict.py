@@ -2,8 +2,6 @@
 
 import json
 import os
-import shlex
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,15 +96,6 @@ def test_an_unreadable_image_is_named_and_the_others_are_classified(finetuned_an
     assert (status, out) == (2, "[]\n" if flag else "")
 
 
-def test_too_many_images_at_once_are_one_line(finetuned_any, draw, monkeypatch):
-    def forward(self, x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(VisionTransformer, "forward", forward)
-    remedy = "out of memory classifying 77 images at once; give a smaller --batch_size"
-    assert run(finetuned_any, "--batch_size", "77", draw()) == (1, "", [f"tools.predict: error: {remedy}"])
-
-
 def test_classes_of_one_name_are_distinguished_by_their_numbers():
     best = predict.top(torch.tensor([0.2, 0.5, 0.3]), ["crane", "ant", "crane"], 3)
     assert best == pytest.approx({"ant": 0.5, "crane (2)": 0.3, "crane (0)": 0.2})
@@ -167,59 +156,3 @@ def test_another_name_of_the_same_model_is_no_contradiction(tmp_path, monkeypatc
     assert caplog.text == ""
     classify(path, "--model_type", "testing", draw())
     assert "--model_type testing is taken, but" in caplog.text
-
-
-NINE = "0,1,2,3,4,5,6,7,8"
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ("{bin} nosuch.png", ["there is no image nosuch.png"]),
-        ("{bin} empty", ["the folder empty holds no image", "jpg"]),
-        ("nosuch.bin a.png", ["there is no checkpoint nosuch.bin"]),
-        ("{bare} a.png", ["bare.json", "--model_type testing"]),
-        ("{bare} a.png --model_type testing --img_size 48", ["10 classes", "--classes"]),
-        (f"{{bare}} a.png --model_type testing --classes {NINE}", ["trained at --img_size 48, not 224"]),
-        ("{bare} a.png --model_type ViT-demo --img_size 48", ["loaded as ViT-demo"]),
-        (f"{{bin}} a.png --classes {NINE}", ["has 10 classes", "the flags name 9"]),
-        (f"{{bin}} a.png --classes {NINE},0", ["0 twice"]),
-        (f"{{bin}} a.png --classes {NINE},", ["an empty name"]),
-        ("{bin} a.png --classes a --dataset digits", ["give one"]),
-        ("{bin} a.png --dataset mnist", ["--dataset mnist is neither"]),
-        ("{bin} a.png --dataset empty", ["empty/train/<class>"]),
-        ("{bin} a.png --top_k 0", ["--top_k", "less than 1"]),
-        ("{bin} a.png --top_k many", ["--top_k", "invalid int value: 'many'"]),
-        ("{bin} a.png --device tpu", ["--device", "tpu"]),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(finetuned_digits, bare, draw, tmp_path, monkeypatch, args, words):
-    monkeypatch.chdir(tmp_path)
-    draw("a.png")
-    os.mkdir("empty")
-    status, out, err = run(*shlex.split(args.format(bin=finetuned_digits, bare=bare)))
-    assert (status, out, len(err)) == (2, "", 1)
-    assert err[0].startswith("tools.predict: error: ")
-    for word in words:
-        assert word in err[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (None, ["c.json", "remove it"]),
-        ({"crc32": 1}, ["describes other weights", "remove it"]),
-        ({"model_type": "ViT-Z"}, ["ViT-Z"]),
-        ({"gelu": "relu"}, ["relu"]),
-        ({"img_size": 40}, ["40"]),
-        ({"img_size": 64}, ["trained at --img_size 48, not 64"]),
-        ({"classes": ["a"]}, ["has 10 classes", "names 1"]),
-    ],
-)
-def test_metadata_that_cannot_be_true_is_one_line(finetuned_digits, draw, tmp_path, change, words):
-    path = shutil.copy(finetuned_digits, tmp_path / "c.bin")
-    (tmp_path / "c.json").write_text(json.dumps(metadata_of(finetuned_digits) | change) if change else "{")
-    status, out, err = run(path, draw())
-    assert (status, out, len(err)) == (2, "", 1)
-    for word in words:
-        assert word in err[0]

@@ -281,19 +281,6 @@ with open("output/results.json", "w") as f:
     assert results().keys() == {"predecessor-a", "predecessor-b"}
 
 
-def test_a_training_whose_logs_are_gone_is_not_called_done(capfd):
-    assert run(capfd, "--rows", "predecessor-a", *CPU)[0] == 0
-    os.remove("output/results.json")
-    shutil.rmtree("logs")
-    status, _, error = run(capfd, "--rows", "predecessor-a", *CPU)
-    assert status == 1
-    assert "logs/reproduce-predecessor-a cannot be read" in error
-    assert "--again" in error
-    assert results()["predecessor-a"]["status"] == "failed"
-    assert run(capfd, "--rows", "predecessor-a", "--again", *CPU)[0] == 0
-    assert results()["predecessor-a"]["status"] == "done"
-
-
 def start(*args):
     """The tool as a process of its own, with the rows of this module."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from tests import test_reproduce as t"

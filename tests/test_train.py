@@ -23,7 +23,7 @@ from models.modeling import VisionTransformer
 from tests.helpers.fake_apex import FakeAmp
 from utils import datasets
 from utils.checkpoint import CheckpointMetadata, save_weights
-from utils.precision import MAX_SKIPPED_IN_A_ROW, Precision
+from utils.precision import Precision
 from utils.scheduler import make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,18 +280,6 @@ def test_without_dynamic_scaling_the_same_loss_stops_it(flags, spoil_losses, cap
     assert "train/loss is inf at step 2" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_gradients_that_overflow_without_end_stop_the_run(spoil_losses, capsys):
-    spoil_losses(range(6, 1000), 1e30, where=Precision)
-    args = ["--name", "a", *TINY, *TEN_STEPS, *SCRATCH, *FLOAT16, "--num_steps", "90", "--eval_every", "1000"]
-    assert train.main(args) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert sum("error:" in line for line in error) == 1
-    last = 5 + MAX_SKIPPED_IN_A_ROW
-    assert f"the gradients overflowed in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {last}," in error[-1]
-    assert "--amp_dtype bfloat16" in error[-1]
-    assert lines_of("a")[-1]["step"] == last
-
-
 # ---- apex ----
 
 
@@ -379,26 +367,6 @@ def test_a_compiled_model_drops(compile_without_code):
     assert losses_of("some")[-1] != losses_of("none")[-1]
 
 
-def test_a_compiler_that_is_not_there_is_one_line():
-    place = str(Path("nosuch", "g++").resolve())
-    done = run_script("--name", "a", *TINY, *SHORT, *SCRATCH, "--compile", CXX=place, TORCHINDUCTOR_CACHE_DIR="cache")
-    assert done.returncode == 1, done.stderr
-    error = done.stderr.splitlines()
-    assert "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in error[-1]
-    assert "leave --compile out" in error[-1]
-    assert "Traceback" not in done.stderr
-
-
-def test_other_errors_of_a_run_keep_their_traceback(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(train, "train", fail)
-    for more in ([], ["--compile"]):
-        with pytest.raises(RuntimeError, match="a bug"):
-            train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, *more])
-
-
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_code_trains_as_the_plain_model_does():
@@ -443,153 +411,6 @@ def test_a_folder_of_pictures_trains_with_its_own_number_of_classes():
     assert state["head.weight"].shape == (3, 32)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (31, 33)])
-def test_an_unreadable_picture_is_reported_by_its_path(size, capsys):
-    write_images("pets")
-    Image.new("RGB", size).save("pets/train/bee/other.png")
-    Path("pets/train/bee/3.png").write_bytes(Path("pets/train/bee/3.png").read_bytes()[:200])
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "16"]
-    assert train.main(args) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "pets/train/bee/3.png" in error
-    assert "Traceback" not in error
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(capsys):
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "1e38", "--max_grad_norm", "inf"]
-    assert train.main([*args, "--eval_every", "100", "--num_steps", "20"]) == 1
-    assert "at step" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_weights_that_went_bad_are_not_saved(capsys):
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "1e38", "--max_grad_norm", "inf"]
-    assert train.main([*args, "--eval_every", "3", "--log_every", "100"]) == 1
-    assert "test/loss is nan at step 3" in capsys.readouterr().err.splitlines()[-1]
-    assert not os.path.exists("output/a_checkpoint.bin")
-    assert "NaN" not in Path("logs/a/metrics.jsonl").read_text()
-
-
-def _truncated():
-    with open("whole.npz", "wb") as f:
-        model = VisionTransformer(CONFIGS["testing"], 32, 10)
-        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
-    Path("cut.npz").write_bytes(Path("whole.npz").read_bytes()[:100_000])
-    return ["--pretrained_dir", "cut.npz"]
-
-
-def _not_npz():
-    Path("text.npz").write_text("hello")
-    return ["--pretrained_dir", "text.npz"]
-
-
-def _another_model():
-    model = VisionTransformer(CONFIGS["ViT-demo"], 32, 10)
-    with open("demo.npz", "wb") as f:
-        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
-    return ["--pretrained_dir", "demo.npz"]
-
-
-def _empty_class():
-    write_images("pets")
-    os.mkdir("pets/train/cat")
-    return [*SCRATCH, "--dataset", "pets"]
-
-
-def _file_in_the_way():
-    Path("taken").write_text("")
-    return [*SCRATCH, "--output_dir", "taken/output"]
-
-
-BAD_INPUT = {
-    "missing npz": (
-        lambda: ["--model_type", "ViT-B_32", "--pretrained_dir", "checkpoint/imagenet21k_ViT-B_32.npz"],
-        ["checkpoint/imagenet21k_ViT-B_32.npz", "tools/download.py ViT-B_32"],
-    ),
-    "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
-    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded: it is neither an .npz nor"]),
-    "npz of another model": (
-        _another_model,
-        ["expected (16, 16, 3, 32)", "found (8, 8, 3, 128)", "fits --model_type ViT-demo"],
-    ),
-    "unknown model": (lambda: ["--model_type", "ViT-B_33"], ["ViT-B_33", *CONFIGS]),
-    "unknown data set": (lambda: [*SCRATCH, "--dataset", "mnist"], ["mnist", "cifar10", "cifar100", "digits"]),
-    "empty class folder": (_empty_class, ["pets/train/cat", "no picture"]),
-    "no train folder": (lambda: [*SCRATCH, "--dataset", "."], ["train/<class>"]),
-    "size that patches do not divide": (lambda: [*SCRATCH, "--img_size", "40"], ["40", "16", "32", "48"]),
-    "size below one patch": (lambda: [*SCRATCH, "--img_size", "8"], ["8", "16"]),
-    "batch that parts do not divide": (
-        lambda: [*SCRATCH, "--train_batch_size", "10", "--gradient_accumulation_steps", "3"],
-        ["--train_batch_size 10", "--gradient_accumulation_steps 3"],
-    ),
-    "unwritable output": (_file_in_the_way, ["taken/output", "cannot be written"]),
-    "no steps": (lambda: [*SCRATCH, "--num_steps", "0"], ["--num_steps", "0"]),
-    "negative rate": (lambda: [*SCRATCH, "--learning_rate", "-1"], ["--learning_rate"]),
-    "word for a number": (lambda: [*SCRATCH, "--num_steps", "many"], ["--num_steps", "many"]),
-    "dropout of one": (lambda: [*SCRATCH, "--dropout", "1"], ["--dropout"]),
-    "name too long for a file": (lambda: [*SCRATCH, "--name", "n" * 230], ["--name", "230"]),
-    "seed too large": (lambda: [*SCRATCH, "--seed", str(2**63)], ["--seed", str(2**63)]),
-    "name with a folder": (lambda: [*SCRATCH, "--name", "a/b"], ["--name", "a/b"]),
-    "apex without a GPU": (
-        lambda: [*SCRATCH, "--fp16", "--amp_backend", "apex"],
-        ["--amp_backend apex needs a CUDA GPU, not cpu", "--amp_backend native"],
-    ),
-    "apex in bfloat16": (
-        lambda: [*SCRATCH, "--fp16", "--amp_backend", "apex", "--amp_dtype", "bfloat16"],
-        ["--amp_backend apex computes in float16 only", "--amp_backend native"],
-    ),
-    "unknown amp backend": (lambda: [*SCRATCH, "--fp16", "--amp_backend", "amp"], ["--amp_backend", "native", "apex"]),
-    "unknown flag": (lambda: [*SCRATCH, "--turbo"], ["--turbo"]),
-    "no checkpoint to evaluate": (lambda: ["-v"], ["output/a_checkpoint.bin"]),
-    "checkpoint flag while training": (lambda: [*SCRATCH, "--load_model_dir", "x.bin"], ["--load_model_dir"]),
-    "rank without a launcher": (lambda: [*SCRATCH, "--local_rank", "1"], ["--local_rank", "torchrun"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, capsys):
-    make, expected = BAD_INPUT[case]
-    extra = make()
-    before = sorted(str(p) for p in Path().rglob("*"))
-    try:
-        status = train.main(["--name", "a", *TINY, *SHORT, *extra])
-    except SystemExit as e:  # argparse's own
-        status = e.code
-    assert status == 2
-    error = capsys.readouterr().err.splitlines()
-    assert sum("error:" in line for line in error) == 1
-    for words in expected:
-        assert words in error[-1]
-    created = set(map(str, Path().rglob("*"))) - set(before)
-    assert not [p for p in created if Path(p).is_file()]
-
-
-@pytest.mark.parametrize("missing", [["--pretrained_dir", "checkpoint/nosuch.npz"], ["-v"]])
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (lambda: os.rename("pets/test", "pets/tests"), "--dataset pets needs the folders"),
-        (lambda: os.mkdir("pets/train/wasp"), "pets/train/wasp holds no image"),
-    ],
-)
-def test_a_folder_without_the_layout_is_told_before_weights_are_asked_for(capsys, missing, wrong, words):
-    write_images("pets")
-    wrong()
-    assert train.main(["--name", "a", *TINY, *SHORT, "--dataset", "pets", *missing]) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert words in error
-
-
-def test_a_checkpoint_of_another_size_names_the_size_it_was_trained_for(checkpoint, capsys):
-    assert train.main(["--name", "a", *TINY, "--img_size", "64", "-v"]) == 2
-    assert "trained at --img_size 32, not 64" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_other_classes_names_both_numbers(checkpoint, capsys):
-    write_images("pets")
-    assert train.main(["--name", "a", *TINY, "--dataset", "pets", "-v"]) == 2
-    assert "10 classes" in capsys.readouterr().err
-
-
 def describe(state, **changes):
     """Writes output/a_checkpoint.bin with a description."""
     told = dict(model_type="testing", img_size=32, classes=[str(i) for i in range(10)], gelu="erf", dataset="digits",
@@ -597,32 +418,10 @@ def describe(state, **changes):
     save_weights("output/a_checkpoint.bin", state, CheckpointMetadata(**{**told, **changes}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "flags", "warning"),
-    [
-        ({}, ["--gelu", "tanh"], "was trained with --gelu erf, not tanh"),
-        ({"gelu": "tanh"}, [], "was trained with --gelu tanh, not erf"),
-        ({"model_type": "ViT-demo"}, [], "was trained with --model_type ViT-demo, not testing"),
-        ({"classes": [*"01234567", "nine", "8"]}, [], "number 8 was nine, here it is 8"),
-    ],
-)
-def test_an_evaluation_that_contradicts_the_training_is_a_warning(checkpoint, caplog, changes, flags, warning):
-    describe(checkpoint.state_dict(), **changes)
-    assert train.main(["--name", "a", *TINY, "-v", *flags]) == 0
-    assert [warning in r.message for r in caplog.records if r.levelname == "WARNING"] == [True]
-
-
 def test_an_evaluation_like_the_training_gives_no_warning(checkpoint, caplog):
     describe(checkpoint.state_dict())
     assert train.main(["--name", "a", *TINY, "-v"]) == 0
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
-
-
-def test_a_damaged_description_does_not_stop_an_evaluation(checkpoint, caplog):
-    describe(checkpoint.state_dict())
-    Path("output/a_checkpoint.json").write_text('{"model_type": ')
-    assert train.main(["--name", "a", *TINY, "-v"]) == 0
-    assert "output/a_checkpoint.json does not describe a checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize(

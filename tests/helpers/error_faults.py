@@ -217,6 +217,7 @@ FLOAT16 = ["--fp16", "--fp16_opt_level", "O1", "--amp_dtype", "float16"]
 
 def no_checkpoint() -> None:
     every_name_is_whole()
+    assert "NaN" not in Path("logs/a/metrics.jsonl").read_text()
     assert not os.path.exists("output/a_checkpoint.bin")
 
 

@@ -24,7 +24,6 @@ from tests.helpers import fake_npz
 from tests.helpers.errors import Case, Group, Launch
 from tests.helpers.forked import holding, run_forked
 from tests.helpers.runs import ROOT, RUN, write_images
-from utils import checkpoint
 
 CONFIG, CLASSES = CONFIGS["testing"], 10
 DEMO = str(ROOT / "checkpoint" / "ViT-demo.npz")
@@ -178,22 +177,6 @@ def bomb_bin(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def state(spoil: Callable[[str], object]) -> Callable[[], list[str]]:
-    """A saved state, spoiled."""
-
-    def make() -> list[str]:
-        os.makedirs("output")
-        checkpoint.save_state("output/a_last.pt", checkpoint.TrainingState({"--seed": 42}, {}, step=3))
-        spoil("output/a_last.pt")
-        return ["--name", "a"]
-
-    return make
-
-
-def another_format(path: str) -> None:
-    torch.save({**torch.load(path, weights_only=True), "format": 0}, path)
-
-
 @functools.cache
 def finished_run() -> tempfile.TemporaryDirectory:
     """The folder of a run of five steps that is over, made once; it goes when the tests end."""
@@ -206,6 +189,21 @@ def finished_run() -> tempfile.TemporaryDirectory:
 def trained() -> None:
     """A run of five steps that is over, in the current folder."""
     shutil.copytree(finished_run().name, ".", dirs_exist_ok=True)
+
+
+def state(spoil: Callable[[str], object]) -> Callable[[], list[str]]:
+    """A saved state, spoiled."""
+
+    def make() -> list[str]:
+        trained()
+        spoil("output/a_last.pt")
+        return ["--name", "a"]
+
+    return make
+
+
+def another_format(path: str) -> None:
+    torch.save({**torch.load(path, weights_only=True), "format": 0}, path)
 
 
 def another_run() -> list[str]:
@@ -310,6 +308,8 @@ INPUTS = [
              "train/"),
         Case("dataset-before-weights", "the same, and the weights are missing as well",
              lambda: [*pets(lambda: shutil.rmtree("pets/test"))(), "--pretrained_dir", "nosuch.npz"], "test/"),
+        Case("dataset-before-checkpoint", "the same, and the checkpoint to evaluate is missing as well",
+             lambda: [*pets(lambda: shutil.rmtree("pets/test"))(), "-v"], "test/"),
         Case("class-empty", "a class without images", pets(lambda: os.mkdir("pets/train/wasp")), "pets/train/wasp"),
         Case("class-not-trained", "a class that is not trained on",
              pets(lambda: shutil.copytree("pets/test/ant", "pets/test/wasp")), "wasp"),

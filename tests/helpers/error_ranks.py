@@ -64,11 +64,11 @@ RANKS = [
         Case("ranks-differ", "ranks with different flags, data or weights", launched(["--seed", "0"], ["--seed", "1"]),
              "--seed", do="Machines with disks of their own may have different files: compare them."),
         Case("rank-alone-fails", "an error that not all ranks have",
-             launched([], ["--pretrained_dir", "nosuch.npz"]), "process 1", do="Look at that rank's machine."),
+             launched([], ["--pretrained_dir", "nosuch.npz"]), "nosuch.npz", do="Look at that rank's machine."),
         Case("ranks-cannot-share", "a number of ranks that cannot share the run's batch", unequal_shares, "1, 2, 4"),
         Case("ranks-not-met", "a rank that does not come", launched([], WORLD_SIZE="2", TRAIN_TIMEOUT_SECS="1"),
              "127.0.0.1", code=1, do="An address, a port or a firewall, or fewer ranks than announced."),
-        Case("rank-lost", "another rank is killed", lost_rank, "process 1", 1,
+        Case("rank-lost", "another rank is killed", lost_rank, "output/a_last.pt", 1,
              "Look for what ended that rank; the same command resumes."),
     ]),
 ]  # fmt: skip

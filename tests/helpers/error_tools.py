@@ -70,28 +70,17 @@ def out_of_memory() -> Launch:
     return Launch(["a.png", "--batch_size", "77"], prepare=prepare)
 
 
-def reader_left() -> Launch:
-    """Standard output is a pipe that nobody reads."""
-
-    def prepare() -> None:
-        read, write = os.pipe()
-        os.close(read)
-        os.dup2(write, sys.stdout.fileno())
-
-    return Launch(["a.png"], prepare=prepare)
-
-
 # ---- export ----
 
 EXPORT = ["--format", "npz", "--output", "m.npz"]
 
 
-def without_onnxscript() -> Launch:
+def without_onnx() -> Launch:
     def prepare() -> None:
         import importlib.util
 
         real = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *a: None if name == "onnxscript" else real(name, *a)  # type: ignore
+        importlib.util.find_spec = lambda name, *a: None if "onnx" in name else real(name, *a)  # type: ignore
 
     return Launch(["--format", "onnx", "--output", "m.onnx"], prepare=prepare)
 
@@ -232,6 +221,9 @@ TOOLS = [
         Case("download-not-in-upstream", "an upstream that lacks the model", "ViT-H_14 --upstream augreg",
              "imagenet21k"),
         Case("download-base-url", "an address that is none", "ViT-B_32 --base_url ftp://host", "ftp://host"),
+        Case("download-upstream-unknown", "an upstream that is not offered", "ViT-B_32 --upstream sam", "sam"),
+        Case("download-endpoint", "a mirror of the hub that is no address", lambda: Launch(
+             ["ViT-B_32"], env={"HF_ENDPOINT": "hf-mirror.com"}), "HF_ENDPOINT"),
         Case("download-url", "the same, of a file", "ViT-B_32 --url ftp://host/file", "ftp://host/file"),
         Case("download-one-file", "a file's name for two models", "ViT-B_32 ViT-B_16 --to one.npz", "one.npz"),
         Case("download-one-url", "a file's address for two models", "ViT-B_32 ViT-B_16 --url http://host/file",
@@ -327,6 +319,7 @@ TOOLS = [
     ]),
     Group("tools.attention_map", program="tools.attention_map", flags=LOAD, setup=checkpoint_and_image, cases=[
         Case("map-no-image", "no such image", "nosuch.png"),
+        Case("map-folder", "a folder in place of the image", ". --output map.png", " ."),
         Case("map-image-unreadable", "an image that cannot be read", "text.png"),
         Case("map-not-png", "another format than is written", "a.png --output map.jpg", "map.jpg"),
         Case("map-not-writable", "a file in the folder's place", "a.png --output text.png/map.png", "text.png"),
@@ -336,6 +329,10 @@ TOOLS = [
     Group("tools.export", program="tools.export", flags=LOAD, setup=checkpoint_and_image, cases=[
         Case("export-format-unknown", "a format that is not offered", "--format tflite --output m", "tflite"),
         Case("export-no-output", "no name for the output", "--format npz", "--output"),
+        Case("export-output-empty", "an empty name", "--format npz --output ''", "--output"),
+        Case("export-folder-nameless", "an empty name of a folder", "--format hf --output ''", "--output"),
+        Case("export-other-size", "another size than the metadata's", "--format npz --output m.npz --img_size 64",
+             "--img_size 32"),
         Case("export-output-is-folder", "a folder as the output", "--format npz --output .", "--output ."),
         Case("export-over-checkpoint", "the checkpoint as the output", f"--format npz --output {CHECKPOINT}",
              CHECKPOINT),
@@ -351,7 +348,7 @@ TOOLS = [
         Case("export-current-folder", "the current folder", "--format timm --output .", "--output ."),
         Case("export-hybrid-hf", "a hybrid for transformers", hybrid("hf"), "testing-hybrid"),
         Case("export-hybrid-timm", "a hybrid that timm lacks", hybrid("timm"), "testing-hybrid"),
-        Case("export-onnx-missing", "ONNX without its package", without_onnxscript, "pip install onnxscript"),
+        Case("export-onnx-missing", "ONNX without its packages", without_onnx, "pip install onnx onnxscript"),
         Case("export-opset-format", "an opset for another format", "--format npz --output m.npz --opset 17",
              "--opset"),
         Case("export-opset-low", "an opset that is too low", "--format onnx --output m.onnx --opset 16", "17"),

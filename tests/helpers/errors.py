@@ -26,8 +26,9 @@ RUN_SPECIFIC = [
     (r"\(choose from [^)]*\)", "(choose from ...)"),
     (r"(?<=was (?:folder) )[0-9a-f-]+", "..."),
     (r"(?<=CUDA out of memory\.).*", ".."),
-    (r"(127\.0\.0\.1|localhost)(\]?):\d+", r"\1\2:29500"),
-    (r"Writing [^:]*:", "Writing ...:"),
+    (r"http://(127\.0\.0\.1|localhost):\d+", "https://host"),
+    (r"127\.0\.0\.1(\]?):\d+", r"127.0.0.1\1:29500"),
+    (r"(?<=events\.out\.tfevents\.)\S+", "..."),
 ]
 
 
