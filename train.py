@@ -1,24 +1,23 @@
-r"""Fine-tunes a Vision Transformer: the training loop, the evaluation, and their wiring.
+r"""Fine-tunes a Vision Transformer: the training loop, the evaluation, and what a run needs before them.
 
     python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 \
         --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz
     python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 -v
 
-The flags are in utils/args.py, what a run that goes on needs in utils/run.py.
-Only these and the tools see ``args``; everything else takes the values it needs.
+The flags are in utils/args.py; what a run saves and restores is in utils/run.py; utils/exits.py turns errors into exit
+codes.  Only this file and the tools see ``args``; everything else takes the values it needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import logging
 import os
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,31 +26,19 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import pretrained, published
-from models.configs import CONFIGS, canonical_name
+from models.configs import canonical_name, make_config
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, datasets, dist_errors, dist_util
-from utils.apex import ApexPrecision, import_apex_amp
-from utils.args import check_args, checkpoint_path, last_path, log_dir, make_parser
+from utils import args as flags
+from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, metadata, showing
+from utils.apex import make_precision
+from utils.batch import Batch
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
-from utils.hardware import make_deterministic
-from utils.memory import OutOfMemory, explain_out_of_memory
-from utils.metrics import MetricsWriter, TrainingLog
+from utils.memory import explain_out_of_memory
+from utils.metrics import TrainLog
 from utils.precision import Precision
-from utils.run import (
-    BestWeights,
-    begin,
-    check_processes,
-    circumstances,
-    claim,
-    logs_to_keep,
-    restore,
-    resumes_own,
-    settings,
-    take_name,
-)
+from utils.run import Run, RunPaths
 from utils.scheduler import make_schedule
-from utils.showing import show_batch, show_best, write_report
 from utils.signals import Stopped, StopSignal, handlers_restored, leave
 
 logger = logging.getLogger("train")
@@ -59,381 +46,352 @@ logger = logging.getLogger("train")
 
 def train(
     args: argparse.Namespace,
+    run: Run,
     model: VisionTransformer,
     data: datasets.DataSets,
     precision: Precision,
-    state: checkpoint.TrainingState,
     stop: StopSignal,
 ) -> None:
-    """The training loop: pictures -> batch -> loss -> gradients -> step -> log -> save."""
-    optimizer = precision.make_optimizer(model, args.weight_decay)
-    schedule = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
-    rank, accumulation, device = dist_util.rank(), args.gradient_accumulation_steps, precision.device
-    batches = make_batches(args, data.train, range(state.step + 1, args.num_steps + 1), device)
-    images_per_step = args.train_batch_size * dist_util.world_size()
-    evaluated = state.evaluated == state.step or not is_due(state.step, args.eval_every, args.num_steps)
-    wrapped, start = dist_util.wrap(model), time.perf_counter()
-    best_weights = take_name(args, state)  # every process is past reading what another run of this name left
+    """Trains from the step that the run has come to: images -> batch -> loss -> gradients -> step -> log -> save."""
+    params = precision.prepare(model)
+    optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    precision.attach(model, optimizer)
+    lr_factor = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
+    log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every)
+    run.take_over()
+    state = run.restore(model, optimizer, precision, log)
+    ddp_model, rank = dist_util.wrap(model), dist_util.rank()
+    batches = make_batches(args, run.batch, data.train, state.step + 1, precision.device)
 
-    with (
-        MetricsWriter(log_dir(args), dist_util.is_main(), logs_to_keep(args, state), state.step) as writer,
-        TrainingLog(writer, args.num_steps, images_per_step, args.log_every, state.step) as log,
-    ):
-        restore(state, optimizer, precision, log)
-        for step in range(state.step + evaluated, args.num_steps + 1):
-            if step > state.step:  # else it was stopped between this update and its evaluation
-                torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
-                wrapped.train()
-                step_loss = torch.zeros((), device=device)
-                for part in range(accumulation):
-                    images, labels = next(batches)
-                    if step == 1 and part == 0:
-                        show_batch(writer, images, labels, data.classes)
-                    with dist_util.sync_gradients(wrapped, now=part == accumulation - 1):
-                        with precision.autocast():
-                            loss = wrapped(images, labels) / accumulation
-                        precision.backward(loss)
-                    step_loss += loss.detach()
-                learning_rate = args.learning_rate * schedule(step - precision.num_skipped())
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                applied = precision.step(optimizer, args.max_grad_norm)
-                log.update(step, step_loss, learning_rate, applied)
-                state.step = step
-
-            if is_due(step, args.eval_every, args.num_steps):
-                found = evaluate(args, model, data.test, precision, stop)
-                if found is not None:
-                    state.evaluated = step
-                    writer.write(step, {"test/accuracy": found.accuracy, "test/loss": found.loss})
-                    report(step, found)
-                    is_best = found.accuracy > state.best_accuracy
-                    if is_best:
-                        state.best_accuracy, state.best_step, state.best = found.accuracy, step, vars(found)
-                        save_best(args, model, precision, data.classes, state, best_weights)
-                        show_best(writer, found, data, step)
-                    if step == args.num_steps:
-                        writer.hyperparameters(step, {**state.settings, "--dataset": args.dataset})
-                    if is_best or step == args.num_steps:
-                        write_report(args, state, data, precision, log.speed(), start)
-                log.restart_clock()
-            signal_number = stop.any_rank()
-            if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
-                save_last(args, state, model, optimizer, precision, writer, log)
-            if signal_number:
-                how = "the same command" if resumes_own(args) else "the same command, but with --resume auto,"
-                raise Stopped(signal_number, f"stopped after update {step}; {how} goes on from there")
+    with log:
+        if state.last_eval_step < state.step and is_due(state.step, args.eval_every, args.num_steps):
+            after_step(args, run, model, data, precision, log, stop)  # it was stopped between a step and its evaluation
+        if state.step == 0:
+            batches = show_first(log, batches, data.classes)
+        for step in range(state.step + 1, args.num_steps + 1):
+            torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
+            loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches)
+            num_skipped = precision.collect_skipped()  # of the steps before; their outcomes have arrived meanwhile
+            learning_rate = args.learning_rate * lr_factor(step - num_skipped)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            applied = precision.step(optimizer, args.max_grad_norm)  # unscale, clip, step, zero
+            state.step = step
+            log.step(step, loss, learning_rate, applied)
+            after_step(args, run, model, data, precision, log, stop)
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
-    logger.info(
-        "End Training! Wall time: %.2f s, %.1f images/s while training", time.perf_counter() - start, log.speed()
-    )
+    logger.info("End Training! %.2f s of training, %.1f images/s; %.2f s of evaluations",
+                log.train_secs, log.speed(), log.eval_secs)  # fmt: skip
+
+
+def forward_backward(
+    model: nn.Module, batches: Iterator[data_utils.Batch], precision: Precision, num_micro_batches: int
+) -> torch.Tensor:
+    """Adds up the gradients of one step's micro-batches; returns their mean loss, a scalar on the device."""
+    model.train()
+    step_loss = torch.zeros((), device=precision.device)
+    for i in range(num_micro_batches):
+        images, labels = next(batches)
+        with dist_util.sync_gradients(model, now=i == num_micro_batches - 1):
+            with precision.autocast():
+                loss = model(images, labels) / num_micro_batches
+            precision.backward(loss)
+        step_loss += loss.detach()
+    return step_loss
+
+
+def after_step(
+    args: argparse.Namespace,
+    run: Run,
+    model: VisionTransformer,
+    data: datasets.DataSets,
+    precision: Precision,
+    log: TrainLog,
+    stop: StopSignal,
+) -> None:
+    """Evaluates, saves and stops, each where it is due; in this order a kill at any point loses nothing.
+
+    The weights of the best evaluation come before the state that tells of them: a run that is killed between the two
+    evaluates once more, and writes the same again.
+    """
+    state, step, num_workers = run.state, run.state.step, flags.decoding_workers(args)
+    if is_due(step, args.eval_every, args.num_steps):
+        start = time.perf_counter()
+        with log.paused():
+            result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, num_workers, stop)
+            if result is not None:  # else a signal came meanwhile: the resumed run evaluates
+                state.last_eval_step = step
+                log.evaluation(step, result.accuracy, result.loss, time.perf_counter() - start)
+                log_result(step, result)
+                is_best = result.accuracy > state.best_accuracy
+                if is_best:
+                    run.save_best(result, describe(args, data.classes, step, result.accuracy))
+                show_result(args, run, data, precision, log, result, is_best)
+    signal_number = stop.any_rank()
+    if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
+        run.save()
+    if signal_number:
+        how = "the same command" if run.is_own else "the same command with --resume auto"
+        raise Stopped(signal_number, f"stopped after step {step}; rerun {how}: training resumes from there")
+
+
+def show_result(
+    args: argparse.Namespace,
+    run: Run,
+    data: datasets.DataSets,
+    precision: Precision,
+    log: TrainLog,
+    result: EvalResult,
+    is_best: bool,
+) -> None:
+    """Shows an evaluation in TensorBoard and in the report, if it is the best so far or the last."""
+    step, is_last = run.state.step, run.state.step == args.num_steps
+    if is_best:
+        log.image(step, "test/confusion", lambda: figures.confusion(result.confusion(len(data.classes)), data.classes))
+        log.image(step, "test/worst_mistakes", lambda: showing.mistakes(result, data))
+    if is_last:
+        log.hyperparameters(step, {**run.settings, "--dataset": args.dataset})
+    if (is_best or is_last) and dist_util.is_main():
+        showing.write_report(run.paths.report, showing.report_contents(args, run, data, precision, log))
+
+
+def describe(args: argparse.Namespace, classes: list[str], step: int, accuracy: float) -> checkpoint.CheckpointMetadata:
+    """Returns the metadata of the weights after a step."""
+    model_type = canonical_name(args.model_type)
+    return checkpoint.CheckpointMetadata(model_type, args.img_size, classes, args.gelu, args.dataset, step, accuracy)
+
+
+def show_first(log: TrainLog, batches: Iterator[data_utils.Batch], classes: list[str]) -> Iterator[data_utils.Batch]:
+    """Shows the first micro-batch in TensorBoard as the model sees it; returns the batches from it on."""
+    images, labels = next(batches)
+    log.image(1, "train/pictures", lambda: showing.training_batch(images, labels, classes))
+    return itertools.chain([(images, labels)], batches)
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
-    """Whether what happens every so many updates, and after the last, happens after this one."""
+    """Tells whether what happens every so many steps, and after the last, happens after this one."""
     return step > 0 and (step % every == 0 or step == num_steps)
 
 
 def make_batches(
-    args: argparse.Namespace, pictures: datasets.Images, steps: range, device: torch.device
+    args: argparse.Namespace, batch: Batch, images: datasets.Images, first_step: int, device: torch.device
 ) -> Iterator[data_utils.Batch]:
-    """The pictures of ``steps``, each update's in as many parts as are accumulated."""
+    """Returns the micro-batches of all steps from the first one on, in their order."""
     transform = augment.TrainTransform(args.img_size, args.hflip)
-    world = (dist_util.rank(), dist_util.world_size())
-    sampler = data_utils.StepSampler(len(pictures), args.train_batch_size, transform.num_draws, args.seed, *world)
-    part_size = args.train_batch_size // args.gradient_accumulation_steps
-    return data_utils.train_batches(pictures, sampler, steps, part_size, transform, device, args.num_workers)
+    share = (dist_util.rank(), dist_util.world_size())
+    sampler = data_utils.StepSampler(len(images), batch.per_rank, transform.num_draws, args.seed, *share)
+    steps = range(first_step, args.num_steps + 1)
+    return data_utils.train_batches(
+        images, sampler, steps, batch.micro_batch, transform, device, flags.decoding_workers(args)
+    )
 
 
 @torch.inference_mode()
 def evaluate(
-    args: argparse.Namespace,
     model: nn.Module,
-    pictures: datasets.Images,
+    images: datasets.Images,
     precision: Precision,
+    img_size: int,
+    batch_size: int,
+    num_workers: int = 0,
     stop: StopSignal | None = None,
 ) -> EvalResult | None:
-    """What the model makes of all pictures, each seen once, whatever the number of processes.
+    """Evaluates a model on all images, each seen once, whatever the number of ranks.
 
-    None if a signal to stop came meanwhile: a training saves its state sooner so.
+    Args:
+        model: prepared by ``precision``.
+        images: with their labels.
+        precision: the number formats.
+        img_size: side of the images that the model sees, in pixels.
+        batch_size: images evaluated at once.
+        num_workers: processes that decode.
+        stop: notes signals.
+
+    Returns:
+        All predictions; None if a signal to stop came meanwhile: a training saves its state sooner so.
+
+    Raises:
+        OutOfMemory: so many images do not fit into memory.
     """
     model.eval()
-    share = (dist_util.rank(), dist_util.world_size())
-    transform = augment.EvalTransform(args.img_size)
-    batches = data_utils.eval_batches(
-        pictures, args.eval_batch_size, transform, precision.device, args.num_workers, *share
-    )
-    num_batches = data_utils.num_eval_batches(pictures, args.eval_batch_size, *share)
+    share, transform = (dist_util.rank(), dist_util.world_size()), augment.EvalTransform(img_size)
+    batches = data_utils.eval_batches(images, batch_size, transform, precision.device, num_workers, *share)
+    num_batches = data_utils.num_eval_batches(images, batch_size, *share)
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
-    with explain_out_of_memory(f"evaluating {args.eval_batch_size} pictures at once; give a smaller --eval_batch_size"):
-        for images, labels in bar:
+    with explain_out_of_memory(f"evaluating {batch_size} images at once; give a smaller --eval_batch_size"):
+        for x, labels in bar:
             if stop is not None and stop.now():
                 return None
             with precision.autocast():
-                logits = model(images)[0].float()
+                logits = model(x)[0].float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
             predictions.add(logits)
-    return predictions.result(pictures.labels, dist_util.sum_over_ranks(loss_sum), *share)
+    return predictions.result(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
-def report(step: int | None, found: EvalResult) -> None:
+def log_result(step: int | None, result: EvalResult) -> None:
     """Logs an evaluation as the reference does."""
     logger.info("Validation Results")
     if step is not None:
         logger.info("Global Steps: %d", step)
-    logger.info("Valid Loss: %.5f", found.loss)
-    logger.info("Valid Accuracy: %.5f", found.accuracy)
+    logger.info("Valid Loss: %.5f", result.loss)
+    logger.info("Valid Accuracy: %.5f", result.accuracy)
 
 
-def save_best(
-    args: argparse.Namespace,
-    model: VisionTransformer,
-    precision: Precision,
-    classes: list[str],
-    state: checkpoint.TrainingState,
-    best_weights: BestWeights,
-) -> None:
-    """Writes the weights of the best evaluation so far, and what they are of."""
-    if dist_util.is_main():
-        description = checkpoint.CheckpointMetadata(
-            canonical_name(args.model_type), args.img_size, classes, args.gelu, args.dataset,
-            state.step, state.best_accuracy,
-        )  # fmt: skip
-        state.best_crc32 = best_weights.save(precision.state_dict(model), description)
-        logger.info("Saved model checkpoint to %s", best_weights.path)
+def evaluate_only(args: argparse.Namespace) -> int:
+    """Evaluates a fine-tuned checkpoint (-v)."""
+    precision = set_up(args)
+    with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
+        config = make_config(args.model_type, args.img_size, args.gelu, args.dropout)
+        datasets.check_layout(args.dataset)
+        path = args.load_model_dir or RunPaths(args.output_dir, args.name).checkpoint
+        if not os.path.exists(path):
+            raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
+        data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
+        pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
+        pretrained.warn_of_other_classes(source, args.dataset, data.classes)
+        model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
+        check_ranks(args, model, data.checksum)
+    log_start(args, "Validation", model, data, precision)
+    model, data = to_device(args, model, data, precision.device)
+    precision.prepare(model)
+    precision.attach(model, None)
+    result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, flags.decoding_workers(args))
+    assert result is not None  # no signal is noted here
+    log_result(None, result)
+    return 0
 
 
-def save_last(
-    args: argparse.Namespace,
-    state: checkpoint.TrainingState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    writer: MetricsWriter,
-    log: TrainingLog,
-) -> None:
-    """Writes the run's state, after what it has logged; every process must take part."""
-    state.log, state.precision = log.training_state(), precision.training_state()
-    if dist_util.is_main():
-        weights = precision.state_dict(model)
-        if not torch.stack([x.isfinite().all() for x in weights.values()]).all():
-            raise FloatingPointError(
-                f"the weights are not finite after step {state.step}; a lower --learning_rate or "
-                "a longer --warmup_steps may help"
-            )
-        state.log["files"] = writer.flush()
-        checkpoint.save_state(last_path(args), replace(state, model=weights, optimizer=optimizer.state_dict()))
-    log.restart_clock()
+def fine_tune(args: argparse.Namespace) -> int:
+    """Trains, from wherever the run has come to; see utils/run.py."""
+    precision = set_up(args)
+    batch = Batch.from_flags(args.train_batch_size, args.gradient_accumulation_steps, dist_util.world_size())
+    with contextlib.closing(Run(RunPaths(args.output_dir, args.name), args.resume, batch)) as run:
+        with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
+            run.open()
+            model, data = prepare(args, run, precision)
+            check_ranks(args, model, lambda: run.settings["--dataset"])
+        if run.state.step == run.state.last_eval_step == args.num_steps:
+            best = run.state.best_accuracy
+            logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", best)
+            return 0
+        log_start(args, "training", model, data, precision)
+        num_epochs = args.num_steps * run.batch.total / len(data.train)
+        logger.info("  Total optimization steps = %d (%.1f epochs)", args.num_steps, num_epochs)
+        logger.info("  Total train batch size = %d (%d per rank, %d at a time)", run.batch.total, run.batch.per_rank,
+                    run.batch.micro_batch)  # fmt: skip
+        with run.noting_what_is_left():
+            model, data = to_device(args, model, data, precision.device)
+            with StopSignal() as stop, explain_out_of_memory(run.batch.out_of_memory_advice()):
+                train(args, run, model, data, precision, stop)
+    return 0
 
 
 # ---- what a run needs before it starts ----
 
 
-def prepare(
-    args: argparse.Namespace, precision: Precision, state: checkpoint.TrainingState | None
-) -> tuple[VisionTransformer, datasets.DataSets, checkpoint.TrainingState | None]:
-    """The model with its weights, those of ``state`` if a run goes on, and the data it is for; downloads come last.
-
-    Returns:
-        The model, the data, and the state that the training begins with.
+def set_up(args: argparse.Namespace) -> Precision:
+    """Joins the other ranks and picks the device; returns the number formats that the flags ask for.
 
     Raises:
-        UserError: the user got something wrong.
+        UserError: a flag is wrong, or needs what is not there.
     """
-    config = replace(CONFIGS[args.model_type], gelu=args.gelu)
-    if args.dropout is not None:
-        config = replace(config, dropout_rate=args.dropout)
-    config.check_img_size(args.img_size)
+    device = dist_util.setup(args.device, args.local_rank)
+    with dist_util.all_ranks_or_none():
+        flags.check_args(args)
+        if args.deterministic and device.type == "cuda":
+            hardware.make_deterministic()
+        elif args.deterministic:
+            logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
+        opt_level = args.fp16_opt_level if args.fp16 else "O0"
+        return make_precision(device, opt_level, args.amp_dtype, args.loss_scale, args.amp_backend)
+
+
+def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[VisionTransformer, datasets.DataSets]:
+    """Returns the model with the weights that the run starts from, and the data; downloads come last.
+
+    Raises:
+        UserError: there are no such weights or data, or the saved run had other settings.
+    """
+    config, source = make_config(args.model_type, args.img_size, args.gelu, args.dropout), None
     datasets.check_layout(args.dataset)
-    path, source = start_path(args, state), None
-    if state is None and path:
-        source = pretrained.load(path, args.model_type, strict=False)
-    elif state is None:
+    if run.weights is not None:  # the flag is compared if it is given
+        path = run.saved_settings.get("--pretrained_dir", "") if args.pretrained_dir is None else args.pretrained_dir
+    elif args.pretrained_dir == "":
         logger.warning("--pretrained_dir is empty: training starts from random weights")
-    data = datasets.load_datasets(args.dataset, args.data_dir, args.num_workers)
-    goes_on, resumed = state is not None, {} if state is None else state.model
-    if not args.eval_only:
-        start = path if args.pretrained_dir is None else args.pretrained_dir
-        now = settings(args, start, config, data, precision)
-        state = begin(args, state, now, circumstances(args, precision.device))
+        path = ""
+    else:
+        path = published.find(args.pretrained_dir, args.model_type)
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
+    data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
+    given = path if args.pretrained_dir is None else args.pretrained_dir
+    dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
+    run.check_settings(
+        flags.settings(args, given, dataset, config.dropout_rate, run.batch.total, str(precision)),
+        flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
+        flags.defaults(),
+    )
+    keep_head = False
     if source is not None:
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
-    keeps_head = args.eval_only or (source is not None and pretrained.keeps_head(source, data.classes, args.zero_head))
+        keep_head = pretrained.keeps_head(source, data.classes, args.zero_head)
     torch.manual_seed(args.seed)
-    with torch.device("meta" if goes_on or source else "cpu"):  # else it would draw weights that are then overwritten
-        model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not keeps_head)
-    try:
-        if goes_on:
-            model.load_finetuned(resumed)
-        elif source is not None and args.eval_only:
-            pretrained.warn_of_other_classes(source, args.dataset, data.classes)
-            model.load_exactly(source.arrays)
-        elif source is not None:
-            model.load_from(source.arrays)
-    except UserError as e:
-        where = source.path if source else "the state to go on from"
-        raise UserError(f"{where} cannot be loaded as {args.model_type}: {e}") from e
-    return model, data, state
+    if run.weights is not None:
+        model = pretrained.model_to_resume(run.weights, args.model_type, config, args.img_size, len(data.classes))
+    else:
+        model = pretrained.model_to_train(source, config, args.img_size, len(data.classes), keep_head)
+    return model, data
 
 
-def start_path(args: argparse.Namespace, state: checkpoint.TrainingState | None) -> str:
-    """The weights to evaluate, or to start from; '' for random ones.
-
-    Raises:
-        UserError: there are none.
-    """
-    if args.eval_only:
-        path = args.load_model_dir or checkpoint_path(args)
-        if not os.path.exists(path):
-            raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
-        return path
-    if state is not None:  # which has the weights: the flag is compared if it is given
-        return state.settings.get("--pretrained_dir", "") if args.pretrained_dir is None else args.pretrained_dir
-    if args.pretrained_dir == "":
-        return ""
-    return published.find(args.pretrained_dir, args.model_type)
+def check_ranks(args: argparse.Namespace, model: nn.Module, dataset: Callable[[], str]) -> None:
+    """Raises UserError unless all ranks have the same flags, data and weights."""
+    if dist_util.world_size() > 1:
+        same = flags.same_on_all_ranks(args)
+        same["the checksum of --dataset"] = dataset()  # seconds for a large data set, which a training has computed
+        if dist_util.several_machines():
+            same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
+        dist_util.check_same(same, "start every rank with the same")
 
 
-def make_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """The number formats that the flags ask for; raises UserError if they need what is not there."""
-    if args.fp16 and args.amp_backend == "apex":
-        return ApexPrecision(import_apex_amp(device), device, args.fp16_opt_level, args.loss_scale)
-    return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
+def to_device(
+    args: argparse.Namespace, model: VisionTransformer, data: datasets.DataSets, device: torch.device
+) -> tuple[VisionTransformer, datasets.DataSets]:
+    """Moves the weights and, where they are in memory, the images to the device, and compiles the model if asked."""
+    with explain_out_of_memory(f"moving the weights and the images to {device}"):
+        model, data = model.to(device), data.to(device)
+    if args.compile:
+        model.compile()  # in place: the names of its weights stay
+    return model, data
 
 
-def log_start(args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, precision: Precision) -> None:
+def log_start(
+    args: argparse.Namespace, title: str, model: nn.Module, data: datasets.DataSets, precision: Precision
+) -> None:
     """Logs what is about to happen."""
-    num_parameters = sum(p.numel() for p in model.parameters())
-    logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_parameters / 1e6,
+    num_millions = sum(p.numel() for p in model.parameters()) / 1e6
+    logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_millions,
                 precision.device, precision)  # fmt: skip
-    if args.eval_only:
-        logger.info("***** Running Validation *****")
-        logger.info("  Num pictures = %d, classes = %d", len(data.test), len(data.classes))
-        return
-    total = args.train_batch_size * dist_util.world_size()
-    logger.info("***** Running training *****")
+    logger.info("***** Running %s *****", title)
     logger.info(
         "  Images: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
     )
-    logger.info(
-        "  Total optimization steps = %d (%.1f epochs)", args.num_steps, args.num_steps * total / len(data.train)
-    )
-    logger.info("  Total train batch size = %d (%d per process, %d at a time)", total, args.train_batch_size,
-                args.train_batch_size // args.gradient_accumulation_steps)  # fmt: skip
-
-
-def run(args: argparse.Namespace) -> int:
-    """Trains or evaluates, and returns the exit status."""
-    with contextlib.ExitStack() as held:
-        try:
-            device = dist_util.setup(args.device, args.local_rank)
-            with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the pictures"):
-                check_args(args)
-                if args.deterministic and device.type == "cuda":
-                    make_deterministic()
-                elif args.deterministic:
-                    logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
-                precision = make_precision(args, device)
-                state = None if args.eval_only else claim(args, held)
-                model, data, state = prepare(args, precision, state)
-                check_processes(args, model, data, state)
-        except dist_util.FailedElsewhere as e:
-            return 2 if e.input_error else 1
-        except UserError as e:
-            return fail(e, 2)
-        except (OSError, OutOfMemory) as e:
-            return fail(e, 1)
-        except RuntimeError as e:
-            return fail_at_work(args, e)
-        if state is not None and state.step == args.num_steps == state.evaluated:
-            logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", state.best_accuracy)
-            return 0
-        log_start(args, model, data, precision)
-        try:
-            with explain_out_of_memory(f"moving the weights and the pictures to {device}"):
-                model, data = model.to(device), data.to(device)
-            if args.compile:
-                model.compile()  # in place: the names of its weights stay
-            if state is None:
-                precision.prepare(model)
-                found = evaluate(args, model, data.test, precision)
-                assert found is not None
-                report(None, found)
-            else:
-                with StopSignal() as stop, explain_out_of_memory(out_of_memory_advice(args)):
-                    train(args, model, data, precision, state, stop)
-        except compile_errors(args.compile) as e:
-            reason = str(e).strip().partition("\n")[0]
-            return fail(
-                RuntimeError(f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"), 1
-            )
-        except (datasets.ImageError, FloatingPointError, OSError, RuntimeError) as e:
-            return fail_at_work(args, e, state.best_step if state else 0)
-    return 0
-
-
-def fail_at_work(args: argparse.Namespace, error: Exception, best_step: int = 0) -> int:
-    """Says in one line what ended a run that had begun, and what is left of it; raises what only we can mend."""
-    text = str(error)
-    if dist_util.is_lost_contact(error):
-        text = dist_errors.lost_contact(error)
-    elif isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory):
-        if not data_utils.worker_died(error):
-            dist_errors.is_error_reporter()  # the others need not say that they miss this process
-            raise error
-        text = data_utils.WORKER_DIED
-    if os.path.exists(last_path(args)) and not args.eval_only:
-        text += f"; the run up to its last save is in {last_path(args)}"
-    elif best_step and os.path.exists(checkpoint_path(args)):  # saved less often than it was evaluated
-        text += f"; the best weights so far, of step {best_step}, are in {checkpoint_path(args)}"
-    return fail(RuntimeError(text), 2 if isinstance(error, datasets.ImageError) else 1)
-
-
-def out_of_memory_advice(args: argparse.Namespace) -> str:
-    """What a training that is short of memory can do about it."""
-    batch, parts = args.train_batch_size, args.gradient_accumulation_steps
-    text = f"with {batch // parts} pictures at a time (--train_batch_size {batch}); "
-    more = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
-    if more is None:
-        return f"{text}give a smaller --train_batch_size, --img_size or --model_type"
-    return f"{text}--gradient_accumulation_steps {more} computes the same update {batch // more} at a time"
-
-
-def compile_errors(compiled: bool) -> tuple[type[Exception], ...]:
-    """What a compiled model may raise where one that is not compiled would run, such as for want of a C++ compiler."""
-    if not compiled:
-        return ()
-    from torch._dynamo.exc import TorchDynamoException  # a second: not at the start
-
-    return (TorchDynamoException,)
-
-
-def fail(error: BaseException, status: int) -> int:
-    """Says what went wrong in one line, on one process of the run."""
-    if dist_errors.is_error_reporter():
-        print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    args = make_parser().parse_args(argv)
+    """Runs the command line; returns the exit code."""
+    args = flags.make_parser().parse_args(argv)
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
         level=logging.INFO if dist_util.is_main() else logging.ERROR,
     )
-    with handlers_restored():
+    with handlers_restored(), logging_redirect_tqdm():
         try:
-            with logging_redirect_tqdm():
-                return run(args)
-        except Stopped as e:
-            return fail(e, 128 + e.number)
-        except KeyboardInterrupt:
-            return fail(KeyboardInterrupt("interrupted"), 128 + signal.SIGINT)
+            return exits.exit_code("train.py", functools.partial(evaluate_only if args.eval_only else fine_tune, args))
         finally:
             dist_util.cleanup()
 

@@ -41,7 +41,8 @@ class Updates:
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self.precision = precision
-        self.optimizer = precision.make_optimizer(model, weight_decay=0.0)
+        self.optimizer = torch.optim.SGD(precision.prepare(model), lr=0.0, momentum=0.9, fused=True)
+        precision.attach(model, self.optimizer)
         self.model = dist_util.wrap(model)
 
     def update(self, step: int, learning_rate: float, parts: Iterable[data_utils.Batch], accumulation: int) -> Tensor:
@@ -57,7 +58,7 @@ class Updates:
                     loss = self.model(images, labels) / accumulation
                 self.precision.backward(loss)
             step_loss += loss.detach()
-        self.precision.num_skipped()  # where the loop finds the learning rate
+        self.precision.collect_skipped()  # where the loop finds the learning rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.precision.step(self.optimizer, 1.0)

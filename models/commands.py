@@ -1,4 +1,4 @@
-"""Commands and files of this repository as users type them: from its root, or from any other folder.
+"""Spells commands and files of this repository as users type them: from its root, or from any other folder.
 
 ``python -m tools.NAME`` works in the root only, ``python PATH/tools/NAME.py`` everywhere.  This module must
 not know what the commands do.
@@ -34,7 +34,7 @@ def train_command(*words: str) -> str:
 
 
 def import_lines() -> str:
-    """The lines of Python after which code imports this repository's modules in the folder the user is in."""
+    """Returns the lines of Python after which code imports this repository's modules in the folder the user is in."""
     return "" if _is_in_root() else f"import sys\nsys.path.insert(0, {ROOT!r})\n"
 
 

@@ -1,11 +1,11 @@
-"""Dropout whose masks cost little on CPUs, where torch's own take up to a third of an update.
+"""Operations for CPUs: dropout whose masks cost little, and attention scores in float32.
 
 Source: Srivastava et al., JMLR 15 (2014), in the scaled form that every framework uses: in training an
 element is kept with probability 1 - rate and divided by it, in evaluation nothing happens.
 
-torch draws one number per element, one after another on a single core.  Here one 64-bit number decides
-on four elements, 16 bits each, so that the rate is met to within 1 / 65536.  This module must not know
-what it drops from.
+torch's own dropout takes up to a third of a step: it draws one number per element, one after another on a single
+core.  Here one 64-bit number decides on four elements, 16 bits each, so that the rate is met to within 1 / 65536.
+This module must not know the model.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def _masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
 
 
 def autocasts(kind: str) -> bool:
-    """Whether matrix products of a kind of device are cast to half precision; there is no asking for "meta"."""
+    """Tells if autocast casts matrix products on a kind of device; torch cannot be asked about "meta"."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def cast_for_matmul(x: Tensor) -> Tensor:
-    """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
+    """Casts a matrix product's input as autocast would: once here, not in every product that takes it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if autocasts(kind) else x
 

@@ -107,9 +107,9 @@ class Layout(NamedTuple):
         """A name of this layout without what a model without a head lacks."""
         return name.removeprefix(self.prefix)
 
-    def entries(self, config: ViTConfig, num_classes: int | None = None) -> dict[str, list[npz.Entry]]:
+    def entries(self, config: ViTConfig, num_classes: int | None = None) -> dict[str, list[npz.WeightSpec]]:
         """A model's arrays by the layout's short names: several for one name where they are joined there."""
-        found: dict[str, list[npz.Entry]] = {}
+        found: dict[str, list[npz.WeightSpec]] = {}
         for entry in npz.layout(config, config.stride, num_classes):
             name = self.short(self.name(entry.ours, config.resnet_units != ()))
             found.setdefault(name, []).append(entry)
@@ -208,7 +208,7 @@ def _num_classes(arrays: Mapping[str, np.ndarray], layout: Layout) -> int | None
     return None if bias is None or bias.ndim != 1 else len(bias)
 
 
-def _fault(name: str, parts: list[npz.Entry], array: np.ndarray | None) -> str | None:
+def _fault(name: str, parts: list[npz.WeightSpec], array: np.ndarray | None) -> str | None:
     """Says what is wrong with the array that a file has under a name, if anything."""
     entry = parts[0]
     expected = str((len(parts) * entry.ours_shape[0], *entry.ours_shape[1:]))

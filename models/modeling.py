@@ -5,7 +5,7 @@ Source: Dosovitskiy et al., arXiv 2010.11929; github.com/google-research/vision_
 have checkpoints with them.
 
 Shapes, here and in every comment below:
-    B batch, T tokens = 1 + P patches, D width, A heads, K = D / A head size; pictures (B, 3, H, W)
+    B batch, T tokens = 1 + P patches, D width, A heads, K = D / A head size; images (B, 3, H, W)
 
 This module must not read files, know data sets or know how it is trained.
 """
@@ -85,7 +85,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block: attention and MLP, each around a shortcut.
 
-    With ``num_queries`` only the first tokens go on, each of which still attends to all.
+    With ``num_queries`` only the first tokens are computed, each of which still attends to all.
     """
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
@@ -144,7 +144,7 @@ class PatchEmbedding(nn.Conv2d):
 
 
 class Embeddings(nn.Module):
-    """Pictures to tokens: (hybrid stem,) patches, class token, position embeddings."""
+    """Images to tokens: (hybrid stem,) patches, class token, position embeddings."""
 
     def __init__(self, config: ViTConfig, img_size: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Embeddings(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pictures to encoded tokens."""
+    """Images to encoded tokens."""
 
     def __init__(self, config: ViTConfig, img_size: int, vis: bool) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         config: the architecture, one of ``CONFIGS``.
-        img_size: side of the pictures, in pixels.
+        img_size: side of the images, in pixels.
         num_classes: outputs of the head.
         zero_head: fine-tune: ``load_from`` sets the head to zero instead of loading it.
         vis: return every block's attention probabilities.
@@ -224,10 +224,10 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, list[Tensor]] | Tensor:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
-            x: pictures (B, 3, H, W) in [-1, 1].
+            x: images (B, 3, H, W) in [-1, 1].
             labels: class indices (B,).
 
         Returns:
@@ -291,7 +291,7 @@ class VisionTransformer(nn.Module):
             state: as ``state_dict()`` gives it, of any float type.
 
         Raises:
-            UserError: it is another model's, or for another number of classes or size of pictures;
+            UserError: it is another model's, or for another number of classes or size of images;
                 the message names what was expected and what was found.
         """
         own = self.state_dict()

@@ -69,15 +69,6 @@ def test_transformers_own_resize_is_within_one_grey_level(transformers, tmp_path
         assert (theirs - ours).abs().max() < 1 / 127.5 + 1e-5
 
 
-def test_transformers_names_classes_that_nothing_names(transformers, tmp_path, images):
-    path = make_checkpoint(tmp_path, "testing", 32)
-    expected = next(iter(predicted(path, "image.jpg")[0]))
-    Path(path).with_suffix(".json").unlink()
-    lines = export_as("hf", path, tmp_path / "m", "--model_type", "testing", "--img_size", "32")
-    label = variables_of(lines)["classify"]("image.jpg")[0]["label"]
-    assert label.replace("LABEL_", "class ") == expected
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_transformers_4_classifies_as_predict_does(tmp_path, images):
@@ -152,16 +143,20 @@ def test_timm_classifies_as_predict_does_where_its_epsilons_would_be_felt(timm, 
             x *= 0.02
     path = make_checkpoint(tmp_path, "small-r26", 96, state=state)
     assert_timm_classifies(timm, path, tmp_path / "m", images)
-    told = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert told[_export_timm.STEM] == _export_timm.SCALED
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config[_export_timm.STEM] == _export_timm.SCALED
 
 
-def test_timm_gives_numbers_to_classes_that_nothing_names(timm, tmp_path, images):
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_classes_that_nothing_names_have_numbers(tmp_path, images, kind):
+    pytest.importorskip({"hf": "transformers"}.get(kind, kind))
     path = make_checkpoint(tmp_path, "testing", 32)
     expected = next(iter(predicted(path, "image.jpg")[0]))
     Path(path).with_suffix(".json").unlink()
-    lines = export_as("timm", path, tmp_path / "m", "--model_type", "testing", "--img_size", "32")
-    assert f"class {variables_of(lines)['printed']}" == expected
+    lines = export_as(kind, path, tmp_path / "m", "--model_type", "testing", "--img_size", "32")
+    variables = variables_of(lines)
+    label = variables["printed"] if kind == "timm" else variables["classify"]("image.jpg")[0]["label"]
+    assert f"class {label.removeprefix('LABEL_')}" == expected
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_a_program_gives_the_logits_of_the_model_in_every_opset(path, tmp_path, 
     assert [(x.domain, x.version) for x in program.opset_import] == [("", opset)]
     assert str(tmp_path.parent).encode() not in output.read_bytes()
     variables = variables_of(lines)
-    told = variables["model"].get_modelmeta().custom_metadata_map
-    assert json.loads(told["classes"]) == [f"class {i}" for i in range(NUM_CLASSES)]
-    assert (told["img_size"], json.loads(told["input_range"])) == (str(IMG_SIZES[kind]), [-1, 1])
+    metadata = variables["model"].get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == [f"class {i}" for i in range(NUM_CLASSES)]
+    assert (metadata["img_size"], json.loads(metadata["input_range"])) == (str(IMG_SIZES[kind]), [-1, 1])
     assert variables["printed"] == next(iter(predicted(path, "image.jpg")[0]))
     assert_same_logits(path, lambda x: variables["model"].run(None, {"pictures": x.numpy()})[0])
 

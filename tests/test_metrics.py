@@ -1,5 +1,6 @@
 """The lines and curves that a run leaves: what is in them, when, and that none is ever lost."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import metrics
-from utils.metrics import MetricsWriter, TrainingLog
+from utils import log_files, metrics
+from utils.log_files import MetricsWriter
+from utils.metrics import TrainLog
 
 
 def read_lines(folder):
-    with open(os.path.join(folder, metrics.METRICS_FILE), encoding="utf-8") as f:
+    with open(os.path.join(folder, log_files.METRICS_FILE), encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
 
@@ -24,16 +26,6 @@ def read_events(folder):
     events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-class Recorder:
-    """Stands in for a MetricsWriter."""
-
-    def __init__(self):
-        self.lines = []
-
-    def write(self, step, values):
-        self.lines.append((step, values))
 
 
 @pytest.fixture
@@ -131,8 +123,8 @@ def read_all(folder):
 def test_pictures_are_events_only_and_keep_their_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     with MetricsWriter(str(tmp_path)) as writer:
-        writer.picture(5, "test/confusion", Image.fromarray(pixels))
-        writer.picture(9, "test/confusion", Image.new("L", (4, 4), 7))
+        writer.image(5, "test/confusion", Image.fromarray(pixels))
+        writer.image(9, "test/confusion", Image.new("L", (4, 4), 7))
         writer.write(9, {"test/accuracy": 0.5})
     first, second = read_all(tmp_path).Images("test/confusion")
     assert (first.step, second.step) == (5, 9)
@@ -176,7 +168,7 @@ def test_a_run_that_goes_on_longer_has_its_new_hyperparameters(tmp_path):
 
 def test_a_disabled_writer_takes_pictures_and_hyperparameters_too(tmp_path):
     with MetricsWriter(str(tmp_path / "run"), enabled=False) as writer:
-        writer.picture(1, "train/pictures", Image.new("RGB", (2, 2)))
+        writer.image(1, "train/pictures", Image.new("RGB", (2, 2)))
         writer.hyperparameters(1, {"seed": 1})
     assert os.listdir(tmp_path) == []
 
@@ -187,129 +179,125 @@ def test_a_disabled_writer_takes_pictures_and_hyperparameters_too(tmp_path):
 DONE, SKIPPED = torch.tensor(True), torch.tensor(False)
 
 
-def make_log(num_steps=7, log_every=3, images_per_step=8, writer=None):
-    writer = writer or Recorder()
-    return writer, TrainingLog(writer, num_steps, images_per_step, log_every)
+@pytest.fixture
+def make_log(tmp_path):
+    """``make_log(num_steps, log_every)`` opens the log of a run of 8 images a step."""
+    with contextlib.ExitStack() as stack:
+        yield lambda num_steps=7, log_every=3: stack.enter_context(TrainLog(str(tmp_path), num_steps, 8, log_every))
 
 
-def test_it_writes_the_mean_since_the_last_line_at_every_nth_and_the_last_step(clock):
-    writer, log = make_log()
+def test_it_writes_the_mean_since_the_last_line_at_every_nth_and_the_last_step(make_log, tmp_path, clock):
+    log = make_log()
     for step in range(1, 8):
         clock.now += 0.5
-        log.update(step, torch.tensor(float(step**2)), 0.1 * step, DONE)
-    log.close()
-    steps, values = zip(*writer.lines)
-    assert steps == (3, 6, 7)
-    assert [v["train/loss"] for v in values] == pytest.approx([(1 + 4 + 9) / 3, (16 + 25 + 36) / 3, 49])
-    assert [v["train/lr"] for v in values] == pytest.approx([0.3, 0.6, 0.7])
-    assert [v["images_per_sec"] for v in values] == pytest.approx([16, 16, 16])
-    assert all(type(x) is float for v in values for x in v.values())
+        log.step(step, torch.tensor(float(step**2)), 0.1 * step, DONE)
+    lines = read_lines(tmp_path)
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert [line["train/loss"] for line in lines] == pytest.approx([(1 + 4 + 9) / 3, (16 + 25 + 36) / 3, 49])
+    assert [line["train/lr"] for line in lines] == pytest.approx([0.3, 0.6, 0.7])
+    assert [line["images_per_sec"] for line in lines] == pytest.approx([16, 16, 16])
+    assert [line["secs"] for line in lines] == pytest.approx([1.5, 3, 3.5])
+    assert set(read_events(tmp_path)) == {"train/loss", "train/lr", "images_per_sec"}  # secs are no curve
 
 
 @pytest.mark.parametrize(("num_steps", "log_every", "steps"), [(4, 1, [1, 2, 3, 4]), (4, 100, [4]), (6, 3, [3, 6])])
-def test_when_lines_are_due(num_steps, log_every, steps):
-    writer, log = make_log(num_steps, log_every)
+def test_when_lines_are_due(make_log, tmp_path, num_steps, log_every, steps):
+    log = make_log(num_steps, log_every)
     for step in range(1, num_steps + 1):
-        log.update(step, torch.tensor(1.0), 0.1, DONE)
-    log.close()
-    assert [step for step, _ in writer.lines] == steps
+        log.step(step, torch.tensor(1.0), 0.1, DONE)
+    assert [line["step"] for line in read_lines(tmp_path)] == steps
 
 
-def test_the_time_of_an_evaluation_does_not_count_as_training(clock):
-    writer, log = make_log(num_steps=4, log_every=4)
-    for step in range(1, 5):
-        clock.now += 1
-        log.update(step, torch.tensor(1.0), 0.1, DONE)
-        if step == 2:
-            clock.now += 1000
-            log.restart_clock()
-    log.close()
-    assert writer.lines[0][1]["images_per_sec"] == pytest.approx(8)
-
-
-def test_the_speed_of_a_run_is_that_of_all_its_lines(clock):
-    _, log = make_log(num_steps=6, log_every=2)
+def test_evaluations_and_saves_do_not_count_as_training(make_log, tmp_path, clock):
+    log = make_log(num_steps=6, log_every=2)
     assert log.speed() == 0
     for step, secs in enumerate((1, 1, 4, 4, 1, 1), start=1):
         clock.now += secs
-        log.update(step, torch.tensor(1.0), 0.1, DONE)
-        if step == 4:
-            clock.now += 1000
-            log.restart_clock()
-    log.close()
-    assert log.speed() == pytest.approx(6 * 8 / 12)
+        log.step(step, torch.tensor(1.0), 0.1, DONE)
+        if step in (3, 4):
+            with log.paused():
+                clock.now += 1000
+                log.evaluation(step, 0.5, 1.0, 1000.0)
+    assert log.speed() == pytest.approx(5 * 8 / 8)  # step 3 is in no line's time
+    assert (log.train_secs, log.eval_secs) == (12, 2000)
+    assert [line.get("eval_secs") for line in read_lines(tmp_path)] == [None, 1000, None, 2000, None]
+    assert read_events(tmp_path)["test/accuracy"] == [(3, 0.5), (4, 0.5)]
+
+
+def test_a_resumed_log_has_the_losses_and_the_seconds_so_far(make_log, tmp_path, clock):
+    whole = make_log(num_steps=4, log_every=4)
+    for step in (1, 2):
+        clock.now += 1
+        whole.step(step, torch.tensor(float(step)), 0.1, DONE)
+    state = whole.state_dict()
+    clock.now += 1000  # it was stopped
+    with TrainLog(str(tmp_path), 4, 8, 4) as other:
+        other.step(1, torch.tensor(9.0), 0.1, DONE)  # is in nobody's files
+    log = TrainLog(str(tmp_path), 4, 8, 4)
+    log.load_state_dict(state, 2, torch.device("cpu"), own_files=True)
+    with log:
+        for step in (3, 4):
+            clock.now += 1
+            log.step(step, torch.tensor(float(step)), 0.1, DONE)
+    (line,) = read_lines(tmp_path)
+    assert (line["step"], line["train/loss"], line["secs"]) == (4, 2.5, 4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_not_finite_names_the_metric_the_first_such_step_and_a_remedy(bad):
-    writer, log = make_log(num_steps=9, log_every=3)
+def test_a_loss_that_is_not_finite_names_the_metric_the_first_such_step_and_a_remedy(make_log, tmp_path, bad):
+    log = make_log(num_steps=9, log_every=3)
     for step in (1, 2, 3, 4):
-        log.update(step, torch.tensor(1.0), 0.1, DONE)
-    log.update(5, torch.tensor(bad), 0.1, DONE)
+        log.step(step, torch.tensor(1.0), 0.1, DONE)
+    log.step(5, torch.tensor(bad), 0.1, DONE)
     with pytest.raises(FloatingPointError, match=r"train/loss is -?(nan|inf) at step 5; .*--learning_rate"):
-        log.update(6, torch.tensor(float("nan")), 0.1, DONE)
-    log.close()
-    assert [step for step, _ in writer.lines] == [3]
+        log.step(6, torch.tensor(float("nan")), 0.1, DONE)
+    assert [line["step"] for line in read_lines(tmp_path)] == [3]
 
 
-def test_skipped_updates_are_named_and_left_out_of_the_mean_and_of_what_must_be_finite(caplog):
-    writer, log = make_log(num_steps=9, log_every=3)
+def test_skipped_steps_are_named_and_left_out_of_the_mean_and_of_what_must_be_finite(make_log, tmp_path, caplog):
+    log = make_log(num_steps=9, log_every=3)
     for step in range(1, 10):
         skipped = step in (2, 7, 8, 9)
         loss = float("nan") if step in (2, 8) else float(step)
-        log.update(step, torch.tensor(loss), 0.1, SKIPPED if skipped else DONE)
-    log.close()
-    assert [step for step, _ in writer.lines] == [3, 6, 9]
-    assert [values.get("train/loss") for _, values in writer.lines] == [2.0, 5.0, None]
-    assert set(writer.lines[2][1]) == {"train/lr", "images_per_sec"}
+        log.step(step, torch.tensor(loss), 0.1, SKIPPED if skipped else DONE)
+    lines = read_lines(tmp_path)
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert [line.get("train/loss") for line in lines] == [2.0, 5.0, None]
     assert [m for m in caplog.messages if "skipped" in m] == [
         f"Step {step} was skipped: its scaled gradients overflowed" for step in (2, 7, 8, 9)
     ]
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
-def test_losses_stay_where_they_are_until_a_line_is_due(monkeypatch):
-    _, log = make_log(num_steps=6, log_every=3)
+def test_losses_stay_where_they_are_until_a_line_is_due(make_log, monkeypatch):
+    log = make_log(num_steps=6, log_every=3)
     reads = []
     for name in ("item", "tolist", "__float__", "__bool__"):
         method = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda x, m=method, n=name: (reads.append(n), m(x))[1])
     counts = []
     for step in range(1, 7):
-        log.update(step, torch.tensor(1.0), 0.1, DONE)
+        log.step(step, torch.tensor(1.0), 0.1, DONE)
         counts.append(len(reads))
-    log.close()
     assert counts == [0, 0, 1, 1, 1, 2]
 
 
-def test_the_log_writes_through_the_real_writer(tmp_path):
-    writer, log = make_log(num_steps=2, log_every=1, writer=MetricsWriter(str(tmp_path)))
-    for step in (1, 2):
-        log.update(step, torch.tensor(0.25), 0.1, DONE)
-    log.close()
-    writer.close()
-    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
-    assert set(read_events(tmp_path)) == {"train/loss", "train/lr", "images_per_sec"}
-
-
-def test_only_the_main_process_shows_a_bar(capsys, monkeypatch):
+def test_only_the_main_process_shows_a_bar(capsys, monkeypatch, tmp_path):
     for enabled in (False, True):
         monkeypatch.setenv("RANK", "0" if enabled else "1")
-        log = TrainingLog(Recorder(), 2, 8, 1)
-        log.update(1, torch.tensor(0.25), 0.1, DONE)
-        log.update(2, torch.tensor(0.25), 0.1, DONE)
-        log.close()
+        with TrainLog(str(tmp_path), 2, 8, 1) as log:
+            for step in (1, 2):
+                log.step(step, torch.tensor(0.25), 0.1, DONE)
         shown = capsys.readouterr().err
         assert ("Training" in shown) == enabled
     assert "2/2 steps" in shown
     assert "loss=0.2500" in shown
 
 
-def test_a_bar_that_goes_to_a_file_does_not_fill_it(capsys):
-    log = TrainingLog(Recorder(), 50, 8, log_every=1)
+def test_a_bar_that_goes_to_a_file_does_not_fill_it(make_log, capsys):
+    log = make_log(50, 1)
     for step in range(1, 51):
-        log.update(step, torch.tensor(0.25), 0.1, DONE)
-    log.close()
+        log.step(step, torch.tensor(0.25), 0.1, DONE)
     assert capsys.readouterr().err.count("Training:") <= 3
 
 

@@ -20,12 +20,13 @@ from models import npz, pretrained
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
 from tests.helpers import fake_npz
+from utils import metadata
 from utils import weights as weights_file
 
 
 def load(path, model_type):
     """A file's arrays as training has them."""
-    return pretrained.load(path, model_type).arrays
+    return pretrained.load(metadata.open_weights(str(path), strict=True), model_type).arrays
 
 
 PLAIN = CONFIGS["testing"]

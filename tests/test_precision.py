@@ -12,6 +12,7 @@ from benchmarks.plain import PlainViT
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers.fake_apex import FakeAmp
+from tests.helpers.steps import make_optimizer, params_of
 from utils.apex import ApexPrecision, import_apex_amp
 from utils.precision import MAX_SKIPPED_IN_A_ROW, OPT_LEVELS, Precision, SkippedSteps
 
@@ -35,7 +36,7 @@ def make_batch(size=8):
 def start(opt_level="O0", learning_rate=1.0, momentum=0.9, **options):
     model = make_model()
     precision = Precision(CPU, opt_level, **options)
-    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model, precision)
     optimizer.param_groups[0].update(lr=learning_rate, momentum=momentum)
     return model, precision, optimizer
 
@@ -57,7 +58,7 @@ def change(opt_level="O0", max_grad_norm=1.0, learning_rate=10.0, **options):
     model, precision, optimizer = start(opt_level, learning_rate, **options)
     done, loss = update(model, precision, optimizer, max_grad_norm)
     assert done
-    return loss, flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    return loss, flat(precision.float32_weights(model)) - flat(make_model().state_dict())
 
 
 # ---- formats ----
@@ -112,19 +113,19 @@ def test_the_standardised_kernels_of_a_hybrid_stay_float32_at_o2():
     config = replace(CONFIGS["testing-hybrid"], dropout_rate=0.0)
     model = make_model(config)
     precision = Precision(CPU, "O2")
-    precision.prepare(model)
+    params = precision.prepare(model)
     stem = dict(model.transformer.embeddings.hybrid_model.named_parameters())
     assert {p.dtype for p in stem.values()} == {torch.float32}
     assert model.head.weight.dtype == torch.bfloat16
-    done, _ = update(model, precision, torch.optim.SGD(precision.parameters(), lr=1.0))
+    done, _ = update(model, precision, torch.optim.SGD(params, lr=1.0))
     assert done
-    assert all(torch.isfinite(x).all() for x in precision.state_dict(model).values())
+    assert all(torch.isfinite(x).all() for x in precision.float32_weights(model).values())
 
 
 @pytest.mark.parametrize("opt_level", OPT_LEVELS)
 def test_the_optimizer_gets_every_parameter_once_in_the_models_order(opt_level):
-    model, precision, _ = start(opt_level)
-    parameters = precision.parameters()
+    model, _, optimizer = start(opt_level)
+    parameters = params_of(optimizer)
     assert [p.shape for p in parameters] == [p.shape for p in model.parameters()]
     assert len({id(p) for p in parameters}) == len(parameters)
     if opt_level != "O3":
@@ -138,7 +139,7 @@ def test_the_optimizer_gets_every_parameter_once_in_the_models_order(opt_level):
 def test_state_dict_is_float32_under_the_models_keys_and_loads_into_a_new_model(opt_level):
     model, precision, optimizer = start(opt_level)
     update(model, precision, optimizer)
-    state = precision.state_dict(model)
+    state = precision.float32_weights(model)
     fresh = make_model()
     assert list(state) == list(fresh.state_dict())
     assert {x.dtype for x in state.values()} == {torch.float32}
@@ -151,10 +152,10 @@ def test_state_dict_is_float32_under_the_models_keys_and_loads_into_a_new_model(
 def test_state_dict_at_o2_has_the_masters_digits():
     model, precision, optimizer = start("O2", learning_rate=1e-4)
     update(model, precision, optimizer)
-    state = precision.state_dict(model)
+    state = precision.float32_weights(model)
     name = "transformer.encoder.layer.0.ffn.fc1.weight"
     own = dict(model.named_parameters())[name]
-    master = precision.parameters()[[n for n, _ in model.named_parameters()].index(name)]
+    master = params_of(optimizer)[[n for n, _ in model.named_parameters()].index(name)]
     assert torch.equal(state[name], master)
     assert not torch.equal(state[name], own.float())
     assert torch.equal(master.to(torch.bfloat16), own)
@@ -163,10 +164,10 @@ def test_state_dict_at_o2_has_the_masters_digits():
 def test_small_updates_add_up_in_the_masters():
     # Each is less than half of bfloat16's last digit: weights that were only bfloat16 would never move.
     model, precision, optimizer = start("O2", learning_rate=1e-4, momentum=0.0)
-    before = flat(precision.state_dict(model))
+    before = flat(precision.float32_weights(model))
     for _ in range(3):
         update(model, precision, optimizer)
-    moved = flat(precision.state_dict(model)) - before
+    moved = flat(precision.float32_weights(model)) - before
     assert moved.norm() == pytest.approx(3e-4, rel=0.1)
 
 
@@ -205,7 +206,7 @@ def test_two_updates_are_clipped_sgd_with_momentum_computed_by_hand():
             for p, v, g in zip(weights, velocity, grads):
                 v.mul_(momentum).add_(g * (max_grad_norm / norm))
                 p.sub_(learning_rate * v)
-        state = precision.state_dict(model)
+        state = precision.float32_weights(model)
         for name, p in by_hand.named_parameters():
             torch.testing.assert_close(state[name], p.detach(), rtol=0, atol=1e-5)
 
@@ -215,12 +216,12 @@ def test_several_float32_updates_are_those_of_a_plain_formulation_and_torchs_own
     weight_decay, max_grad_norm = 0.01, 1.0
     model = make_model()
     precision = Precision(CPU)
-    optimizer = precision.make_optimizer(model, weight_decay)
+    optimizer = make_optimizer(model, precision, weight_decay)
     c = CONFIG
     plain = PlainViT(32, c.patch_size, c.hidden_size, c.mlp_dim, c.num_heads, c.num_layers, 10, dropout=0.0)
     plain.load_state_dict(model.state_dict())
     sgd = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9, weight_decay=weight_decay, foreach=True)
-    first = flat(precision.state_dict(model)).clone()
+    first = flat(precision.float32_weights(model)).clone()
     for step in range(1, 7):
         generator = torch.Generator().manual_seed(step)
         images, labels = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1, torch.arange(8) % 10
@@ -241,8 +242,8 @@ def test_several_float32_updates_are_those_of_a_plain_formulation_and_torchs_own
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
         assert norm > max_grad_norm or step > 1  # at first at least, clipping does something
         sgd.step()
-        torch.testing.assert_close(precision.state_dict(model), dict(plain.state_dict()), rtol=0, atol=1e-5)
-    assert (flat(precision.state_dict(model)) - first).norm() > 0.5
+        torch.testing.assert_close(precision.float32_weights(model), dict(plain.state_dict()), rtol=0, atol=1e-5)
+    assert (flat(precision.float32_weights(model)) - first).norm() > 0.5
 
 
 @pytest.mark.parametrize("opt_level", OPT_LEVELS)
@@ -274,7 +275,7 @@ def test_a_fixed_loss_scale_changes_nothing_as_clipping_sees_unscaled_gradients(
 def test_gradients_are_gone_after_an_update(opt_level):
     model, precision, optimizer = start(opt_level)
     update(model, precision, optimizer)
-    assert all(p.grad is None for p in [*model.parameters(), *precision.parameters()])
+    assert all(p.grad is None for p in [*model.parameters(), *params_of(optimizer)])
 
 
 @pytest.mark.parametrize("opt_level", OPT_LEVELS)
@@ -286,7 +287,7 @@ def test_the_gradients_of_an_updates_parts_add_up(opt_level):
             loss = model(images[part::2], labels[part::2]) / 2
         precision.backward(loss)
     precision.step(optimizer, 1.0)
-    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    got = flat(precision.float32_weights(model)) - flat(make_model().state_dict())
     _, expected = change(opt_level)
     assert (got - expected).norm() < (1e-4 if opt_level == "O0" else 0.03) * expected.norm()
 
@@ -295,10 +296,10 @@ def test_frozen_weights_stay():
     model = make_model()
     model.transformer.requires_grad_(False)
     precision = Precision(CPU, "O0", loss_scale=8.0)
-    precision.prepare(model)
-    before = {name: x.clone() for name, x in precision.state_dict(model).items()}
-    update(model, precision, torch.optim.SGD(precision.parameters(), lr=1.0))
-    changed = {name for name, x in precision.state_dict(model).items() if not torch.equal(x, before[name])}
+    params = precision.prepare(model)
+    before = {name: x.clone() for name, x in precision.float32_weights(model).items()}
+    update(model, precision, torch.optim.SGD(params, lr=1.0))
+    changed = {name for name, x in precision.float32_weights(model).items() if not torch.equal(x, before[name])}
     assert changed == {"head.weight", "head.bias"}
 
 
@@ -314,7 +315,7 @@ def test_float16_finds_a_scale_and_gives_the_update_of_float32(opt_level):
         if done:
             break
     assert done
-    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    got = flat(precision.float32_weights(model)) - flat(make_model().state_dict())
     _, expected = change("O0")
     assert (got - expected).norm() < 0.02 * expected.norm()
 
@@ -324,22 +325,22 @@ def test_an_update_whose_gradients_overflow_is_skipped_whole(opt_level):
     model, precision, optimizer = start(opt_level, learning_rate=0.1, amp_dtype="float16")
     while not update(model, precision, optimizer)[0]:
         pass
-    weights = [p.detach().clone() for p in [*model.parameters(), *precision.parameters()]]
+    weights = [p.detach().clone() for p in [*model.parameters(), *params_of(optimizer)]]
     momenta = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
     scale = precision.scaler.get_scale()
 
     done, _ = update(model, precision, optimizer, factor=1e30)
     assert done is False
-    for p, before in zip([*model.parameters(), *precision.parameters()], weights):
+    for p, before in zip([*model.parameters(), *params_of(optimizer)], weights):
         assert torch.equal(p, before)
     for state, before in zip(optimizer.state.values(), momenta):
         assert torch.equal(state["momentum_buffer"], before)
     assert precision.scaler.get_scale() == scale / 2
-    assert all(p.grad is None for p in [*model.parameters(), *precision.parameters()])
+    assert all(p.grad is None for p in [*model.parameters(), *params_of(optimizer)])
 
     done, _ = update(model, precision, optimizer)
     assert done is True
-    assert not torch.equal(precision.parameters()[0], weights[len(weights) // 2])
+    assert not torch.equal(params_of(optimizer)[0], weights[len(weights) // 2])
 
 
 @pytest.mark.parametrize(
@@ -357,10 +358,10 @@ def test_an_optimizer_whose_first_update_is_skipped_starts_with_no_momentum(opt_
     model, precision, optimizer = start(opt_level, learning_rate=10.0, amp_dtype="float16")
     assert update(model, precision, optimizer, factor=1e30)[0] is False
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
-    assert torch.equal(flat(precision.state_dict(model)), flat(make_model().state_dict()))
+    assert torch.equal(flat(precision.float32_weights(model)), flat(make_model().state_dict()))
     while not update(model, precision, optimizer)[0]:
         pass
-    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    got = flat(precision.float32_weights(model)) - flat(make_model().state_dict())
     _, expected = change("O0")
     assert (got - expected).norm() < 0.02 * expected.norm()
 
@@ -368,11 +369,11 @@ def test_an_optimizer_whose_first_update_is_skipped_starts_with_no_momentum(opt_
 def test_float16_counts_what_it_skipped_until_the_update_before():
     model, precision, optimizer = start("O1", learning_rate=0.01, amp_dtype="float16")
     while not update(model, precision, optimizer)[0]:
-        precision.num_skipped()
-    before, counts = precision.num_skipped(), []
+        precision.collect_skipped()
+    before, counts = precision.collect_skipped(), []
     for factor in (1e30, 1.0, 1e30, 1e30, 1.0):
         assert update(model, precision, optimizer, factor=factor)[0] is (factor == 1)
-        counts.append(precision.num_skipped() - before)
+        counts.append(precision.collect_skipped() - before)
     assert counts == [1, 1, 2, 3, 3]
 
 
@@ -381,17 +382,17 @@ def test_without_dynamic_scaling_nothing_is_ever_skipped(options):
     model, precision, optimizer = start("O1", **options)
     for _ in range(2):
         assert update(model, precision, optimizer, factor=float("nan"))[0] is True
-    assert precision.num_skipped() == 0
+    assert precision.collect_skipped() == 0
 
 
 def test_skipped_updates_are_counted_once_each():
     skipped = SkippedSteps()
-    assert skipped.count() == 0
+    assert skipped.collect() == 0
     counts = []
     for applied in (False, True, False, False, True):
         skipped.add(torch.tensor(applied))
-        assert skipped.count() == skipped.count()
-        counts.append(skipped.count())
+        assert skipped.collect() == skipped.collect()
+        counts.append(skipped.collect())
     assert counts == [1, 1, 2, 3, 3]
 
 
@@ -400,16 +401,16 @@ def test_a_streak_of_skipped_updates_ends_the_run_and_an_applied_one_ends_the_st
     for _ in range(2):
         for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
             skipped.add(torch.tensor(False))
-            skipped.count()
+            skipped.collect()
         skipped.add(torch.tensor(True))
-        assert skipped.count() % (MAX_SKIPPED_IN_A_ROW - 1) == 0
+        assert skipped.collect() % (MAX_SKIPPED_IN_A_ROW - 1) == 0
     for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
         skipped.add(torch.tensor(False))
-        skipped.count()
+        skipped.collect()
     skipped.add(torch.tensor(False))
-    words = f"overflowed in {MAX_SKIPPED_IN_A_ROW} updates in a row, up to step {3 * MAX_SKIPPED_IN_A_ROW},"
+    words = f"overflowed in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {3 * MAX_SKIPPED_IN_A_ROW},"
     with pytest.raises(FloatingPointError, match=words):
-        skipped.count()
+        skipped.collect()
 
 
 # ---- TF32 ----
@@ -435,10 +436,10 @@ def test_tf32_is_for_mixed_precision_on_cuda_and_a_float32_run_after_it_has_none
 def test_the_parts_of_an_update_sum_up_in_float32():
     model = torch.nn.Linear(1, 1)
     precision = Precision(CPU, "O2")
-    precision.make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model, precision)
     for _ in range(1000):  # in bfloat16 the sum would not get beyond 256
         precision.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
-    assert [p.grad.item() for p in precision.parameters()] == [1000, 1000]
+    assert [p.grad.item() for p in params_of(optimizer)] == [1000, 1000]
 
 
 # ---- apex ----
@@ -447,14 +448,14 @@ def test_the_parts_of_an_update_sum_up_in_float32():
 def start_apex(opt_level, learning_rate=10.0, loss_scale=0.0, momentum=0.9):
     amp, model = FakeAmp(), make_model()
     precision = ApexPrecision(amp, CPU, opt_level, loss_scale)
-    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model, precision)
     optimizer.param_groups[0].update(lr=learning_rate, momentum=momentum)
     return amp, model, precision, optimizer
 
 
 def until_applied(model, precision, optimizer, **options):
     while not update(model, precision, optimizer, **options)[0]:
-        precision.num_skipped()
+        precision.collect_skipped()
 
 
 @pytest.mark.parametrize("loss_scale", [0.0, 128.0])
@@ -474,18 +475,18 @@ def test_apex_is_initialized_once_with_the_level_and_the_scale(opt_level, loss_s
 def test_a_resumed_run_goes_on_with_apexs_scale_and_count(opt_level):
     _, model, precision, optimizer = start_apex(opt_level)
     until_applied(model, precision, optimizer)
-    precision.num_skipped()
+    precision.collect_skipped()
     amp, _, resumed, _ = start_apex(opt_level)
-    resumed.load_training_state(precision.training_state(), step=3)
+    resumed.load_state_dict(precision.state_dict(), step=3)
     assert amp._amp_state.loss_scalers[0].loss_scale() == precision._scaler().loss_scale() < 2.0**20
-    assert resumed.num_skipped() == precision.num_skipped() > 0
+    assert resumed.collect_skipped() == precision.collect_skipped() > 0
 
 
 @pytest.mark.parametrize("opt_level", OPT_LEVELS)
 def test_an_update_by_apex_is_that_of_float32_to_float16s_digits(opt_level):
     amp, model, precision, optimizer = start_apex(opt_level)
     until_applied(model, precision, optimizer)
-    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    got = flat(precision.float32_weights(model)) - flat(make_model().state_dict())
     _, expected = change("O0")
     assert (got - expected).norm() < (1e-5 if opt_level == "O0" else 0.02) * expected.norm()
     assert amp.norms == [pytest.approx(1.0, rel=2e-3)]  # what the optimizer saw had been unscaled, then clipped
@@ -504,7 +505,7 @@ def test_apex_scales_the_loss_of_every_part_of_an_update():
     assert amp.scaled == [(optimizer, 64.0)] * 2
     assert amp.asked_for_masters == 1
     assert len(amp.norms) == 1
-    got = flat(precision.state_dict(model)) - flat(make_model().state_dict())
+    got = flat(precision.float32_weights(model)) - flat(make_model().state_dict())
     _, expected = change("O0")
     assert (got - expected).norm() < 0.02 * expected.norm()
 
@@ -514,25 +515,25 @@ def test_apex_scales_the_loss_of_every_part_of_an_update():
 def test_an_overflow_under_apex_skips_the_whole_update_and_is_counted(opt_level, overflow_in):
     amp, model, precision, optimizer = start_apex(opt_level, learning_rate=0.1)
     until_applied(model, precision, optimizer)
-    skipped, scale = precision.num_skipped(), amp._amp_state.loss_scalers[0].loss_scale()
-    before = flat(precision.state_dict(model))
+    skipped, scale = precision.collect_skipped(), amp._amp_state.loss_scalers[0].loss_scale()
+    before = flat(precision.float32_weights(model))
     images, labels = make_batch()
     for part in range(2):
         loss = model(images[part::2], labels[part::2]) / 2
         precision.backward(loss * 1e30 if part == overflow_in else loss)
     assert bool(precision.step(optimizer, 1.0)) is False
-    assert precision.num_skipped() == skipped + 1
-    assert torch.equal(flat(precision.state_dict(model)), before)
+    assert precision.collect_skipped() == skipped + 1
+    assert torch.equal(flat(precision.float32_weights(model)), before)
     assert amp._amp_state.loss_scalers[0].loss_scale() == scale / 2
     assert update(model, precision, optimizer)[0] is True
-    assert precision.num_skipped() == skipped + 1
-    assert not torch.equal(flat(precision.state_dict(model)), before)
+    assert precision.collect_skipped() == skipped + 1
+    assert not torch.equal(flat(precision.float32_weights(model)), before)
 
 
 def test_state_dict_under_apex_has_the_masters_digits_in_float32():
     amp, model, precision, optimizer = start_apex("O2", learning_rate=1e-4)
     until_applied(model, precision, optimizer)
-    state = precision.state_dict(model)
+    state = precision.float32_weights(model)
     assert list(state) == list(make_model().state_dict())
     for (name, p), master in zip(model.named_parameters(), amp.masters):
         assert p.dtype == torch.float16
@@ -550,12 +551,13 @@ def test_an_evaluation_under_apex_needs_no_optimizer(opt_level):
         expected = model(images)[0]
     precision = ApexPrecision(amp, CPU, opt_level)
     precision.prepare(model)
+    precision.attach(model, None)
     assert amp.initialized == [(model, None, opt_level, None)]
     with torch.no_grad(), precision.autocast():
         got = model(images)[0]
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
     assert not torch.equal(got, expected)
-    assert {x.dtype for x in precision.state_dict(model).values()} == {torch.float32}
+    assert {x.dtype for x in precision.float32_weights(model).values()} == {torch.float32}
 
 
 CUDA = torch.device("cuda")

@@ -62,7 +62,8 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
         published.find(str(path), model_type)
     message = str(e.value)
     assert str(path) in message
-    words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
+    command, _, hub = message.split("python -m tools.download ")[1].partition("; the Hugging Face hub has another run")
+    words = shlex.split(command.split(" and give ")[0])
     assert words[0] == model_type
     target = Path(words[words.index("--to") + 1])
     if target.suffix != ".npz":
@@ -75,6 +76,12 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
     target.parent.mkdir(exist_ok=True)
     target.touch()  # what the command would leave is found the next time
     assert published.find(str(path if path.is_dir() else target), model_type) == str(target)
+    if hub:  # or what it would leave where only the hub gives a file
+        target.unlink()
+        run = Path(shlex.split(hub)[-1])
+        run.touch()
+        assert published.find(str(run.parent), model_type) == str(run)
+    assert bool(hub) == (target.name == "augreg_R26-ViT-S_32.npz")
 
 
 @pytest.mark.parametrize(
@@ -128,3 +135,41 @@ def test_a_file_under_the_full_name_of_another_run_is_found(tmp_path):
     assert published.find(str(tmp_path), "ViT-S_32") == str(tmp_path / run)
     (tmp_path / "augreg_ViT-S_32.npz").touch()  # Google's recommended run goes before
     assert published.find(str(tmp_path), "ViT-S_32") == str(tmp_path / "augreg_ViT-S_32.npz")
+
+
+# ---- the hub's repositories ----
+
+
+def test_every_row_of_the_table_is_of_a_file_of_googles():
+    paths = {path for files in published.UPSTREAMS.values() for path in files.values()}
+    assert set(published.REPOSITORIES) <= paths
+    assert set(published.OTHER_RUNS) <= set(published.REPOSITORIES)
+    assert paths - set(published.REPOSITORIES) == {
+        "imagenet21k/ViT-B_8",
+        "imagenet21k/R50+ViT-L_32",
+        "imagenet21k/R26+ViT-B_32",
+    }
+    assert len(set(published.REPOSITORIES.values())) == len(published.REPOSITORIES)
+
+
+def test_the_table_is_timms():
+    timm = pytest.importorskip("timm")
+    tags = ("orig_in21k", "orig_in21k_ft_in1k", "augreg_in21k")
+    known = {name: timm.get_pretrained_cfg(name) for tag in tags for name in timm.list_pretrained(f"vit_*.{tag}")}
+    ours = {repository: path for path, repository in published.REPOSITORIES.items() if repository.startswith("timm/")}
+    assert set(ours) == {config.hf_hub_id for config in known.values()}
+    for name, config in known.items():
+        path = ours[config.hf_hub_id]
+        if name.endswith("augreg_in21k"):
+            assert config.url.endswith(f"/vit_models/{published.OTHER_RUNS.get(path, path)}.npz")
+        else:
+            upstream = "imagenet21k+imagenet2012" if name.endswith("in1k") else "imagenet21k"
+            assert path.startswith(f"{upstream}/")
+            size = 224 if upstream == "imagenet21k" or path.endswith("-224") else 384
+            assert config.input_size[-1] == size
+            assert (config.num_classes == 0) == (upstream == "imagenet21k")
+        shape = re.fullmatch(r"vit_(\w+?)_(?:patch(\d+)|r(\d*)_s(\d+)(?:_p8)?)_\d+", name.split(".")[0])
+        letter = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}[shape[1]]
+        assert f"{letter}_{shape[2] or shape[4]}" in path
+        stem = re.search(r"/R(\d*)[+_]", path)
+        assert (stem and stem[1]) == shape[3]

@@ -30,9 +30,10 @@ from tests.helpers.runs import (
     write_images,
 )
 from utils import checkpoint, files, precision
-from utils import run as runs
+from utils.args import FLAGS
 from utils.evaluation import EvalResult
-from utils.metrics import TrainingLog
+from utils.metrics import TrainLog
+from utils.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def raising(real, nth=1, before=False, only=lambda *args: True):
 def killed_after(update, monkeypatch, *flags):
     """The run is killed once it has logged an update."""
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLog, "update", raising(TrainingLog.update, only=lambda log, step, *_: step == update))
+        patch.setattr(TrainLog, "step", raising(TrainLog.step, only=lambda log, step, *_: step == update))
         with pytest.raises(Killed):
             run(*flags)
     every_name_is_whole()
@@ -164,20 +165,20 @@ MOMENTS = {
     "before the second evaluation": lambda patch: patch(train, "evaluate", nth=2, before=True),
     "in the middle of an evaluation": lambda patch: patch(torch.nn.functional, "cross_entropy", nth=26),
     "between an evaluation and its line": lambda patch: patch(train, "evaluate", nth=2),
-    "between the line and the best weights": lambda patch: patch(train, "save_best", before=True),
+    "between the line and the best weights": lambda patch: patch(Run, "save_best", before=True),
     "in the middle of the best weights": lambda patch: patch(torch, "save", nth=1, before=True),
     "between the best weights and their description": lambda patch: patch(os, "replace", nth=1),
-    "between the best weights and their pictures": lambda patch: patch(train, "show_best", before=True),
-    "between the pictures and the report": lambda patch: patch(train, "write_report", before=True),
+    "between the best weights and their pictures": lambda patch: patch(train, "show_result", before=True),
+    "between the pictures and the report": lambda patch: patch(train.showing, "write_report", before=True),
     "before the report takes its place": lambda patch: patch(os, "replace", nth=3, before=True),
-    "between the report and the state": lambda patch: patch(train, "save_last", before=True),
+    "between the report and the state": lambda patch: patch(Run, "save", before=True),
     "in the middle of the state": lambda patch: patch(torch, "save", nth=2, before=True),
     "before the state takes its place": lambda patch: patch(os, "replace", nth=4, before=True),
-    "after the state": lambda patch: patch(train, "save_last"),
-    "after the last state": lambda patch: patch(train, "save_last", nth=3),
+    "after the state": lambda patch: patch(Run, "save"),
+    "after the last state": lambda patch: patch(Run, "save", nth=3),
     "before the last evaluation": lambda patch: patch(train, "evaluate", nth=3, before=True),
     "between two parts of an update": lambda patch: patch(torch.nn.functional, "cross_entropy", nth=15),
-    "while a loss is logged": lambda patch: patch(TrainingLog, "_read_losses", nth=2),
+    "while a loss is logged": lambda patch: patch(TrainLog, "_read_losses", nth=2),
 }  # fmt: skip
 
 
@@ -198,18 +199,18 @@ def test_an_evaluation_that_was_stopped_and_then_killed_is_logged_once(whole, mo
     """The state is of an update whose evaluation is still due; the evaluation then is killed after its line."""
 
     def stop_and_evaluate(real):
-        def wrapper(args, model, pictures, precision, stop):
-            stop.number = 15
-            return real(args, model, pictures, precision, stop)
+        def wrapper(*args):
+            args[-1].number = 15
+            return real(*args)
 
         return wrapper
 
     with monkeypatch.context() as context:
         context.setattr(train, "evaluate", stop_and_evaluate(train.evaluate))
         assert run() == 143
-    assert (last_state().step, last_state().evaluated) == (5, 0)
+    assert (last_state().step, last_state().last_eval_step) == (5, 0)
     with monkeypatch.context() as context:
-        context.setattr(train, "save_last", raising(train.save_last, before=True))
+        context.setattr(Run, "save", raising(Run.save, before=True))
         with pytest.raises(Killed):
             run()
     assert lines()[-1]["step"] == 5
@@ -275,7 +276,7 @@ def test_a_replacement_killed_before_its_first_save_is_not_taken_for_the_run_tha
     assert not os.path.exists("output/a_last.pt")
     caplog.clear()
     assert run() == 0
-    assert "Going on" not in caplog.text
+    assert "Resumed after" not in caplog.text
     assert_same(outcome(), whole())
 
 
@@ -295,7 +296,7 @@ def test_a_path_goes_on_under_another_name_with_the_best_weights(update, whole, 
     assert run("--name", "b", "--resume", "elsewhere/a_last.pt") == 0
     found, expected = outcome("b"), whole()
     saved = last_state("b").step and (update // 5) * 5
-    for key in ("best", "description", "model", "optimizer", "precision", "step", "best_accuracy", "settings"):
+    for key in ("best", "metadata", "model", "optimizer", "precision", "step", "best_accuracy", "settings"):
         assert found[key] == expected[key], key
     assert found["lines"] == [line for line in expected["lines"] if line["step"] > saved]
 
@@ -344,7 +345,7 @@ def test_logs_of_another_run_are_not_cut(whole, monkeypatch, caplog):
     assert run("--output_dir", "other", "--seed", "1") == 0
     theirs = lines()
     assert run() == 0
-    assert "does not hold the logs of the run up to update 5" in caplog.text
+    assert "does not hold the logs of the run up to step 5" in caplog.text
     assert [line["step"] for line in lines()] == [8, 10, 12, 13, 13]
     os.rename("logs/a", "logs/gone")
     os.rename("logs/gone/earlier-2", "logs/a")
@@ -355,7 +356,7 @@ def test_more_steps_go_on_with_a_warning(monkeypatch, caplog):
     assert run() == 0
     caplog.clear()
     assert run("--num_steps", "20") == 0
-    assert "--num_steps was 13 and is 20: the updates to come have the longer schedule's learning rates" in caplog.text
+    assert "--num_steps was 13 and is 20: the steps to come have the longer schedule's learning rates" in caplog.text
     assert last_state().step == 20
     assert sorted({line["step"] for line in lines()}) == [4, 5, 8, 10, 12, 13, 15, 16, 20]
 
@@ -419,7 +420,7 @@ def test_circumstances_warn(flags, words, stopped, caplog):
 def test_a_new_run_needs_no_state(caplog):
     with caplog.at_level(logging.INFO):
         assert run() == 0
-    assert "Going on" not in caplog.text
+    assert "Resumed after" not in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "pretrained_dir" not in r.getMessage()]
 
 
@@ -459,7 +460,7 @@ DAMAGED = {
     "another version": (_edited(format=99), "no training state of this version"),
     "a field more": (_edited(more=1), "no training state of this version"),
     "a step of another kind": (_edited(step="5"), "no training state of this version"),
-    "no evaluation": (_edited(best=3), "no training state of this version"),
+    "no evaluation": (_edited(best_result=3), "no training state of this version"),
     "an impossible step": (_edited(step=-1), "no training state of this version"),
     "an absurd shape": (
         _edited(model={"cls": torch.zeros(1).expand(10**6, 10**6)}), "no training state of this version",
@@ -476,7 +477,7 @@ def test_a_state_of_somebody_elses_cuts_no_other_files(absolute, stopped, tmp_pa
     _edited(log={**last_state().log, "files": {name: 0}})(Path("output/a_last.pt"))
     assert run() == 0
     assert Path("precious").read_text() == "precious"
-    assert "does not hold the logs of the run up to update 5" in caplog.text
+    assert "does not hold the logs of the run up to step 5" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["auto", "output/a_last.pt"])
@@ -504,7 +505,7 @@ def test_a_path_that_is_missing_is_one_line(capsys):
 
 def test_a_second_run_of_the_name_is_refused_while_the_first_lives(tmp_path, capsys):
     code = (
-        "import sys; from utils.runs import file_lock\n"
+        "import sys; from utils.files import file_lock\n"
         "with file_lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
     for lock in ("output/.a.lock", "logs/a/.lock"):
@@ -548,15 +549,10 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_pa
     assert not os.path.exists(path)
 
 
-def test_settings_hold_every_flag_that_decides_on_the_result():
-    """A new flag must be put somewhere: among the settings, the circumstances, or here as without influence."""
-    names = {action.dest for action in train.make_parser()._actions} - {"help"}
-    told = set(runs.RESULT_FLAGS) | {"pretrained_dir", "model_type", "dataset", "dropout", "train_batch_size"}
-    told |= {"fp16", "fp16_opt_level", "amp_dtype", "amp_backend"}  # the precision's text
-    told |= {"device", "gradient_accumulation_steps", "eval_batch_size", "compile", "deterministic"}
-    without = {"name", "data_dir", "output_dir", "log_every", "num_workers", "resume", "save_every", "local_rank",
-               "eval_only", "load_model_dir"}  # fmt: skip
-    assert names == told | without
+def test_these_are_the_flags_that_decide_on_the_result():
+    """A new one needs a value in ``DIFFERENT``."""
+    of_precision = {"--fp16_opt_level", "--amp_dtype", "--amp_backend", "--loss_scale"}  # without effect alone
+    assert {f"--{flag.name}" for flag in FLAGS if flag.decides == "result"} == set(DIFFERENT) | of_precision
 
 
 def test_the_precision_of_a_run_is_all_of_its_flags():

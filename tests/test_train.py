@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import train
-from models import npz
+from models import npz, published
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers.fake_apex import FakeAmp
@@ -65,8 +65,8 @@ def test_training_then_evaluating_its_checkpoint_gives_the_same_accuracy():
     assert [(line["step"], "train/loss" in line) for line in lines] == [
         (2, True), (4, True), (4, False), (6, True), (6, False),
     ]  # fmt: skip
-    assert set(lines[0]) == {"step", "train/loss", "train/lr", "images_per_sec"}
-    assert set(lines[2]) == {"step", "test/accuracy", "test/loss"}
+    assert set(lines[0]) == {"step", "train/loss", "train/lr", "images_per_sec", "secs"}
+    assert set(lines[2]) == {"step", "test/accuracy", "test/loss", "secs", "eval_secs"}
     assert lines[0]["train/lr"] == pytest.approx(0.03)
     assert lines[3]["train/lr"] == pytest.approx(0)
     best = max(line["test/accuracy"] for line in lines if "test/accuracy" in line)
@@ -295,7 +295,7 @@ def test_two_processes_train_as_one_with_their_total_batch():
     )
     states = [torch.load(f"output/{name}_last.pt", weights_only=True) for name in ("one", "two")]
     if states[0]["best_step"] == states[1]["best_step"]:  # else a digit between two classes went the other way
-        one, two = (state["best"] for state in states)
+        one, two = (state["best_result"] for state in states)
         assert two["truth"].equal(one["truth"])
         assert (two["predicted"] == one["predicted"]).float().mean() > 0.99
         torch.testing.assert_close(two["confidence"], one["confidence"], rtol=0, atol=1e-3)
@@ -388,7 +388,7 @@ def test_gradients_that_overflow_without_end_stop_the_run(spoil_losses, capsys):
     error = capsys.readouterr().err.splitlines()
     assert sum("error:" in line for line in error) == 1
     last = 5 + MAX_SKIPPED_IN_A_ROW
-    assert f"the gradients overflowed in {MAX_SKIPPED_IN_A_ROW} updates in a row, up to step {last}," in error[-1]
+    assert f"the gradients overflowed in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {last}," in error[-1]
     assert "--amp_dtype bfloat16" in error[-1]
     assert lines_of("a")[-1]["step"] == last
 
@@ -518,7 +518,7 @@ def test_the_run_works_on_the_pictures_that_were_moved_once(monkeypatch):
     moved, seen = [], []
     to, evaluate = datasets.DataSets.to, train.evaluate
     monkeypatch.setattr(datasets.DataSets, "to", lambda self, device: moved.append(to(self, device)) or moved[-1])
-    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[2]) or evaluate(*args))
+    monkeypatch.setattr(train, "evaluate", lambda *args: seen.append(args[1]) or evaluate(*args))
     assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH]) == 0
     assert len(moved) == 1
     assert len(seen) == 2
@@ -607,7 +607,7 @@ BAD_INPUT = {
         ["checkpoint/imagenet21k_ViT-B_32.npz", "tools/download.py ViT-B_32"],
     ),
     "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
-    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded as testing: it is neither an .npz nor"]),
+    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded: it is neither an .npz nor"]),
     "npz of another model": (
         _another_model,
         ["expected (16, 16, 3, 32)", "found (8, 8, 3, 128)", "fits --model_type ViT-demo"],
@@ -734,22 +734,9 @@ def test_a_flag_without_effect_is_a_warning(flags, caplog):
     assert "no effect without --fp16" in caplog.text
 
 
-def test_reference_defaults():
-    args = train.make_parser().parse_args(["--name", "x"])
-    expected = dict(
-        dataset="cifar10", model_type="ViT-B_16", pretrained_dir=None, output_dir="output",
-        img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100, learning_rate=3e-2, weight_decay=0,
-        num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0, local_rank=-1, seed=42,
-        gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2", loss_scale=0, eval_only=False,
-        data_dir="./data", device="auto", amp_dtype="auto", hflip=False,
-        amp_backend="native", compile=False,
-    )  # fmt: skip
-    assert {name: getattr(args, name) for name in expected} == expected
-
-
 def test_the_reference_scripts_default_weights_are_still_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("checkpoint")
     Path("checkpoint/ViT-B_16.npz").touch()
     args = train.make_parser().parse_args(["--name", "x"])
-    assert train.start_path(args, None) == "checkpoint/ViT-B_16.npz"
+    assert published.find(args.pretrained_dir, args.model_type) == "checkpoint/ViT-B_16.npz"

@@ -13,6 +13,7 @@ from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers import fake_npz, oracle
+from tests.helpers.steps import make_optimizer
 from utils import augment, data_utils, datasets
 from utils.precision import Precision
 from utils.weights import read_npz
@@ -67,7 +68,7 @@ def test_updates_are_those_of_an_independent_recomputation(model_type, max_grad_
     rates = [0.03, 0.02, 0.03]
 
     precision = Precision(torch.device("cpu"))
-    optimizer = precision.make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model, precision)
     for (x, labels), optimizer.param_groups[0]["lr"] in zip(batches, rates):
         precision.backward(model(x, labels))
         assert precision.step(optimizer, max_grad_norm)

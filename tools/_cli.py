@@ -1,7 +1,7 @@
-"""What the tools' command lines share: flags, errors of one line, exit statuses.
+"""Flags, errors of one line and exit codes that all tools share.
 
-The habits are train.py's: 0 done, 2 the user's input is wrong, 1 anything else, 130 after Ctrl-C; one
-line says what was got, what was expected and the remedy.
+They are train.py's: 0 done, 2 the user's input is wrong, 1 anything else, 130 after Ctrl-C, 141 if the reader of the
+output has left; one line says what was got, what was expected and the remedy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something, and the description as it is written: it holds an example."""
+    """Shows defaults other than None and False, and the description as it is written: it holds an example."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Returns a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -65,6 +65,8 @@ def check_output(path: str, *sources: str) -> None:
     Raises:
         UserError: the file cannot be written there, or would replace what is read.
     """
+    if not path:
+        raise UserError("--output is empty; give the name of a file")
     if os.path.realpath(path) in map(os.path.realpath, sources):
         raise UserError(f"--output {path} would replace a file that is read; give another name")
     if os.path.isdir(path):
@@ -73,13 +75,13 @@ def check_output(path: str, *sources: str) -> None:
 
 
 def fail(name: str, message: object, status: int) -> int:
-    """Says what went wrong in one line, whatever the message; returns the exit status."""
+    """Prints an error in one line, whatever the message; returns the exit code."""
     print(f"tools.{name}: error:", " ".join(str(message).split()), file=sys.stderr)
     return status
 
 
 def run(name: str, body: Callable[[], int]) -> int:
-    """Runs a tool; returns the exit status that its errors mean."""
+    """Runs a tool; returns the exit code that its errors mean."""
     logging.basicConfig(level=logging.WARNING, format=f"tools.{name}: %(levelname)s: %(message)s")
     for stream in (sys.stdout, sys.stderr):  # names of files and classes need not be printable everywhere
         if hasattr(stream, "reconfigure"):

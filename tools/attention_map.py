@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
 from utils import augment, datasets, dist_util, figures, files
+from utils.errors import UserError
 from utils.precision import Precision
 
 #: Sides between which panels are scaled, in pixels; a picture of a size between them keeps it.

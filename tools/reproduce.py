@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -37,7 +35,8 @@ from models.configs import DEMO, GOOGLE_NAMES
 from models.published import file_name
 from tools import _cli
 from tools._published_results import ROWS, SOURCES, Row
-from utils import files, hardware, metrics, report
+from utils import files, hardware, log_files, report
+from utils.errors import UserError
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"
@@ -221,7 +220,7 @@ def read_accuracies(row: Row) -> list[float]:
     """What the evaluations of a finished training found, in percent; nothing, and a word why, without its logs."""
     folder = os.path.join("logs", run_name(row))
     try:
-        lines = metrics.read_lines(folder)
+        lines = log_files.read_lines(folder)
         return [round(100 * line["test/accuracy"], 4) for line in lines if "test/accuracy" in line]
     except (OSError, ValueError) as e:
         _cli.fail("reproduce", f"{row.name} is trained, but {folder} cannot be read ({e}); --again trains it anew", 1)

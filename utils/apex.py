@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.precision import MOMENTUM, Precision
+from utils.precision import Precision
 
 
 class ApexPrecision(Precision):
@@ -38,18 +38,19 @@ class ApexPrecision(Precision):
     def __str__(self) -> str:
         return f"{super().__str__()} by apex"
 
-    def prepare(self, model: nn.Module) -> None:
-        self._amp.initialize(model, opt_level=self.opt_level, verbosity=0)
+    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+        return list(model.parameters())
 
-    def make_optimizer(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=weight_decay)
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is None:
+            self._amp.initialize(model, opt_level=self.opt_level, verbosity=0)
+            return
         scale = self.static_scale or None  # None: the level's own
         _, self._optimizer = self._amp.initialize(
             model, optimizer, opt_level=self.opt_level, loss_scale=scale, verbosity=0
         )
         if self._is_dynamic():
             self._scaler()._loss_scale = self.INITIAL_SCALE
-        return self._optimizer
 
     def _is_dynamic(self) -> bool:
         return not self.static_scale and self.opt_level in ("O1", "O2")
@@ -57,18 +58,18 @@ class ApexPrecision(Precision):
     def _scaler(self) -> Any:  # apex has no types
         return self._amp._amp_state.loss_scalers[0]
 
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        state = super().state_dict(model)
+    def float32_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        state = super().float32_weights(model)
         if self._optimizer is not None:
             masters = self._amp.master_params(self._optimizer)
             state |= {name: p.detach().float() for (name, _), p in zip(model.named_parameters(), masters)}
         return state
 
-    def training_state(self) -> dict[str, Any]:
-        return {**super().training_state(), "scaler": self._amp.state_dict()}
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "scaler": self._amp.state_dict()}
 
-    def load_training_state(self, state: dict[str, Any], step: int) -> None:
-        super().load_training_state(state, step)
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        super().load_state_dict(state, step)
         self._amp.load_state_dict(state["scaler"])
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -105,3 +106,18 @@ def import_apex_amp(device: torch.device) -> ModuleType:
             "--amp_backend native does the same"
         ) from e
     return amp
+
+
+def make_precision(device: torch.device, opt_level: str, amp_dtype: str, loss_scale: float, backend: str) -> Precision:
+    """Returns the number formats of a run; see ``Precision``.
+
+    Args:
+        device, opt_level, amp_dtype, loss_scale: as for ``Precision``.
+        backend: native or apex, which level O0 does not need.
+
+    Raises:
+        UserError: there is no apex.
+    """
+    if backend == "apex" and opt_level != "O0":
+        return ApexPrecision(import_apex_amp(device), device, opt_level, loss_scale)
+    return Precision(device, opt_level, amp_dtype, loss_scale)

@@ -1,8 +1,8 @@
 """Files of weights: written whole or not at all, read without running anything in them.
 
-Beside fine-tuned weights, ``<name>_checkpoint.bin``, stands a description, ``<name>_checkpoint.json``:
-what a program needs to use them.  Source of the habits: timm (safe loading with an explanation).  This
-module does not know models: it keeps what it is told.
+Beside fine-tuned weights, ``<name>_checkpoint.bin``, stand their metadata, ``<name>_checkpoint.json``: what a
+program needs to use them.  A training state, ``<name>_last.pt``, is what a run needs to resume.  Source of the
+habits: timm (safe loading with an explanation).  This module must not know models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pickle import UnpicklingError
 from typing import IO, Any
 
@@ -28,19 +28,19 @@ from torch import Tensor
 from utils import files
 from utils.errors import UserError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What fine-tuned weights are of.
+    """Metadata of fine-tuned weights.
 
     Attributes:
         model_type, img_size, gelu: as the flags of the training.
         classes: their names, in the order of the head's outputs.
-        dataset: what they were trained on; empty where nothing tells it.
-        step: updates they had; 0 where nothing tells it.
-        accuracy: on the test pictures, 0 to 1; -1 where nothing tells it.
+        dataset: what they were trained on; empty where it is not known.
+        step: steps of their training; 0 where it is not known.
+        accuracy: on the test images, 0 to 1; -1 where it is not known.
     """
 
     model_type: str
@@ -52,66 +52,53 @@ class CheckpointMetadata:
     accuracy: float
 
     def __post_init__(self) -> None:
-        wrong = [
-            name
-            for name, kinds in _KINDS.items()
-            if not isinstance(value := getattr(self, name), kinds) or isinstance(value, bool)
-        ]
+        kinds: tuple[Any, ...] = (str, int, list, str, str, int, (int, float))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        wrong = [n for (n, x), kind in zip(values.items(), kinds) if not isinstance(x, kind) or isinstance(x, bool)]
         if wrong or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
         if self.img_size < 1 or not self.classes or len(set(self.classes)) < len(self.classes):
             raise UserError("img_size or classes: impossible values")
 
 
-_KINDS: dict[str, Any] = {
-    "model_type": str,
-    "img_size": int,
-    "classes": list,
-    "gelu": str,
-    "dataset": str,
-    "step": int,
-    "accuracy": (int, float),
-}
-
-
-def save_weights(path: str, state: Mapping[str, Tensor], description: CheckpointMetadata | None = None) -> int:
-    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``write_with_metadata``.
+def save_weights(path: str, state: Mapping[str, Tensor], metadata: CheckpointMetadata | None = None) -> int:
+    """Writes a plain state_dict, its tensors on the CPU, and their metadata beside it; see ``write_with_metadata``.
 
     Returns:
         The checksum of the weights.
     """
     tensors = {name: x.detach().cpu() for name, x in state.items()}
     crc32 = checksum(tensors)
-    with write_with_metadata(path, crc32, description) as f:
+    with write_with_metadata(path, crc32, metadata) as f:
         torch.save(tensors, f)
     return crc32
 
 
 @contextlib.contextmanager
-def write_with_metadata(path: str, crc32: int, description: CheckpointMetadata | None = None) -> Iterator[IO[bytes]]:
-    """Opens a file for weights, as ``files.atomic_write`` does, and writes their description beside it.
+def write_with_metadata(path: str, crc32: int, metadata: CheckpointMetadata | None = None) -> Iterator[IO[bytes]]:
+    """Opens a file for weights, as ``files.atomic_write`` does, and writes their metadata beside it.
 
-    The weights are on the disk under a temporary name when the description takes its place, and take
+    The weights are on the disk under a temporary name when the metadata take their place, and take
     their own at once after it: a full disk leaves the old pair as it was.  For a kill between the two,
-    the description holds a checksum of its weights, by which ``read_metadata`` knows them.
+    the metadata hold a checksum of their weights, by which ``read_metadata`` knows them.
 
     Args:
         path: of the weights.
         crc32: ``checksum`` of what the block writes, by the names that the file has.
-        description: of the weights; None to write none.
+        metadata: of the weights; None to write none.
     """
     with files.atomic_write(path) as f:
         yield f
-        if description is not None:
+        if metadata is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(description), "crc32": crc32}, indent=1, allow_nan=False)
+            text = json.dumps({**asdict(metadata), "crc32": crc32}, indent=1, allow_nan=False)
             with files.atomic_write(metadata_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 
 
 def keep_earlier(path: str) -> str:
-    """Gives weights, and the description beside them, a second name, ``<path>.earlier-N``, under which they stay.
+    """Gives weights, and the metadata beside them, a second name, ``<path>.earlier-N``, under which they stay.
 
     Whoever writes ``path`` afterwards replaces only the first name.  A kill at any point leaves both files under the
     first name or both under the second, and trying again takes the second name that is there already.
@@ -162,16 +149,16 @@ def checksum(state: Mapping[str, Tensor]) -> int:
 
 
 class Unmatched(UserError):
-    """A description is of other weights than those it stands beside."""
+    """Metadata are of other weights than those that they stand beside."""
 
 
 def metadata_path(path: str) -> str:
-    """Where the description of the weights ``path`` is: a .json of the same name."""
+    """Returns the path of the metadata of weights: a .json of the same name."""
     return os.path.splitext(path)[0] + ".json"
 
 
 def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata | None:
-    """The description beside the weights ``path``, which hold ``state``; None if there is none.
+    """Reads the metadata beside the weights ``path``, which hold ``state``; None if there are none.
 
     Raises:
         UserError: it cannot be read, or it is of other weights.
@@ -182,7 +169,7 @@ def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata 
     try:
         with open(beside, encoding="utf-8") as f:
             found = json.load(f)
-        description = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
+        metadata = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
     except KeyError as e:
         raise UserError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e
     except (OSError, ValueError, TypeError, RecursionError) as e:
@@ -192,7 +179,7 @@ def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata 
             f"{beside} describes other weights than {path} holds: one was copied without the other, "
             "or a run was stopped between writing the two; remove it"
         )
-    return description
+    return metadata
 
 
 def _check_archive(path: str) -> None:
@@ -256,68 +243,38 @@ def load_weights(path: str) -> dict[str, Tensor]:
     return state
 
 
-@dataclass
-class TrainingState:
-    """Everything a run needs to go on after an update as if it had never stopped.
-
-    Attributes:
-        settings: what decides on the run's result, by the names of the flags.
-        circumstances: what decides on the last digits only.
-        step: updates done.
-        evaluated: the last update after which the model was evaluated.
-        best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
-        best_step: the update after which that was.
-        best: what that evaluation found, by the names of ``evaluation.EvalResult``.
-        best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
-        model: float32 weights by the model's names.
-        optimizer, precision, log: what these objects keep.
-    """
-
-    settings: dict[str, Any]
-    circumstances: dict[str, Any]
-    step: int = 0
-    evaluated: int = 0
-    best_accuracy: float = -1.0
-    best_step: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    best_crc32: int = 0
-    model: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    precision: dict[str, Any] = field(default_factory=dict)
-    log: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, kind in _STATE_KINDS.items():
-            if type(getattr(self, name)) is not kind:
-                raise UserError(f"{name}: of another kind than expected")
-        if not 0 <= self.evaluated <= self.step:
-            raise UserError("step or evaluated: impossible values")
-
-
-_STATE_KINDS: dict[str, type] = {
+#: What a training state holds, and of which kind; ``run.Run.save`` says what each is for.
+STATE_KINDS: dict[str, type] = {
     "settings": dict,
-    "circumstances": dict,
+    "environment": dict,
+    "batch": dict,
     "step": int,
-    "evaluated": int,
+    "last_eval_step": int,
     "best_accuracy": float,
     "best_step": int,
-    "best": dict,
+    "best_result": dict,
     "best_crc32": int,
     "model": dict,
     "optimizer": dict,
     "precision": dict,
     "log": dict,
 }
+#: Names of format 1, which is read for ever, and what they are called now.
+FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 
 
-def save_state(path: str, state: TrainingState) -> None:
-    """Writes the state of a run; see ``files.atomic_write``."""
+def save_state(path: str, state: Mapping[str, Any]) -> None:
+    """Writes a training state, which has the names of ``STATE_KINDS``; see ``files.atomic_write``."""
+    assert state.keys() == STATE_KINDS.keys()
     with files.atomic_write(path) as f:
-        torch.save({"format": STATE_FORMAT, **vars(state)}, f)
+        torch.save({"format": STATE_FORMAT, **state}, f)
 
 
-def load_state(path: str) -> TrainingState:
-    """Reads the state of a run, and compares the checksums of all it holds.
+def load_state(path: str) -> dict[str, Any]:
+    """Reads a training state of any format, and compares the checksums of all it holds.
+
+    Returns:
+        What it holds, by the names of ``STATE_KINDS``.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else.
@@ -329,24 +286,38 @@ def load_state(path: str) -> TrainingState:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise UserError(f"{damaged} is damaged")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged bytes lead the reader to many classes; what could run code is not read
         raise UserError(
             f"{path} cannot be read as a training state (damaged, or not written by this program); "
             "--resume none starts over"
         ) from e
-    if isinstance(found, dict) and found and all(isinstance(x, Tensor) for x in found.values()):
+    if isinstance(state, dict) and state and all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(
             f"{path} holds weights and no training state of this version; --resume takes a <name>_last.pt, "
             "or none to start over"
         )
     try:
-        if found.pop("format") != STATE_FORMAT:
+        version = state.pop("format")
+        state = _from_format_1(state) if version == 1 else state
+        check_tensors(path, _tensors_in(state))
+        same = state.keys() == STATE_KINDS.keys() and version in (1, STATE_FORMAT)
+        if not same or any(type(state[name]) is not kind for name, kind in STATE_KINDS.items()):
             raise UserError("another version's")
-        check_tensors(path, _tensors_in(found))
-        return TrainingState(**found)
+        if not 0 <= state["last_eval_step"] <= state["step"]:
+            raise UserError("impossible values")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} holds no training state of this version; --resume none starts over") from e
+    return state
+
+
+def _from_format_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state of format 1 with today's names; what it lacks has its default."""
+    renamed = {FORMAT_1_NAMES.get(name, name): value for name, value in state.items()}
+    flags = ("--train_batch_size", "--gradient_accumulation_steps")
+    given = tuple(renamed["environment"].get(name, 1) for name in flags)
+    batch = {"total": renamed["settings"].get("--train_batch_size of all processes", 0), "given": given}
+    return {"best_crc32": 0, "batch": batch, **renamed}
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -233,6 +233,8 @@ def _worker_errors(loader: DataLoader) -> Iterator[Any]:
         if not worker_died(e):
             raise
         raise ChildProcessError(WORKER_DIED) from e
+    except (ConnectionError, EOFError) as e:  # one that dies while it hands over a tensor, before torch sees its end
+        raise ChildProcessError(WORKER_DIED) from e
 
 
 class _DecodeTask(Dataset):

@@ -11,3 +11,13 @@ class UserError(ValueError):
 
     Ends a program with one line and exit code 2.  Any other ValueError is a bug, and keeps its traceback.
     """
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Adds a note to the line that a program ends with, as ``Exception.add_note`` of Python 3.11 does."""
+    vars(error).setdefault("notes", []).append(note)
+
+
+def notes(error: BaseException) -> list[str]:
+    """Returns the notes that were added to an error."""
+    return vars(error).get("notes", [])

@@ -9,26 +9,24 @@ The levels are those of NVIDIA apex (nvidia.github.io/apex/amp.html):
     O3  half precision throughout
 
 Half is float16 on CUDA, with loss scaling at O1 and O2, and bfloat16 without on CPUs.  ``Precision`` does
-this with torch's own means, ``ApexPrecision`` with an apex that still has amp.  The training loop reads the
-same for all of them.
+this with torch's own means, ``apex.ApexPrecision`` with an apex that still has amp.  The training loop reads the
+same for all of them: ``prepare`` and ``attach``, then in each step ``autocast`` and ``backward`` for every
+micro-batch, ``collect_skipped``, ``step``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.sgd import sgd
 
 from utils import dist_util
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
 AMP_BACKENDS = ("native", "apex")
-MOMENTUM = 0.9
 #: Dynamic scaling halves the scale at each overflow: after so many in a row no scale will help.
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -57,14 +55,14 @@ class Precision:
         dynamic = loss_scale == 0 and self.half == torch.float16 and opt_level in ("O1", "O2")
         self.scaler = torch.amp.GradScaler(device.type, enabled=dynamic)
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # (half weight of the model, float32 master)
-        self._parameters: list[nn.Parameter] = []
+        self._params: list[nn.Parameter] = []  # what the optimizer changes, in the model's order
         self._skipped = SkippedSteps()
 
     def __str__(self) -> str:
         return "float32" if self.opt_level == "O0" else f"{self.half} {self.opt_level}".removeprefix("torch.")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Casts the model's weights as the level asks, in place."""
+    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+        """Casts the model's weights as the level asks, in place; returns what an optimizer changes, with masters."""
         if self.device.type == "cuda":  # TF32 for the products that stay float32, but not in a float32 run
             tf32 = self.opt_level in ("O1", "O2")
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -80,19 +78,20 @@ class Precision:
                         masters[p] = nn.Parameter(p.detach().clone())
                         p.data = p.data.to(self.half)
         self._pairs = list(masters.items())
-        self._parameters = [masters.get(p, p) for p in model.parameters()]
+        self._params = [masters.get(p, p) for p in model.parameters()]
+        return self._params
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer updates, in the model's order."""
-        return self._parameters
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Zeroes the momentum of an optimizer of what ``prepare`` returned; there is none in an evaluation.
 
-    def make_optimizer(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-        """Instead of ``prepare``, for training: prepares the model, and makes the reference's optimizer of it."""
-        self.prepare(model)
-        return SGD(self._parameters, weight_decay)
+        torch's fused kernel would leave garbage in the momentum if the very first step were skipped.
+        """
+        if optimizer is not None:
+            for p in self._params:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state_dict in float32, from the masters where there are any."""
+    def float32_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the model's state_dict in float32, from the masters where there are any."""
         masters = dict(self._pairs)
         state = {name: p.detach().float() for name, p in model.state_dict().items()}
         for name, p in model.named_parameters():
@@ -101,7 +100,7 @@ class Precision:
         return state
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context of every forward pass."""
+        """Returns the context of every forward pass."""
         if self.opt_level in ("O1", "O2"):
             return torch.autocast(self.device.type, dtype=self.half)
         return contextlib.nullcontext()
@@ -109,27 +108,27 @@ class Precision:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of the (scaled) loss to those in the parameters."""
         self.scaler.scale(loss * self.static_scale if self.static_scale else loss).backward()
-        if dist_util.world_size() == 1:  # several reduce what lies in the parameters, once an update
+        if dist_util.world_size() == 1:  # several ranks reduce what lies in the parameters, once a step
             self._add_to_masters()
 
     def _add_to_masters(self) -> None:
-        """Adds half gradients to the masters', so that the parts of an update sum up in float32."""
+        """Adds half gradients to the masters', so that micro-batches sum up in float32."""
         for p, master in self._pairs:
             if p.grad is not None:
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                 p.grad = None
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-        """One update: unscale, clip, step; gradients are gone afterwards.
+        """Does one step: unscale, clip, step, zero; gradients are gone afterwards.
 
         Returns:
-            A scalar on the device: False if the update was skipped because a scaled gradient overflowed.
+            A bool scalar on the device: False if the step was skipped because a scaled gradient overflowed.
         """
         self._add_to_masters()
         if self.static_scale:
-            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1 / self.static_scale)
+            torch._foreach_mul_([p.grad for p in self._params if p.grad is not None], 1 / self.static_scale)
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._params, max_grad_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         with torch.no_grad():
@@ -142,78 +141,31 @@ class Precision:
         self._skipped.add(applied)
         return applied
 
-    def training_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the optimizer's state."""
-        return {"scaler": self.scaler.state_dict(), "skipped": self.num_skipped(), "in_a_row": self._skipped.in_a_row}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs beside the optimizer's state; waits for the last step's outcome first."""
+        skipped = self.collect_skipped()
+        return {"scaler": self.scaler.state_dict(), "skipped": skipped, "in_a_row": self._skipped.in_a_row}
 
-    def load_training_state(self, state: dict[str, Any], step: int) -> None:
-        """Goes on from what ``training_state`` gave after update ``step``."""
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Takes back what ``state_dict`` gave after a step."""
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self._skipped.total, self._skipped.in_a_row, self._skipped.step = state["skipped"], state["in_a_row"], step
 
-    def num_skipped(self) -> int:
-        """Updates that were skipped so far.
+    def collect_skipped(self) -> int:
+        """Waits for the last step's outcome, which has arrived if a forward pass was queued since.
+
+        Returns:
+            The steps that were skipped so far.
 
         Raises:
             FloatingPointError: the last ``MAX_SKIPPED_IN_A_ROW`` all were; names the last.
         """
-        return self._skipped.count()
-
-
-class SGD(torch.optim.Optimizer):
-    """v <- momentum * v + g + weight_decay * p;  p <- p - lr * v: the reference's optimizer, over torch's fused kernel.
-
-    Arithmetic and state_dict are those of ``torch.optim.SGD(fused=True)``.  Two things differ: the momentum is there,
-    and zero, from the start, so that a first update that is skipped leaves no garbage behind; and until a state is
-    saved or loaded nothing imports ``torch._dynamo``, as torch's own optimizers do: that takes a second.
-
-    Args:
-        params: what to update, all on one device.
-        weight_decay: added to the gradients, times the parameters.
-
-    Whoever trains sets ``lr`` in ``param_groups`` before each step; it begins with 0.
-    """
-
-    #: torch.amp.GradScaler then leaves ``found_inf`` here: the device itself skips the step, and nobody waits for it.
-    _step_supports_amp_scaling = True
-    #: What torch.optim.SGD offers besides, and finds in its state_dict.
-    _FIXED: ClassVar[dict[str, Any]] = {"dampening": 0.0, "nesterov": False, "maximize": False}
-
-    def __init__(self, params: Iterable[nn.Parameter], weight_decay: float = 0.0) -> None:
-        defaults = {"lr": 0.0, "momentum": MOMENTUM, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "fused": True, **self._FIXED})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Takes more parameters, ``param_group["params"]``, with what else is in it instead of the defaults."""
-        params = list(param_group["params"])
-        self.param_groups.append({**self.defaults, **param_group, "params": params})
-        for p in params:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Lets go of the gradients, or fills them with zeros."""
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.zero_()
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of what has gradients."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            sgd(
-                params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params],
-                fused=True, grad_scale=grad_scale, found_inf=found_inf, lr=group["lr"],
-                momentum=group["momentum"], weight_decay=group["weight_decay"], **self._FIXED,
-            )  # fmt: skip
+        return self._skipped.collect()
 
 
 class SkippedSteps:
-    """Counts updates that were skipped, without making the device wait.
+    """Counts steps that were skipped, without making the device wait.
 
     Each outcome starts on its way to the host at once, and is read when the count is asked for: after the
     next forward and backward pass have been queued, when it has long arrived.
@@ -224,7 +176,7 @@ class SkippedSteps:
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, applied: Tensor) -> None:
-        """Takes the outcome of one update, a bool scalar on the device."""
+        """Takes the outcome of one step, a bool scalar on the device."""
         arrived = None
         if applied.is_cuda:
             applied, arrived = applied.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -232,8 +184,8 @@ class SkippedSteps:
         self._pending = (applied, arrived)
         self.step += 1
 
-    def count(self) -> int:
-        """All skipped updates so far; raises FloatingPointError if there is no end to them."""
+    def collect(self) -> int:
+        """Returns all skipped steps so far; raises FloatingPointError if there is no end to them."""
         if self._pending is not None:
             applied, arrived = self._pending
             if arrived is not None:
@@ -243,7 +195,7 @@ class SkippedSteps:
             self.total += not applied
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"the gradients overflowed in {self.in_a_row} updates in a row, up to step {self.step}, "
+                f"the gradients overflowed in {self.in_a_row} steps in a row, up to step {self.step}, "
                 "however small the loss scale; "
                 "a lower --learning_rate or --amp_dtype bfloat16 may help"
             )

@@ -1,298 +1,368 @@
-"""Going on from where a run was stopped: whose state it is, whether it fits, and who shares the work now.
+"""One training under its name: its files, lock, settings, batch, and what is saved and restored.
 
-A run goes on only under the settings that decide on its result.  This module must not know how an update
-is computed.
+A run starts from the first of these that is there:
+
+    1. its own state, output/<name>_last.pt     --resume auto, the default; the same bits as if it had never stopped
+    2. another run's state                      --resume PATH
+    3. pretrained weights                       --pretrained_dir
+    4. random weights                           --pretrained_dir ''
+
+It resumes only under the settings that decide on its result.  This module must not know flags, models or how a step is
+computed.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from models.configs import ViTConfig, canonical_name
-from utils import checkpoint, datasets, dist_util, files
-from utils.args import checkpoint_path, last_path, log_dir, make_parser, report_path
-from utils.errors import UserError
-from utils.files import file_lock
-from utils.metrics import TrainingLog
-from utils.precision import Precision
+from utils import checkpoint, dist_util, files
+from utils.batch import Batch
+from utils.errors import UserError, add_note
+
+if TYPE_CHECKING:
+    from utils.evaluation import EvalResult
+    from utils.metrics import TrainLog
+    from utils.precision import Precision
 
 logger = logging.getLogger("train")
 
-#: Flags whose value decides on a run's result; ``settings`` adds what follows from several.
-RESULT_FLAGS = (
-    "zero_head", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
-    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
-)  # fmt: skip
 
-
-def settings(
-    args: argparse.Namespace, pretrained: str, config: ViTConfig, data: datasets.DataSets, precision: Precision
-) -> dict[str, Any]:
-    """Returns what decides on a run's result: a run resumes only under the same.
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of a run.
 
     Args:
-        args: the flags.
-        pretrained: the weights that the run starts from, given or found.
-        config, data, precision: what is trained, on what, in which number formats.
+        output_dir: folder of the checkpoint, the state and the report.
+        name: the run's.
     """
-    return {
-        "--pretrained_dir": pretrained,
-        "--model_type": canonical_name(args.model_type),
-        "--dataset": f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}",
-        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
-        "--dropout": config.dropout_rate,
-        "--train_batch_size of all processes": args.train_batch_size * dist_util.world_size(),
-        "precision": str(precision),
-    }
+
+    output_dir: str
+    name: str
+
+    @property
+    def checkpoint(self) -> str:
+        """The weights of the best evaluation; their metadata stand beside."""
+        return self._in_output("checkpoint.bin")
+
+    @property
+    def state(self) -> str:
+        """Everything that the run needs to resume."""
+        return self._in_output("last.pt")
+
+    @property
+    def report(self) -> str:
+        """The page for a person to read."""
+        return self._in_output("report.html")
+
+    @property
+    def log_dir(self) -> str:
+        """Folder of the TensorBoard events and of metrics.jsonl."""
+        return os.path.join("logs", self.name)
+
+    @property
+    def locks(self) -> tuple[str, str]:
+        """Files that are locked while the run trains, one in each folder that it writes."""
+        return os.path.join(self.output_dir, f".{self.name}.lock"), os.path.join(self.log_dir, ".lock")
+
+    def _in_output(self, ending: str) -> str:
+        return os.path.join(self.output_dir, f"{self.name}_{ending}")
 
 
-def circumstances(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What decides on the last digits of a run's result."""
-    return {
-        "--device": device.type,
-        "--train_batch_size": args.train_batch_size,
-        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "--eval_batch_size": args.eval_batch_size,
-        "--compile": args.compile,
-        "--deterministic": args.deterministic,
-        "processes": dist_util.world_size(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
+@dataclass
+class RunState:
+    """Progress of a run.
 
-
-def find_state(args: argparse.Namespace) -> checkpoint.TrainingState | None:
-    """The state that ``--resume`` asks for, or None: a new run.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
+    Attributes:
+        step: steps done.
+        last_eval_step: the last step after which the model was evaluated.
+        best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
+        best_step: the step after which that was.
+        best_result: that evaluation, by the names of ``evaluation.EvalResult``.
+        best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
     """
-    if args.resume == "none":
-        return None
-    if args.resume == "auto":
-        return checkpoint.load_state(last_path(args)) if os.path.exists(last_path(args)) else None
-    return checkpoint.load_state(args.resume)
+
+    step: int = 0
+    last_eval_step: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    best_result: dict[str, Any] = field(default_factory=dict)
+    best_crc32: int = 0
 
 
-def resumes_own(args: argparse.Namespace) -> bool:
-    """Whether the state to go on from, if there is one, is of this very run."""
-    return args.resume == "auto" or os.path.realpath(args.resume) == os.path.realpath(last_path(args))
+class Run:
+    """Owns the files, the lock, the settings, the batch and the state of a training.
 
-
-class BestWeights:
-    """The run's ``<name>_checkpoint.bin``.  The first write keeps what another run, or a person, left under its name.
+    ``open``, ``check_settings``, ``take_over`` and ``restore`` come in this order, then ``save_best`` and ``save`` as
+    often as wanted, and ``close`` at the end.
 
     Args:
-        path: of the weights.
-        is_own: what is there was written by this run.
+        paths: the run's files.
+        resume: auto, none, or the path of a state.
+        batch: as the flags ask for.
+
+    Attributes:
+        state: how far it has come.
+        settings: what decides on the result.
+        environment: what may change the last digits.
+        batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
+        weights: a saved model's, until ``restore``; None for a new run.
     """
 
-    def __init__(self, path: str, is_own: bool) -> None:
-        self.path, self.is_own = path, is_own
+    def __init__(self, paths: RunPaths, resume: str, batch: Batch) -> None:
+        self.paths, self.resume, self.batch = paths, resume, batch
+        self.state = RunState()
+        self.settings: dict[str, Any] = {}
+        self.environment: dict[str, Any] = {}
+        self._saved: dict[str, Any] | None = None  # what the file of the state holds, until ``restore``
+        self._locks = contextlib.ExitStack()
+        self._wrote_best = False  # the checkpoint under the run's name is its own
 
-    def save(self, weights: dict[str, Tensor], description: checkpoint.CheckpointMetadata) -> int:
-        """Writes weights and their description; returns the weights' checksum.
+    # ---- before any work ----
+
+    def open(self) -> None:
+        """Takes the lock, and reads the newest state that any rank has; writes nothing but the lock.
+
+        Raises:
+            UserError: another process trains under this name, files cannot be written, the state cannot be read, or
+                its batch cannot be shared by so many ranks.
+        """
+        files.check_writable(self.paths.output_dir)
+        files.check_writable(self.paths.log_dir)
+        if dist_util.is_main():
+            for lock in self.paths.locks:
+                self._locks.enter_context(files.file_lock(lock))
+            own = (self.paths.checkpoint, checkpoint.metadata_path(self.paths.checkpoint), self.paths.state)
+            if taken := next((path for path in own if os.path.isdir(path)), None):  # a report may fail to be written
+                raise UserError(f"{taken} is a folder where a file is written; move it, or give another --name")
+            files.remove_stale(*own, self.paths.report)
+        self._saved = _newest(self._find_state())
+        if self._saved is not None:
+            self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
+            self.batch = self.batch.resumed(self._saved["batch"], self._saved["environment"].get("processes", 1))
+
+    def _find_state(self) -> dict[str, Any] | None:
+        path = self.paths.state if self.resume == "auto" else self.resume
+        if self.resume == "none" or (self.resume == "auto" and not os.path.exists(path)):
+            return None
+        return checkpoint.load_state(path)
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._locks.close()
+
+    @property
+    def is_own(self) -> bool:
+        """Tells whether the state to resume from, if there is one, is of this very run."""
+        return self.resume == "auto" or os.path.realpath(self.resume) == os.path.realpath(self.paths.state)
+
+    @property
+    def weights(self) -> dict[str, Tensor] | None:
+        """Float32 weights by the model's names, of the state to resume from; None for a new run."""
+        return None if self._saved is None else self._saved["model"]
+
+    @property
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings of the state to resume from; empty for a new run."""
+        return {} if self._saved is None else self._saved["settings"]
+
+    def check_settings(
+        self, settings: dict[str, Any], environment: dict[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        """Compares what decides on the result with what the state was saved under.
+
+        Args:
+            settings: what decides on the result, by the names of the flags.
+            environment: what may change the last digits.
+            defaults: of the settings; a setting that a state lacks counts as its default.
+
+        Raises:
+            UserError: they differ; the message lists every difference.
+        """
+        self.settings, self.environment = settings, environment
+        if self._saved is None:
+            return
+        was = {name: defaults.get(name, value) for name, value in settings.items()} | self._saved["settings"]
+        now, steps = dict(settings), was.get("--num_steps")
+        if type(steps) is int and steps < settings["--num_steps"]:
+            logger.warning("--num_steps was %s and is %d: the steps to come have the longer schedule's learning rates",
+                           steps, settings["--num_steps"])  # fmt: skip
+            was["--num_steps"] = settings["--num_steps"]
+        if changed := _differences(was, now):
+            path = self.paths.state if self.resume == "auto" else self.resume
+            raise UserError(
+                f"{path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
+                "or another --name, or start over with --resume none"
+            )
+        before = self._saved["environment"]
+        if changed := _differences(before, {name: environment.get(name) for name in before}):
+            logger.warning(
+                "%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed)
+            )
+
+    # ---- once the model is there ----
+
+    def take_over(self) -> None:
+        """Moves what another run left under this name out of the way; the best weights so far are there afterwards.
+
+        A run that replaces another and is killed before its first save must not resume as the other one.
+        """
+        dist_util.barrier()  # every rank has read what is moved now
+        lost = False
+        if dist_util.is_main():
+            if not self.is_own and os.path.exists(self.paths.state):
+                logger.warning("--resume %s: this run replaces the one that %s is of", self.resume, self.paths.state)
+                os.unlink(self.paths.state)
+            lost = self.state.best_accuracy >= 0 and not self._adopt_best()
+        if dist_util.max_over_ranks(int(lost)):
+            self.state.best_accuracy, self.state.best_step = -1.0, 0
+
+    def _adopt_best(self) -> bool:
+        """Finds the weights of the best evaluation, here or beside another run's state; False if they are not there."""
+        path = self.paths.checkpoint
+        if self.is_own and self._is_best(path):
+            self._wrote_best = True
+            return True
+        source = (self.paths.state if self.is_own else self.resume).removesuffix("_last.pt") + "_checkpoint.bin"
+        try:
+            if not self._is_best(source):
+                raise UserError(f"{source} is of another evaluation, or is not there")
+            weights = checkpoint.load_weights(source)
+            metadata = checkpoint.read_metadata(source, weights)
+            if metadata is None:
+                raise UserError(f"{checkpoint.metadata_path(source)} is not there")
+        except UserError as e:
+            text = "The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved"
+            logger.warning(text, self.state.best_accuracy, e)
+            return False
+        self._write_checkpoint(weights, metadata)
+        return True
+
+    def _is_best(self, path: str) -> bool:
+        """Compares the weights in a file with those of the state's best evaluation."""
+        try:
+            weights = checkpoint.load_weights(path)
+            if self.state.best_crc32:  # which older states lack
+                return checkpoint.checksum(weights) == self.state.best_crc32
+            metadata = checkpoint.read_metadata(path, weights)
+        except UserError:  # missing, damaged, or copied without its metadata
+            return False
+        if metadata is None or metadata.model_type != self.settings.get("--model_type", metadata.model_type):
+            return False
+        return (metadata.step, metadata.accuracy) == (self.state.best_step, self.state.best_accuracy)
+
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, log: TrainLog
+    ) -> RunState:
+        """Gives everything but the model, which has its weights, what the state holds for it, and remembers all four.
+
+        Returns:
+            How far the run has come; a new run begins with step 0.
+        """
+        self._model, self._optimizer, self._precision, self._log = model, optimizer, precision, log
+        if self._saved is not None:
+            optimizer.load_state_dict(self._saved["optimizer"])
+            precision.load_state_dict(self._saved["precision"], self.state.step)
+            log.load_state_dict(self._saved["log"], self.state.step, precision.device, self.is_own)
+            self._saved = None  # it is as large as the model and the optimizer
+            logger.info("Resumed after step %d", self.state.step)
+        return self.state
+
+    # ---- while it trains ----
+
+    def save(self) -> None:
+        """Saves everything that a resume needs; every rank must call it, the main process writes.
+
+        Raises:
+            FloatingPointError: the weights are not finite; the state saved before stays.
+            OSError: the disk does not take it; the state saved before stays.
+        """
+        with self._log.paused():
+            precision, log = self._precision.state_dict(), self._log.state_dict()
+            if dist_util.is_main():
+                weights = self._precision.float32_weights(self._model)
+                _check_finite(weights, self.state.step)
+                checkpoint.save_state(self.paths.state, {
+                    "settings": self.settings,  # compared on resume: they decide on the result
+                    "environment": self.environment,  # a change of it is a warning: it may change the last digits
+                    "batch": {"total": self.batch.total, "given": self.batch.given},  # kept with other ranks
+                    **vars(self.state),  # step, last_eval_step, best_accuracy, best_step, best_result, best_crc32
+                    "model": weights,  # float32, by the checkpoint's names
+                    "optimizer": self._optimizer.state_dict(),  # momentum
+                    "precision": precision,  # loss scale, skipped steps
+                    "log": log,  # losses since the last line, lengths of the log files, seconds
+                })  # fmt: skip
+
+    def save_best(self, result: EvalResult, metadata: checkpoint.CheckpointMetadata) -> None:
+        """Makes an evaluation the best so far, and writes the model's weights and their metadata.
+
+        Raises:
+            OSError: the disk does not take it; the checkpoint before stays.
+        """
+        self.state.best_accuracy, self.state.best_step = metadata.accuracy, metadata.step
+        self.state.best_result = dict(vars(result))
+        if dist_util.is_main():
+            self._write_checkpoint(self._precision.float32_weights(self._model), metadata)
+            logger.info("Saved model checkpoint to %s", self.paths.checkpoint)
+
+    def _write_checkpoint(self, weights: Mapping[str, Tensor], metadata: checkpoint.CheckpointMetadata) -> None:
+        """Writes the checkpoint.  The first write keeps what another run, or a person, left under its name.
 
         The same weights need no second name: a run that is killed before its first state computes them again.
         """
-        weights = {name: x.detach().cpu() for name, x in weights.items()}
-        if not self.is_own and os.path.exists(self.path) and not _holds(self.path, weights):
-            kept = checkpoint.keep_earlier(self.path)
-            logger.warning("%s was not written by this run; it is kept as %s", self.path, kept)
-        self.is_own = True
-        return checkpoint.save_weights(self.path, weights, description)
+        path, weights = self.paths.checkpoint, {name: x.detach().cpu() for name, x in weights.items()}
+        if not self._wrote_best and os.path.exists(path) and not _holds(path, weights):
+            kept = checkpoint.keep_earlier(path)
+            logger.warning("%s was not written by this run; it is kept as %s", path, kept)
+        self._wrote_best = True
+        self.state.best_crc32 = checkpoint.save_weights(path, weights, metadata)
+
+    @contextlib.contextmanager
+    def noting_what_is_left(self) -> Iterator[None]:
+        """Adds to an error that ends the training where its last save, or its best weights, are."""
+        try:
+            yield
+        except Exception as e:
+            if os.path.exists(self.paths.state):
+                add_note(e, f"the run up to its last save is in {self.paths.state}")
+            elif self.state.best_step and os.path.exists(self.paths.checkpoint):  # saved less often than evaluated
+                where = f"of step {self.state.best_step}, are in {self.paths.checkpoint}"
+                add_note(e, f"the best weights so far, {where}")
+            raise
 
 
-def _holds(path: str, weights: dict[str, Tensor]) -> bool:
+def _newest(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the newest state that any rank has: machines may have disks of their own."""
+    version: tuple[int, ...] = (-1,)
+    if state is not None:
+        contents = checkpoint.checksum(state["model"]) if dist_util.several_machines() else 0
+        version = (state["step"], state["last_eval_step"], contents)
+    return dist_util.broadcast_newest(state, version)
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lists what differs, as text."""
+    names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+    return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
+
+
+def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
+    if not torch.stack([x.isfinite().all() for x in weights.values()]).all():
+        raise FloatingPointError(
+            f"the weights are not finite after step {step}; a lower --learning_rate or a longer --warmup_steps may help"
+        )
+
+
+def _holds(path: str, weights: Mapping[str, Tensor]) -> bool:
+    """Compares the weights in a file with others."""
     try:
         return checkpoint.checksum(checkpoint.load_weights(path)) == checkpoint.checksum(weights)
     except UserError:  # damaged, or somebody else's
         return False
-
-
-def wrote_best(args: argparse.Namespace, state: checkpoint.TrainingState) -> bool:
-    """Tells the run's own weights: those of the state's best evaluation.
-
-    Those of a later one, which a run leaves that is killed before it saves its state, are computed again.
-    """
-    path = checkpoint_path(args)
-    if not resumes_own(args) or state.best_accuracy < 0 or not os.path.exists(path):
-        return False
-    if not dist_util.is_main():  # which writes nothing
-        return True
-    try:
-        weights = checkpoint.load_weights(path)
-        if state.best_crc32:  # which older states lack
-            return checkpoint.checksum(weights) == state.best_crc32
-        told = checkpoint.read_metadata(path, weights)
-    except UserError:  # damaged, or copied without its description
-        return False
-    if told is None or told.model_type != state.settings.get("--model_type"):
-        return False
-    return (told.step, told.accuracy) == (state.best_step, state.best_accuracy)
-
-
-def take_name(args: argparse.Namespace, state: checkpoint.TrainingState) -> BestWeights:
-    """Leaves no state under the run's name that could be taken for its own, and has its best weights there.
-
-    A run that replaces another and is killed before its first save must not go on as the other one.
-    """
-    best = BestWeights(checkpoint_path(args), wrote_best(args, state))
-    if dist_util.is_main() and not resumes_own(args) and os.path.exists(last_path(args)):
-        logger.warning("--resume %s: this run replaces the one that %s is of", args.resume, last_path(args))
-        os.unlink(last_path(args))
-    if state.best_accuracy < 0 or best.is_own:
-        return best
-    source = (last_path(args) if resumes_own(args) else args.resume).removesuffix("_last.pt") + "_checkpoint.bin"
-    try:
-        weights = checkpoint.load_weights(source)
-        told = checkpoint.read_metadata(source, weights)
-        others = state.best_crc32 and checkpoint.checksum(weights) != state.best_crc32
-        if told is None or others or told.step > state.step or told.accuracy != state.best_accuracy:
-            raise UserError(f"{source} is of another evaluation")
-    except UserError as e:
-        logger.warning("The best weights so far, of accuracy %.5f, are not there (%s): the next evaluation's are saved",
-                       state.best_accuracy, e)  # fmt: skip
-        state.best_accuracy, state.best_step = -1.0, 0
-    else:
-        if dist_util.is_main():
-            best.save(weights, told)
-    return best
-
-
-def begin(
-    args: argparse.Namespace, state: checkpoint.TrainingState | None, now: dict[str, Any], here: dict[str, Any]
-) -> checkpoint.TrainingState:
-    """The state that the run begins with: the one found, if it is of a run with the same settings.
-
-    Raises:
-        UserError: it is of another run; the message lists every difference.
-    """
-    if state is None:
-        return checkpoint.TrainingState(now, here)
-    # A flag that is younger than the state had its default's effect.
-    parser = make_parser()
-    defaults = {name: parser.get_default(name.removeprefix("--")) for name in now}
-    was = {name: x if defaults[name] is None else defaults[name] for name, x in now.items()} | state.settings
-    if type(n := was.get("--num_steps")) is int and n < args.num_steps:
-        logger.warning("--num_steps was %s and is %d: the updates to come have the longer schedule's learning rates",
-                       n, args.num_steps)  # fmt: skip
-        was["--num_steps"] = args.num_steps
-    differences = [
-        f"{name} was {was.get(name)}, is {now.get(name)}" for name in now | was if was.get(name) != now.get(name)
-    ]
-    if differences:
-        path = last_path(args) if args.resume == "auto" else args.resume
-        raise UserError(
-            f"{path} is of a run with other settings: {'; '.join(differences)}; give it the same, "
-            "or another --name, or start over with --resume none"
-        )
-    if changed := [
-        f"{name} was {x}, is {here.get(name)}" for name, x in state.circumstances.items() if here.get(name) != x
-    ]:
-        logger.warning("%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed))
-    return replace(state, settings=now, circumstances=here, model={})
-
-
-def restore(
-    state: checkpoint.TrainingState, optimizer: torch.optim.Optimizer, precision: Precision, log: TrainingLog
-) -> None:
-    """Gives everything but the model, which has its weights, what the state holds for it."""
-    if state.step:
-        optimizer.load_state_dict(state.optimizer)
-        precision.load_training_state(state.precision, state.step)
-        log.load_training_state(state.log, precision.device)
-        state.optimizer = {}  # let go of: it is as large as the model
-        logger.info("Going on after update %d", state.step)
-
-
-def logs_to_keep(args: argparse.Namespace, state: checkpoint.TrainingState) -> dict[str, int] | None:
-    """The bytes of this name's logs that are of the run so far; None if they are of another run."""
-    return state.log.get("files", {}) if resumes_own(args) and state.step else None
-
-
-def claim(args: argparse.Namespace, held: contextlib.ExitStack) -> checkpoint.TrainingState | None:
-    """Makes sure that nobody else trains under this name until ``held`` closes, and finds the state to go on from.
-
-    Raises:
-        UserError: somebody does, files cannot be written, or the state cannot be read.
-    """
-    files.check_writable(args.output_dir)
-    files.check_writable(log_dir(args))
-    if dist_util.is_main():
-        for lock in (os.path.join(args.output_dir, f".{args.name}.lock"), os.path.join(log_dir(args), ".lock")):
-            held.enter_context(file_lock(lock))
-        best = checkpoint_path(args)
-        own = (best, checkpoint.metadata_path(best), last_path(args))
-        if taken := next((path for path in own if os.path.isdir(path)), None):  # a report may fail to be written
-            raise UserError(f"{taken} is a folder where a file is written; move it, or give another --name")
-        files.remove_stale(*own, report_path(args))
-    state = newest_state(find_state(args))
-    if state is not None:
-        follow_processes(args, state)
-    return state
-
-
-def newest_state(state: checkpoint.TrainingState | None) -> checkpoint.TrainingState | None:
-    """The newest state that any process found: machines may have disks of their own."""
-    version: tuple[int, ...] = (-1,)
-    if state is not None:
-        contents = checkpoint.checksum(state.model) if dist_util.several_machines() else 0
-        version = (state.step, state.evaluated, contents)
-    found = dist_util.broadcast_newest(state and vars(state), version)
-    return checkpoint.TrainingState(**found) if found else None
-
-
-def follow_processes(args: argparse.Namespace, state: checkpoint.TrainingState) -> None:
-    """Keeps the batch of all processes when the same command goes on with more or fewer of them.
-
-    The parts of an update do not grow: what fitted into memory still does.
-
-    Raises:
-        UserError: so many processes cannot share the batch.
-    """
-    total = state.settings.get("--train_batch_size of all processes", 0)
-    was, now = state.circumstances.get("processes", 1), dist_util.world_size()
-    given = args.train_batch_size
-    if not total or total == given * now or state.circumstances.get("--train_batch_size") != given:
-        return
-    if total % now:
-        fitting = [n for n in range(1, min(total, 2 * max(was, now)) + 1) if total % n == 0]
-        raise UserError(
-            f"{now} processes cannot share equally the {total} pictures of an update, on which this run began; "
-            f"numbers that can: {', '.join(map(str, fitting))}"
-        )
-    part, batch = given // args.gradient_accumulation_steps, total // now
-    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= part)
-    logger.log(
-        logging.INFO if was == now else logging.WARNING,
-        "--train_batch_size %d --gradient_accumulation_steps %d: %d processes share the %d pictures of an update",
-        batch, parts, now, total,
-    )  # fmt: skip
-    args.train_batch_size, args.gradient_accumulation_steps = batch, parts
-
-
-#: Flags that may differ between processes: folders of their machines, and what does not change the result.
-OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
-
-
-def check_processes(
-    args: argparse.Namespace, model: nn.Module, data: datasets.DataSets, state: checkpoint.TrainingState | None
-) -> None:
-    """Raises UserError unless all processes have the same flags, data and weights."""
-    if dist_util.world_size() == 1:
-        return
-    same = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
-    # Which a training has taken already: seconds, for a large data set.
-    same["the checksum of --dataset"] = state.settings["--dataset"] if state is not None else data.checksum()
-    if dist_util.several_machines():
-        same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
-    dist_util.check_same(same, "start every process with the same")

@@ -5,20 +5,17 @@ This module must not decide on anything that is trained.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
-from utils import checkpoint, datasets, dist_util, figures, files, hardware
+from utils import datasets, dist_util, figures, files, hardware
 from utils import report as page
-from utils.args import log_dir, make_parser, report_path
+from utils.args import make_parser
 from utils.evaluation import EvalResult
-from utils.metrics import MetricsWriter, read_lines
-from utils.precision import Precision
+from utils.log_files import read_lines
 
 logger = logging.getLogger("train")
 
@@ -26,21 +23,17 @@ logger = logging.getLogger("train")
 SHOWN_IMAGES, SHOWN_MISTAKES, IMAGE_PX, MISTAKE_PX = 64, 24, 96, 128
 
 
-def show_batch(writer: MetricsWriter, images: Tensor, labels: Tensor, classes: list[str]) -> None:
-    """Shows the first update's pictures in TensorBoard as the model sees them: cropped, resized, mirrored."""
-    if writer.enabled:
-        pictures = figures.from_tensor(images[:SHOWN_IMAGES])
-        panels = [(classes[label], figures.scaled(x, IMAGE_PX)) for label, x in zip(labels.tolist(), pictures)]
-        writer.picture(1, "train/pictures", figures.arrange(panels, columns=8))
+def training_batch(images, labels, classes):
+    """TEMPORARY"""
+    pictures = figures.from_tensor(images[:SHOWN_IMAGES])
+    panels = [(classes[label], figures.scaled(x, IMAGE_PX)) for label, x in zip(labels.tolist(), pictures)]
+    return figures.arrange(panels, columns=8)
 
 
-def show_best(writer: MetricsWriter, found: EvalResult, data: datasets.DataSets, step: int) -> None:
-    """Shows in TensorBoard which classes and which pictures an evaluation took for others."""
-    if writer.enabled:
-        writer.picture(step, "test/confusion", figures.confusion(found.confusion(len(data.classes)), data.classes))
-        panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
-        if panels:
-            writer.picture(step, "test/worst_mistakes", figures.arrange(panels, columns=4))
+def mistakes(found, data):
+    """TEMPORARY"""
+    panels = [(f"{m.predicted}, is {m.truth}", picture) for m, picture in worst_mistakes(found, data)]
+    return figures.arrange(panels, columns=4) if panels else None
 
 
 def worst_mistakes(found: EvalResult, data: datasets.DataSets) -> list[tuple[page.Mistake, Image]]:
@@ -56,44 +49,21 @@ def worst_mistakes(found: EvalResult, data: datasets.DataSets) -> list[tuple[pag
     return mistakes
 
 
-def write_report(
-    args: argparse.Namespace,
-    state: checkpoint.TrainingState,
-    data: datasets.DataSets,
-    precision: Precision,
-    speed: float,
-    start: float,
-) -> None:
-    """Writes the run's report as far as it has come; a training does not end for the lack of one."""
-    if not dist_util.is_main():
-        return
-    try:
-        contents = report_contents(args, state, data, precision, speed, start)
-        files.write_text(report_path(args), page.render(contents))
-    except (OSError, ValueError) as e:  # no room, or somebody removed or edited the logs
-        logger.warning("The report %s could not be written (%s)", report_path(args), e)
+def write_report(path, contents):
+    """TEMPORARY"""
+    files.write_text(path, page.render(contents))
 
 
-def report_contents(
-    args: argparse.Namespace,
-    state: checkpoint.TrainingState,
-    data: datasets.DataSets,
-    precision: Precision,
-    speed: float,
-    start: float,
-) -> page.Contents:
-    """What the report tells of a run.
-
-    Raises:
-        OSError, ValueError: the logs or the pictures cannot be read.
-    """
-    best, parser = EvalResult(**state.best), make_parser()
+def report_contents(args, run, data, precision, log):
+    """TEMPORARY"""
+    state, speed, start = run.state, log.speed(), time.perf_counter()
+    best, parser = EvalResult(**state.best_result), make_parser()
     return page.Contents(
         name=args.name,
         subject=f"{args.model_type} on {args.dataset}",
         num_steps=args.num_steps,
         step=state.step,
-        lines=read_lines(log_dir(args)),
+        lines=read_lines(run.paths.log_dir),
         classes=data.classes,
         best_step=state.best_step,
         confusion=best.confusion(len(data.classes)),

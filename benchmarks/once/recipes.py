@@ -189,8 +189,7 @@ def train(recipe: Recipe, seed: int, num_steps: int = NUM_STEPS) -> tuple[Tensor
     sampler = data_utils.StepSampler(num_images, BATCH_SIZE, transform.num_draws, seed)
     order = None if recipe.order is None else recipe.order(num_images, seed)
     precision = Precision(torch.device("cpu"), recipe.opt_level)
-    precision.prepare(model)
-    optimizer = recipe.optimizer(precision.parameters(), lr=0.0, momentum=0.9)
+    optimizer = recipe.optimizer(precision.prepare(model), lr=0.0, momentum=0.9)
     with recipe.patch():
         for step in range(1, num_steps + 1):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * recipe.schedule(step)

@@ -47,13 +47,12 @@ def measure(
         last, best = os.path.join(place, "a_last.pt"), os.path.join(place, "a_checkpoint.bin")
 
         def save_last() -> None:
-            state = checkpoint.TrainingState(
-                {}, {}, 1, model=precision.state_dict(model), optimizer=updates.optimizer.state_dict()
-            )
+            state = {name: kind() for name, kind in checkpoint.STATE_KINDS.items()}
+            state |= {"model": precision.float32_weights(model), "optimizer": updates.optimizer.state_dict()}
             checkpoint.save_state(last, state)
 
         def save_best() -> None:
-            checkpoint.save_weights(best, precision.state_dict(model), description)
+            checkpoint.save_weights(best, precision.float32_weights(model), description)
 
         for path, save in ((last, save_last), (best, save_best)):
             times = [common.timed(save, 1, device) for _ in range(rounds)]

@@ -33,11 +33,11 @@ def random_state(model_type: str, img_size: int) -> dict[str, Tensor]:
 def make_checkpoint(
     folder: Path, model_type: str, img_size: int, gelu: str = "erf", state: dict[str, Tensor] | None = None
 ) -> str:
-    """Writes weights, random ones if none are given, with a description, without a training; returns their path."""
+    """Writes weights, random ones if none are given, with metadata, without a training; returns their path."""
     names = [f"class {i}" for i in range(NUM_CLASSES)]
     path = str(folder / f"{model_type}_checkpoint.bin")
-    description = checkpoint.CheckpointMetadata(model_type, img_size, names, gelu, "pets", 8, 0.5)
-    checkpoint.save_weights(path, state or random_state(model_type, img_size), description)
+    metadata = checkpoint.CheckpointMetadata(model_type, img_size, names, gelu, "pets", 8, 0.5)
+    checkpoint.save_weights(path, state or random_state(model_type, img_size), metadata)
     return path
 
 
@@ -83,17 +83,17 @@ def predicted(path: str, *images: str) -> list[dict[str, float]]:
 def assert_as_predicted(path: str, images: list[str], classify: Callable[[str], dict[str, float]]) -> None:
     """``classify`` gives every image the probabilities that ``tools.predict`` gives it."""
     for image, expected in zip(images, predicted(path, *images)):
-        found = classify(image)
-        assert found.keys() == expected.keys()
+        answer = classify(image)
+        assert answer.keys() == expected.keys()
         assert max(expected.values()) > 0.15  # answers that say something
-        assert max(abs(found[name] - p) for name, p in expected.items()) < 1e-4
+        assert max(abs(answer[name] - p) for name, p in expected.items()) < 1e-4
 
 
 def original(path: str) -> tuple[VisionTransformer, Tensor, Tensor]:
     """The fine-tuned model, five images for it and its logits."""
-    told = json.loads(Path(path).with_suffix(".json").read_text())
-    config = replace(CONFIGS[told["model_type"]], gelu=told["gelu"])
-    model = VisionTransformer(config, told["img_size"], len(told["classes"])).eval()
+    metadata = json.loads(Path(path).with_suffix(".json").read_text())
+    config = replace(CONFIGS[metadata["model_type"]], gelu=metadata["gelu"])
+    model = VisionTransformer(config, metadata["img_size"], len(metadata["classes"])).eval()
     model.load_state_dict(torch.load(path, weights_only=True))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, 3, model.img_size, model.img_size, generator=generator) * 2 - 1

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,18 @@ class Killed(BaseException):
     """The end of a run that had no time for anything."""
 
 
-def last_state(name: str = "a") -> checkpoint.TrainingState:
-    """What ``output/<name>_last.pt`` holds."""
-    return checkpoint.load_state(f"output/{name}_last.pt")
+def last_state(name: str = "a") -> SimpleNamespace:
+    """Returns what ``output/<name>_last.pt`` holds."""
+    return SimpleNamespace(**checkpoint.load_state(f"output/{name}_last.pt"))
 
 
 def lines(name: str = "a") -> list[dict[str, float]]:
     """The lines of metrics but for their times."""
     with open(f"logs/{name}/metrics.jsonl", encoding="utf-8") as f:
-        return [{k: x for k, x in json.loads(line).items() if k != "images_per_sec"} for line in f]
+        return [
+            {k: x for k, x in json.loads(line).items() if k not in ("images_per_sec", "secs", "eval_secs")}
+            for line in f
+        ]
 
 
 def event_files(name: str = "a") -> list[str]:
@@ -74,13 +78,13 @@ def outcome(name: str = "a") -> dict[str, Any]:
     state = last_state(name)
     return {
         "best": Path(f"output/{name}_checkpoint.bin").read_bytes(),
-        "description": Path(f"output/{name}_checkpoint.json").read_bytes(),
+        "metadata": Path(f"output/{name}_checkpoint.json").read_bytes(),
         "lines": lines(name),
         "events": events(name),
         "curves": curves(name),
-        **{key: flat(getattr(state, key)) for key in ("step", "evaluated", "best_accuracy", "settings")},
+        **{key: flat(getattr(state, key)) for key in ("step", "last_eval_step", "best_accuracy", "settings")},
         **{key: flat(getattr(state, key)) for key in ("model", "optimizer", "precision")},
-        "found": (state.best_step, flat(state.best)),
+        "found": (state.best_step, flat(state.best_result)),
     }
 
 
