@@ -105,6 +105,15 @@ def draw(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
+def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works in a folder of its own, where the folder pets is that ``runs.SHORT`` trains on."""
+    from tests.helpers.runs import write_images
+
+    monkeypatch.chdir(tmp_path)
+    write_images()
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers, the same in every test."""
     return np.random.default_rng(0)
