@@ -1,4 +1,4 @@
-"""Dropout on CPUs: its distribution, its scaling, and that the seed alone decides on it."""
+"""models/cpu_ops.py: dropout, which the seed alone decides on, and attention scores in float32."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from models import cpu_ops as module
-from models.cpu_ops import dropout, keep_mask
+from models.cpu_ops import attention_scores, dropout, keep_mask
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 RATES = [0.1, 0.25, 0.5, 1e-6, 0.999]
@@ -206,3 +206,32 @@ def test_a_compiled_graph_holds_torchs_own_dropout_without_a_break():
     y = compiled(torch.ones(2**16))
     assert set(y.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
     assert (y != 0).double().mean().item() == pytest.approx(0.75, abs=5 * (0.25 * 0.75 / 2**16) ** 0.5)
+
+
+# ---- attention scores ----
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_attention_scores_are_float32_in_half_precision(autocast):
+    q, k = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = attention_scores(q, k)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, q.float() @ k.float().mT / 8**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_scores_keep_no_copies_for_the_backward_pass(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 5, 8, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        scores = attention_scores(q, k)
+    assert [x.data_ptr() for x in kept] == [q.data_ptr(), k.data_ptr()]
+    grad = torch.randn(scores.shape, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):  # must not reach the products
+        ours = torch.autograd.grad(scores, (q, k), grad)
+    a, b = (x.detach().float().requires_grad_() for x in (q, k))
+    exact = torch.autograd.grad(a * 8**-0.5 @ b.mT, (a, b), grad)
+    for x, y in zip(ours, exact):
+        torch.testing.assert_close(x, y.to(dtype))
