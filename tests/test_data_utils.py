@@ -229,11 +229,7 @@ def test_a_signal_to_a_worker_that_has_just_started_does_not_end_it(folder, monk
 
 def test_a_worker_that_dies_in_the_middle_of_a_batch_is_explained(tmp_path, monkeypatch):
     images = as_files(numbered_images(6), tmp_path)
-    for error in (
-        ConnectionResetError("reset by peer"),
-        EOFError(),
-        RuntimeError("DataLoader worker (pid 1) is killed"),
-    ):
+    for error in (ConnectionResetError("reset by peer"), EOFError(), RuntimeError("DataLoader worker (pid 1) died")):
         monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", mock.Mock(side_effect=error))
         with pytest.raises(ChildProcessError, match="--num_workers"):
             take(images, sampler_of(6, 6), num_workers=1)

@@ -22,6 +22,7 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers.fake_apex import FakeAmp
 from utils import datasets
+from utils.args import make_parser
 from utils.checkpoint import CheckpointMetadata, save_weights
 from utils.precision import Precision
 from utils.scheduler import make_schedule
@@ -148,7 +149,7 @@ def test_fine_tuned_weights_go_back_to_googles_layout_and_evaluate_to_the_same_l
 
 
 def test_googles_model_names_are_model_types():
-    args = train.make_parser().parse_args(["--name", "x", "--model_type", "R50+ViT-B_16"])
+    args = make_parser().parse_args(["--name", "x", "--model_type", "R50+ViT-B_16"])
     assert CONFIGS[args.model_type] == CONFIGS["R50-ViT-B_16"]
 
 
@@ -436,5 +437,5 @@ def test_the_reference_scripts_default_weights_are_still_the_default(tmp_path, m
     monkeypatch.chdir(tmp_path)
     os.mkdir("checkpoint")
     Path("checkpoint/ViT-B_16.npz").touch()
-    args = train.make_parser().parse_args(["--name", "x"])
+    args = make_parser().parse_args(["--name", "x"])
     assert published.find(args.pretrained_dir, args.model_type) == "checkpoint/ViT-B_16.npz"
