@@ -127,10 +127,10 @@ LAYOUTS = (OURS, TIMM, HF, HF5)
 def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Renames a state_dict of this project's; queries, keys and values are joined where the layout joins them."""
     has_stages = any(_UNIT.match(name) for name in state)
-    parts: dict[str, list[Tensor]] = {}
+    pieces: dict[str, list[Tensor]] = {}
     for name, x in state.items():
-        parts.setdefault(layout.name(name, has_stages), []).append(x)
-    return {name: x[0] if len(x) == 1 else torch.cat(x) for name, x in parts.items()}
+        pieces.setdefault(layout.name(name, has_stages), []).append(x)
+    return {name: x[0] if len(x) == 1 else torch.cat(x) for name, x in pieces.items()}
 
 
 # ---- to Google's ----

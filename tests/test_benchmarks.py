@@ -24,7 +24,7 @@ CONFIG = replace(CONFIGS["testing"], dropout_rate=0.0)
 
 
 def tables_of(capsys):
-    """What was printed, and the rows of every table in it, as dictionaries by the header."""
+    """Returns what was printed, and the rows of every table in it, as dictionaries by the header."""
     text, tables = capsys.readouterr().out, []
     rows = [[cell.strip() for cell in x.strip("|").split("|")] for x in text.splitlines() if x.startswith("|")]
     for row, below in zip(rows, [*rows[1:], []]):
