@@ -103,6 +103,7 @@ class Forked:
         os.kill(self.pid, signal.SIGUSR1)
         while "most recent call first" not in self.stderr()[before:] and time.monotonic() < deadline:
             time.sleep(0.01)
+        time.sleep(0.1)  # the other threads
         return self.stderr()[max(before - 2000, 0) :]
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
