@@ -17,7 +17,15 @@ SEARCHED = (
 
 #: What others fixed and users' scripts read: these are not words.
 #: The last is the name of the input of exported programs.
-DATA = ("train/pictures", "'pictures'", '"pictures"', "pictures: Tensor", "model(pictures)", "pictures = (np", ": pictures}")
+DATA = (
+    "train/pictures",
+    "'pictures'",
+    '"pictures"',
+    "pictures: Tensor",
+    "model(pictures)",
+    "pictures = (np",
+    ": pictures}",
+)
 
 #: The term, the pattern of what it replaces, what that pattern finds, and what it leaves alone.
 ENGLISH = (
