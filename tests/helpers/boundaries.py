@@ -143,8 +143,9 @@ def killed_everywhere(only: str, *flags: str) -> Iterator[Iterator[str]]:
         for line in reader:
             yield line.rstrip("\n")
             os.write(go_on, b"x")
+        assert "Best Accuracy:" in child.stderr(), child.stderr()[-3000:]  # the last process came to the end
 
-    with Forked(["train.py", *runs.SHORT, *flags], prepare=lambda: _Watch(reached)), open(names) as reader:
+    with Forked(["train.py", *runs.SHORT, *flags], prepare=lambda: _Watch(reached)) as child, open(names) as reader:
         os.close(tell)  # the last process closes the other end
         yield each()
     os.close(wait)

@@ -80,7 +80,7 @@ WARNINGS = [
         Case("pretrained-none", "random weights", "--num_steps 5", "--pretrained_dir", 0),
         Case("pretrained-extra", "arrays that the model has no place for, the rest is loaded",
              lambda: [*weights(spare=torch.zeros(2).numpy()), "--num_steps", "5"], "spare", 0),
-        Case("warmup-too-long", "a warm-up as long as the training", "--num_steps 2", "--warmup_steps", 0,
+        Case("warm-up-too-long", "a warm-up as long as the training", "--num_steps 2", "--warmup_steps", 0,
              "Give a smaller `--warmup_steps`, a tenth of the steps, say."),
         Case("precision-no-effect", "a flag of `--fp16` without it", "--num_steps 5 --fp16_opt_level O1",
              "--fp16_opt_level", 0),
