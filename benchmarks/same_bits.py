@@ -51,7 +51,7 @@ class Case:
 
     Attributes:
         flags: beside those of all cases.
-        ranks: processes that share the batch.
+        ranks: that share the batch.
         resumed: stopped by SIGTERM once a state is saved, then resumed.
         taken_over: the second revision resumes from the first's state.
         old: name of the run of tests/data/old that is resumed, with its own flags.
@@ -144,14 +144,14 @@ def train(case: Case, tree: Path, folder: Path, flags: list[str], stopped: Path)
 
 
 def read_metrics(folder: Path) -> dict[tuple[int, str], Tensor]:
-    """The values of ``METRICS`` by step and tag, of the one run in a folder."""
+    """Returns the values of ``METRICS`` by step and tag, of the one run in a folder."""
     (path,) = folder.glob("logs/*/metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {(x["step"], key): torch.tensor(x[key], dtype=torch.float64) for x in lines for key in METRICS if key in x}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The best weights by name, the state's weights by name, and its momentum in the model's order."""
+    """Returns the best weights by name, the state's weights by name, and its momentum in the model's order."""
     (best,), (last,) = folder.glob("output/*_checkpoint.bin"), folder.glob("output/*_last.pt")
     state = torch.load(last, map_location="cpu", weights_only=True)
     weights = max((x for x in dicts_in(state) if all(isinstance(v, Tensor) for v in x.values())), key=len)
@@ -166,7 +166,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def dicts_in(value: Any) -> Iterator[dict]:
-    """Every dictionary in nested dictionaries and lists, itself included."""
+    """Gives every dictionary in nested dictionaries and lists, itself included."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list | tuple):
@@ -175,7 +175,7 @@ def dicts_in(value: Any) -> Iterator[dict]:
 
 
 def difference(a: Tensor | None, b: Tensor | None) -> float:
-    """0 for equal bits, else the largest absolute difference; infinite where one lacks or has another shape or type."""
+    """Returns 0 for equal bits, else the largest difference; infinite where one lacks or has another shape or type."""
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     if torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b))):
@@ -185,12 +185,12 @@ def difference(a: Tensor | None, b: Tensor | None) -> float:
 
 
 def largest(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> float:
-    """The largest difference between what has the same name; infinite where only one has it."""
+    """Returns the largest difference between what has the same name; infinite where only one has it."""
     return max(difference(one.get(key), other.get(key)) for key in {**one, **other})
 
 
 def compare(one: Path, other: Path) -> tuple[float, float]:
-    """The largest differences of the metrics, and of the weights and momentum, that two runs left in their folders."""
+    """Returns the largest differences of what two runs left: of the metrics, and of the weights and momentum."""
     return largest(read_metrics(one), read_metrics(other)), largest(read_tensors(one), read_tensors(other))
 
 
@@ -204,18 +204,18 @@ def row_of(name: str, trees: list[Path], work: Path, flags: list[str]) -> tuple[
         for tree, folder in zip(trees, folders):
             begun_by = folders[0] if case.taken_over else folder
             train(case, tree, folder, [*flags, *case.flags], begun_by.with_name(f"{begun_by.name}, stopped"))
-        found = compare(*folders)
+        both = compare(*folders)
         steps = max(step for step, _ in read_metrics(folders[0]))
     except (RuntimeError, ValueError) as e:
         return [name, "-", "-", "-", str(e)], False
-    return [name, str(steps), *("NO" if x else "yes" for x in found), f"{max(found):.2g}"], not any(found)
+    return [name, str(steps), *("NO" if x else "yes" for x in both), f"{max(both):.2g}"], not any(both)
 
 
 # ---- the command line ----
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="benchmarks.same_bits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from models import layouts, npz
 from models.configs import CONFIGS
 from tests.helpers import fake_npz
+from tests.helpers.tools import run_tool
 from tools import convert
 from utils import checkpoint, weights
 
@@ -26,19 +27,8 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def run(capsys):
-    """``run(*args)`` gives the exit code, standard output and standard error's lines."""
-
-    def run_tool(*args):
-        try:
-            status = convert.main([*args])
-        except SystemExit as e:
-            status = e.code
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return run_tool
+def run(*args):
+    return run_tool(convert, *args)
 
 
 def names():
@@ -51,7 +41,7 @@ def state(seed=0):
 
 @pytest.mark.parametrize("given", [[], ["--model_type", MODEL]])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_what_is_written_is_the_file_that_the_weights_came_from(run, layout, given):
+def test_what_is_written_is_the_file_that_the_weights_came_from(layout, given):
     arrays = fake_npz.arrays(CONFIGS[MODEL])
     save_file(layouts.from_ours(state(), LAYOUTS[layout]), "a")
     status, out, err = run("a", *given, "--output", "new/b.npz")
@@ -63,7 +53,7 @@ def test_what_is_written_is_the_file_that_the_weights_came_from(run, layout, giv
     assert all(np.array_equal(written[name], x) and written[name].dtype == x.dtype for name, x in arrays.items())
 
 
-def test_pre_logits_and_the_lack_of_a_head_stay_as_they_are(run):
+def test_pre_logits_and_the_lack_of_a_head_stay_as_they_are():
     arrays = fake_npz.arrays(CONFIGS[MODEL], pre_logits=True)
     arrays = {name: x for name, x in arrays.items() if not name.startswith("head/")}
     status, out, _ = run(fake_npz.save("a.npz", arrays), "--output", "b.npz")
@@ -72,7 +62,7 @@ def test_pre_logits_and_the_lack_of_a_head_stay_as_they_are(run):
     assert list(weights.read_npz("b.npz")) == list(arrays)
 
 
-def test_metadata_goes_along(run):
+def test_metadata_goes_along():
     checkpoint.save_weights("a.bin", state(), METADATA)
     assert run("a.bin", "--output", "b.npz")[0] == 0
     assert checkpoint.read_metadata("b.npz", weights.read("b.npz").tensors()) == METADATA
@@ -85,7 +75,7 @@ def test_metadata_goes_along(run):
     assert of_labels.classes == METADATA.classes
 
 
-def test_an_npz_may_have_its_sources_name_where_no_metadata_is_taken_for_the_others(run):
+def test_an_npz_may_have_its_sources_name_where_no_metadata_is_taken_for_the_others():
     save_file(layouts.from_ours(state(), layouts.TIMM), "a.safetensors")
     assert run("a.safetensors", "--output", "a.npz")[0] == 0
     checkpoint.save_weights("b.bin", state(), METADATA)
@@ -102,7 +92,7 @@ def test_an_npz_may_have_its_sources_name_where_no_metadata_is_taken_for_the_oth
     assert run("hf", "--output", "hf/again.npz")[0] == 0  # and the source still loads
 
 
-def test_metadata_of_what_is_replaced_goes_with_it_and_other_files_stay(run):
+def test_metadata_of_what_is_replaced_goes_with_it_and_other_files_stay():
     path = fake_npz.save("a.npz", fake_npz.arrays(CONFIGS[MODEL]))
     checkpoint.save_weights("b.bin", state(seed=1), METADATA)
     assert run("b.bin", "--output", "c.npz")[0] == 0
@@ -127,7 +117,7 @@ def test_metadata_of_what_is_replaced_goes_with_it_and_other_files_stay(run):
         ("a.npz", "--output"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(run, args, words):
+def test_wrong_input_is_one_line_and_status_2(args, words):
     Path("taken").touch()
     Path("page").write_text("<html></html>")
     fake_npz.save("a.npz", fake_npz.arrays(CONFIGS[MODEL]))

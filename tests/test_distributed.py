@@ -138,8 +138,8 @@ def hurt(flags: list[str]) -> int:
 
     original = data_utils.train_batches
 
-    def batches(*args):
-        for i, (images, labels) in enumerate(original(*args)):
+    def batches(*args, **options):
+        for i, (images, labels) in enumerate(original(*args, **options)):
             if i == 2 and dist_util.rank() == 1 and "--num_workers" in flags:
                 raise datasets.ImageError("b.png cannot be read; repair or remove it")
             yield images * (float("nan") if i == 2 and dist_util.rank() == 1 else 1), labels
@@ -174,7 +174,7 @@ ERRORS = {
         [[], ["--pretrained_dir", "none.npz"]], {"num_machines": 2}, [2, 2],
         [r"there is no file none.npz.* \(on rank 1 of 2, "],
     ),
-    "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["process 1 of this machine finds 1 GPUs; start fewer"]),
+    "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["local rank 1 finds 1 GPUs; start fewer processes"]),
     # NCCL and Gloo would wait for each other.
     "a GPU on one rank": ([["0"], ["2"]], {"body": with_gpus}, [2, 2], [r"--device is cpu on rank 0 \("]),
     "an unknown flag on one machine": (
@@ -256,7 +256,7 @@ def test_the_old_launcher_and_its_flag(tmp_path):
         state = torch.load(tmp_path / "output" / "a_last.pt", weights_only=True)
         assert state["environment"]["threads"] == threads
         assert run.output().count("End Training!") == 1
-        assert "Total train batch size = 16 (8 per rank" in run.output()
+        assert "Total train batch size = 16 (8 per " in run.output()
 
 
 def test_torchrun_with_a_mistake_prints_ours_once_and_without_a_stack(tmp_path):

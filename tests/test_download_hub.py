@@ -333,6 +333,10 @@ def test_another_run_keeps_its_own_name(bucket, hub, tmp_path, capsys):
 
 
 def test_another_run_is_not_written_under_the_name_of_the_recommended_one(hub, tmp_path, capsys):
+    assert hub_only(tmp_path, "--upstream", "augreg") == 1  # the hub lacks it: nor by hand
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"which is another run, {RUN}; " in error
+    assert error.endswith(f"--output {tmp_path / 'here' / RUN}.npz")
     hub.add(OTHER, SAFE, timm_file(seed=1))
     assert hub_only(tmp_path, "--upstream", "augreg", to=tmp_path / "augreg_testing.npz") == 1
     assert f"another run, {RUN}" in capsys.readouterr().err
@@ -340,26 +344,14 @@ def test_another_run_is_not_written_under_the_name_of_the_recommended_one(hub, t
     assert_same_weights(tmp_path / "mine.npz", google_arrays(seed=1))
 
 
-@pytest.mark.parametrize(
-    ("model", "upstream", "words"),
-    [
-        ("ViT-B_8", "imagenet21k", "no imagenet21k/ViT-B_8; it has --upstream augreg"),
-        ("R50-ViT-L_32", "imagenet21k", "no imagenet21k/R50+ViT-L_32; it has --upstream augreg"),
-        ("R26-ViT-B_32", "imagenet21k", "no imagenet21k/R26+ViT-B_32; by hand"),
-    ],
-)
-def test_what_only_the_bucket_has_is_said(hub, tmp_path, capsys, model, upstream, words):
-    to = str(tmp_path / "here")
-    assert download.main([model, "--upstream", upstream, "--source", "hub", "--to", to]) == 1
-    assert words in capsys.readouterr().err
+def test_what_only_the_bucket_has_is_said(hub, tmp_path, capsys):
+    for model, words in (("ViT-B_8", "no imagenet21k/ViT-B_8; it has --upstream augreg"),
+                         ("R50-ViT-L_32", "no imagenet21k/R50+ViT-L_32; it has --upstream augreg"),
+                         ("R26-ViT-B_32", "no imagenet21k/R26+ViT-B_32; by hand")):  # fmt: skip
+        flags = ["--upstream", "imagenet21k", "--source", "hub", "--to", str(tmp_path / "here")]
+        assert download.main([model, *flags]) == 1
+        assert words in capsys.readouterr().err
     assert hub.requests == []
-
-
-def test_the_way_by_hand_keeps_another_runs_name(hub, tmp_path, capsys):
-    assert hub_only(tmp_path, "--upstream", "augreg") == 1  # the hub lacks it
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"which is another run, {RUN}; " in error
-    assert error.endswith(f"--output {tmp_path / 'here' / RUN}.npz")
 
 
 # ---- the whole way ----

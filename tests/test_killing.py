@@ -1,97 +1,125 @@
-"""Runs that are killed at random moments end as the one that was not; ``python -m tests.killing`` has more of them."""
+"""A run that is killed, wherever it is, and started again ends as the one that was never stopped: to the last bit."""
 
 from __future__ import annotations
 
 import os
-import random
-import subprocess
-import sys
-import time
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import killing, runs
+from tests.helpers import runs
+from tests.helpers.boundaries import every_kill_is_harmless, killed_at, signalled_at
+from tests.helpers.runs import assert_same, every_name_is_whole, last_state, outcome, run, undisturbed
 
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Two runs that were killed, and one in peace, in folders of the first result; and their numbers."""
-    root = tmp_path_factory.mktemp("killed")
-    seed = random.SystemRandom().randrange(10**6)
-    return root, killing.harness(str(root), num_runs=2, kills_per_run=5, seed=seed)
+pytestmark = pytest.mark.usefixtures("pets")
 
 
-def test_killed_runs_end_as_the_one_in_peace(killed):
-    _, count = killed
-    assert count.runs == 2
-    assert count.kills >= 6
+def test_a_run_may_be_killed_at_every_boundary():
+    files = ["a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html"]
+
+    def nothing_is_kept_twice():
+        assert not list(Path("output").glob("*.earlier-*"))
+
+    names = every_kill_is_harmless(check=nothing_is_kept_twice)
+    assert {f"after step {step}: os.rename {file}" for step in (2, 4) for file in files} <= set(names)
+    assert len(names) == len(set(names))
+    assert_same(outcome(), undisturbed())
+    assert sorted(os.listdir("output")) == files
 
 
-def test_the_harness_knows_a_torn_file_and_another_outcome(killed):
-    """Else it would prove nothing."""
-    root, _ = killed
-    with killing.working_in(str(root / "peace")):
-        expected = runs.outcome()
-        with open("logs/a/metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write('{"step": 40, "train/loss": 1.0}\n')
-        with pytest.raises(AssertionError):
-            runs.assert_same(runs.outcome(), expected)
-        runs.every_name_is_whole()
-        for name in ("a_last.pt", "a_checkpoint.bin"):
-            os.truncate(f"output/{name}", os.path.getsize(f"output/{name}") - 100)
-            with pytest.raises(ValueError, match=name):
-                runs.every_name_is_whole()
-            os.remove(f"output/{name}")
+def test_a_resumed_run_may_be_killed_at_every_boundary_before_its_first_step():
+    """Its logs go back to the saved state meanwhile, and what killed processes left half-written is removed."""
+    killed_at("after step 4: os.rename a_last.pt")
+    names = every_kill_is_harmless(only="^start: (?!forward)")
+    assert {"start: os.truncate metrics.jsonl", "start: os.remove a_last.pt.tmp"} <= set(names)
 
 
-class Server:
-    """Stands for the process that forks runs: one run, whose program is given."""
-
-    def __init__(self, program, folder):
-        code = "import faulthandler, os, signal, time; faulthandler.register(signal.SIGUSR1, open('stderr', 'w'))"
-        code += f"\nprint(os.getpid(), flush=True)\n{program}\nprint(0, flush=True); time.sleep(100)"
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, bufsize=0, cwd=folder)
-        self.stdout = self.process.stdout
+def test_an_evaluation_that_a_signal_left_and_a_kill_interrupted_is_logged_once():
+    """The state is of a step whose evaluation is still due."""
+    assert signalled_at("after step 2: forward", signal.SIGTERM)[0] == 143
+    assert (last_state().step, last_state().last_eval_step) == (2, 0)
+    names = every_kill_is_harmless(only="^start: (evaluation|write|os.rename)")
+    assert {"start: evaluation ends", "start: os.rename a_last.pt"} <= set(names)
 
 
-@pytest.fixture
-def served(tmp_path):
-    servers = []
+def test_a_run_that_replaces_another_may_be_killed_at_every_boundary_of_that():
+    assert run("--seed", "1") == 0
+    theirs = Path("output/a_checkpoint.bin").read_bytes()
 
-    def serve(program):
-        servers.append(Server(program, str(tmp_path)))
-        return killing.Process(servers[-1], str(tmp_path))
+    def check():
+        assert theirs in [path.read_bytes() for path in Path("output").glob("a_checkpoint*.bin")]
 
-    yield serve
-    for server in servers:
-        server.process.kill()
-        server.process.communicate()
+    names = every_kill_is_harmless("--resume", "none", only="^start: os", check=check)
+    assert {"start: os.remove a_last.pt", "start: os.mkdir earlier-1"} <= set(names)
 
 
-def test_a_slow_run_is_waited_for_and_one_that_hangs_is_not(served, monkeypatch):
-    monkeypatch.setattr(killing, "MAX_IDLE_LOOKS", 2)
-    slow = served("for i in range(50):\n    open('file', 'a').write('x'); time.sleep(0.1)")
-    begin = time.monotonic()
-    assert slow.wait() == 0
-    assert time.monotonic() - begin > killing.MAX_IDLE_LOOKS + 1
-    with pytest.raises(TimeoutError, match=r"(?s)no progress for \d+ s: .*most recent call first"):
-        served("time.sleep(1000)").wait()
+# ---- every kind of run ----
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
+def no_scale_fits():
+    """Lets float16's first steps overflow, which then are skipped: it ends at 65504."""
+    real = torch.amp.GradScaler
+    torch.amp.GradScaler = lambda *a, **k: real(*a, init_scale=2.0**20, growth_interval=3, **k)
+
+
 @pytest.mark.parametrize(
-    ("extra", "num_runs"),
+    "flags",
     [
-        ((), 12),
-        (("--fp16", "--fp16_opt_level", "O2"), 4),
-        (("--save_every", "10", "--hflip", "--decay_type", "linear"), 4),
-        (("--model_type", "ViT-demo", "--pretrained_dir", str(runs.ROOT / "checkpoint" / "ViT-demo.npz")), 4),
+        "--decay_type linear --hflip --weight_decay 0.001",
+        "--dropout 0 --gradient_accumulation_steps 1",
+        "--dropout 0.5 --max_grad_norm inf",
+        "--model_type testing-hybrid",
+        "--dataset digits --eval_batch_size 90",
+        "--fp16 --fp16_opt_level O1",
+        "--fp16 --fp16_opt_level O2",
+        "--fp16 --fp16_opt_level O3",
+        "--fp16 --fp16_opt_level O1 --amp_dtype float16",
+        "--fp16 --fp16_opt_level O2 --amp_dtype float16",
+        "--fp16 --fp16_opt_level O1 --amp_dtype float16 --loss_scale 128",
     ],
-    ids=["float32", "bfloat16 O2", "saved with the evaluations", "the demo"],
 )
-def test_hundreds_of_kills(extra, num_runs, tmp_path):
-    seed = random.SystemRandom().randrange(10**6)
-    count = killing.harness(str(tmp_path), num_runs, 12, seed, extra, num_kills=5 * num_runs)
-    assert count.kills >= 5 * num_runs
-    assert count.while_saving >= num_runs
+def test_every_kind_of_run_that_is_killed_twice_ends_as_the_one_that_was_not(flags):
+    """Once it resumes in the middle of two lines of the log, and once with the best weights of an evaluation."""
+    overflows, flags = flags.endswith("float16"), flags.split()
+    how = {"prepare": no_scale_fits} if overflows else {}
+    for step in (2, 4):
+        killed_at(f"after step {step}: step ends", *flags, "--save_every", "1", **how)
+        assert last_state().step == step - 1
+    runs.run_in_child(*flags, "--save_every", "1", **how)
+    expected = undisturbed(*flags, **how)
+    assert_same(outcome(), expected)
+    assert expected["precision"]["skipped"] in ((1, 2) if overflows else (0,))
+
+
+def images_of_several_sizes():
+    runs.write_images(sizes=runs.several_sizes())
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_folder_of_files_too(workers):
+    shutil.rmtree("pets")
+    images_of_several_sizes()
+    flags = ("--hflip", "--num_workers", workers)
+    killed_at("after step 3: step ends", *flags)
+    assert run(*flags) == 0
+    assert_same(outcome(), undisturbed("--hflip", images=images_of_several_sizes))
+
+
+def test_a_torn_file_and_another_outcome_are_told():
+    """Else the tests above would prove nothing."""
+    assert run() == 0
+    with open("logs/a/metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": 5, "train/loss": 1.0}\n')
+    with pytest.raises(AssertionError):
+        assert_same(outcome(), undisturbed())
+    every_name_is_whole()
+    for name in ("a_last.pt", "a_checkpoint.bin"):
+        os.truncate(f"output/{name}", os.path.getsize(f"output/{name}") - 100)
+        with pytest.raises(ValueError, match=name):
+            every_name_is_whole()
+        os.remove(f"output/{name}")
+    with pytest.raises(AssertionError, match="was not reached"):
+        killed_at("after step 9: step begins")

@@ -11,7 +11,7 @@ import uuid
 
 import pytest
 
-from tests.helpers.launching import PACED, TINY, job, lines_of, set_pace, steps_done, torchrun, wait_for
+from tests.helpers.launching import PACED, RESUMED, TINY, job, lines_of, set_pace, steps_done, torchrun, wait_for
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 TIMEOUT_SECS = 3
@@ -81,7 +81,7 @@ def test_a_cut_cable_ends_the_run_with_a_word_and_it_resumes_when_mended(machine
         runs = [held.enter_context(start(machine, "again")) for machine in range(2)]
         assert runs[0].wait(90) == 0, runs[0].output()
         assert runs[1].wait(30) == 0, runs[1].output()
-        assert "Going on after update" in runs[0].output()  # both, from the first machine's state
+        assert RESUMED in runs[0].output()  # both, from the first machine's state
     assert [line["step"] for line in lines_of(tmp_path / "machine0", "a") if "train/loss" in line] == [
         *range(1, steps + 1)
     ]

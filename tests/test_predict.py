@@ -2,8 +2,6 @@
 
 import json
 import os
-import shlex
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,42 +12,28 @@ from PIL import Image
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from tests.helpers.tools import run_tool
 from tools import predict
 from utils import checkpoint, datasets
 
 
-@pytest.fixture
-def run(capsys):
-    """``run(checkpoint, *args)`` gives the exit code, standard output and standard error's lines."""
-
-    def run_tool(*args):
-        try:
-            status = predict.main(["--load_model_dir", *map(str, args), "--device", "cpu"])
-        except SystemExit as e:
-            status = e.code
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return run_tool
+def run(path, *args):
+    """The exit code, standard output and standard error's lines for a checkpoint."""
+    return run_tool(predict, "--load_model_dir", path, *args, "--device", "cpu")
 
 
-@pytest.fixture
-def classify(run):
-    """``classify(checkpoint, *args)`` gives the objects that --json prints."""
-
-    def run_tool(*args):
-        status, out, _ = run(*args, "--json")
-        assert status == 0
-        return json.loads(out)
-
-    return run_tool
+def classify(*args):
+    """The objects that --json prints."""
+    status, out, _ = run(*args, "--json")
+    assert status == 0
+    return json.loads(out)
 
 
 def metadata_of(path):
     return json.loads(Path(checkpoint.metadata_path(path)).read_text())
 
 
-def test_a_folder_gets_the_accuracy_of_the_trainings_evaluation(finetuned_digits, tmp_path, classify):
+def test_a_folder_gets_the_accuracy_of_the_trainings_evaluation(finetuned_digits, tmp_path):
     data = datasets.load_datasets("digits", "", 0)
     for i, (image, label) in enumerate(zip(data.test.images, data.test.labels.tolist())):
         (tmp_path / str(label)).mkdir(exist_ok=True)
@@ -61,7 +45,7 @@ def test_a_folder_gets_the_accuracy_of_the_trainings_evaluation(finetuned_digits
     assert right / len(objects) > 0.2  # it has learnt something: chance is 0.1
 
 
-def test_json_and_text_say_what_the_model_computes_in_any_batch(finetuned_any, draw, run, classify):
+def test_json_and_text_say_what_the_model_computes_in_any_batch(finetuned_any, draw):
     paths = [draw("a.png"), draw("b.png", (100, 20), seed=1), draw("c.png", (31, 40), seed=2)]
     metadata = metadata_of(finetuned_any)
     size = metadata["img_size"]
@@ -89,7 +73,7 @@ def test_json_and_text_say_what_the_model_computes_in_any_batch(finetuned_any, d
     assert lines[1:3] == [f"  {100 * p:6.2f} %  {name}" for name, p in best]
 
 
-def test_folders_are_searched_to_the_bottom_in_order(finetuned_any, draw, tmp_path, classify):
+def test_folders_are_searched_to_the_bottom_in_order(finetuned_any, draw, tmp_path):
     for name in ("set/b.png", "set/deep/er/a.JPG", "set/.hidden.png", "set/.git/c.png"):
         draw(name)
     (tmp_path / "set" / "notes.txt").write_text("no image")
@@ -99,7 +83,7 @@ def test_folders_are_searched_to_the_bottom_in_order(finetuned_any, draw, tmp_pa
 
 
 @pytest.mark.parametrize("flag", [[], ["--json"]])
-def test_an_unreadable_image_is_named_and_the_others_are_classified(finetuned_any, draw, tmp_path, run, flag):
+def test_an_unreadable_image_is_named_and_the_others_are_classified(finetuned_any, draw, tmp_path, flag):
     good, bad = [draw("a.png"), draw("c.png")], tmp_path / "b.png"
     bad.write_bytes(Path(good[0]).read_bytes()[:100])
     status, out, err = run(finetuned_any, *flag, "--batch_size", "1", good[0], bad, good[1])
@@ -110,15 +94,6 @@ def test_an_unreadable_image_is_named_and_the_others_are_classified(finetuned_an
     assert all(path in out for path in good)
     status, out, _ = run(finetuned_any, *flag, bad)  # nothing but bad ones
     assert (status, out) == (2, "[]\n" if flag else "")
-
-
-def test_too_many_images_at_once_are_one_line(finetuned_any, draw, monkeypatch, run):
-    def forward(self, x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(VisionTransformer, "forward", forward)
-    remedy = "out of memory classifying 77 images at once; give a smaller --batch_size"
-    assert run(finetuned_any, "--batch_size", "77", draw()) == (1, "", [f"tools.predict: error: {remedy}"])
 
 
 def test_classes_of_one_name_are_distinguished_by_their_numbers():
@@ -137,7 +112,7 @@ def bare(finetuned_digits, tmp_path):
     return str(tmp_path / "bare.bin")
 
 
-def test_flags_describe_what_the_reference_script_wrote(finetuned_digits, bare, draw, tmp_path, classify):
+def test_flags_describe_what_the_reference_script_wrote(finetuned_digits, bare, draw, tmp_path):
     expected = classify(finetuned_digits, draw())
     names = tmp_path / "names.txt"
     names.write_text("\n".join("0123456789") + "\n")
@@ -149,7 +124,7 @@ def test_flags_describe_what_the_reference_script_wrote(finetuned_digits, bare, 
 
 
 @pytest.mark.parametrize(("name", "last"), [("cifar10", "truck"), ("cifar100", "worm")])
-def test_cifars_classes_are_known_without_the_data_set(draw, tmp_path, monkeypatch, classify, caplog, name, last):
+def test_cifars_classes_are_known_without_the_data_set(draw, tmp_path, monkeypatch, caplog, name, last):
     monkeypatch.chdir(tmp_path)
     model = VisionTransformer(CONFIGS["testing"], 48, len(datasets.CLASS_NAMES[name]))
     torch.nn.init.constant_(model.head.bias[-1:], 99.0)
@@ -162,7 +137,7 @@ def test_cifars_classes_are_known_without_the_data_set(draw, tmp_path, monkeypat
     assert "--data_dir has no effect" in caplog.text
 
 
-def test_flags_overrule_the_metadata_with_a_warning(finetuned_digits, draw, classify, caplog):
+def test_flags_overrule_the_metadata_with_a_warning(finetuned_digits, draw, caplog):
     (plain,) = classify(finetuned_digits, draw())
     assert caplog.text == ""
     (changed,) = classify(finetuned_digits, draw(), "--gelu", "tanh", "--classes", "a,b,c,d,e,f,g,h,i,j")
@@ -171,7 +146,7 @@ def test_flags_overrule_the_metadata_with_a_warning(finetuned_digits, draw, clas
     assert list(changed["probabilities"].values()) != list(plain["probabilities"].values())
 
 
-def test_another_name_of_the_same_model_is_no_contradiction(tmp_path, monkeypatch, draw, classify, caplog):
+def test_another_name_of_the_same_model_is_no_contradiction(tmp_path, monkeypatch, draw, caplog):
     monkeypatch.setitem(CONFIGS, "R50+ViT-B_16", CONFIGS["testing"])
     monkeypatch.setitem(CONFIGS, "R50-ViT-B_16", CONFIGS["testing"])
     metadata = checkpoint.CheckpointMetadata("R50-ViT-B_16", 48, ["ant"], "erf", "pets", 8, 0.5)
@@ -181,59 +156,3 @@ def test_another_name_of_the_same_model_is_no_contradiction(tmp_path, monkeypatc
     assert caplog.text == ""
     classify(path, "--model_type", "testing", draw())
     assert "--model_type testing is taken, but" in caplog.text
-
-
-NINE = "0,1,2,3,4,5,6,7,8"
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ("{bin} nosuch.png", ["there is no image nosuch.png"]),
-        ("{bin} empty", ["the folder empty holds no image", "jpg"]),
-        ("nosuch.bin a.png", ["there is no checkpoint nosuch.bin"]),
-        ("{bare} a.png", ["bare.json", "--model_type testing"]),
-        ("{bare} a.png --model_type testing --img_size 48", ["10 classes", "--classes"]),
-        (f"{{bare}} a.png --model_type testing --classes {NINE}", ["trained at --img_size 48, not 224"]),
-        ("{bare} a.png --model_type ViT-demo --img_size 48", ["loaded as ViT-demo"]),
-        (f"{{bin}} a.png --classes {NINE}", ["has 10 classes", "the flags name 9"]),
-        (f"{{bin}} a.png --classes {NINE},0", ["0 twice"]),
-        (f"{{bin}} a.png --classes {NINE},", ["an empty name"]),
-        ("{bin} a.png --classes a --dataset digits", ["give one"]),
-        ("{bin} a.png --dataset mnist", ["--dataset mnist is neither"]),
-        ("{bin} a.png --dataset empty", ["empty/train/<class>"]),
-        ("{bin} a.png --top_k 0", ["--top_k", "less than 1"]),
-        ("{bin} a.png --top_k many", ["--top_k", "invalid int value: 'many'"]),
-        ("{bin} a.png --device tpu", ["--device", "tpu"]),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(finetuned_digits, bare, draw, tmp_path, monkeypatch, run, args, words):
-    monkeypatch.chdir(tmp_path)
-    draw("a.png")
-    os.mkdir("empty")
-    status, out, err = run(*shlex.split(args.format(bin=finetuned_digits, bare=bare)))
-    assert (status, out, len(err)) == (2, "", 1)
-    assert err[0].startswith("tools.predict: error: ")
-    for word in words:
-        assert word in err[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (None, ["c.json", "remove it"]),
-        ({"crc32": 1}, ["describes other weights", "remove it"]),
-        ({"model_type": "ViT-Z"}, ["ViT-Z"]),
-        ({"gelu": "relu"}, ["relu"]),
-        ({"img_size": 40}, ["40"]),
-        ({"img_size": 64}, ["trained at --img_size 48, not 64"]),
-        ({"classes": ["a"]}, ["has 10 classes", "names 1"]),
-    ],
-)
-def test_metadata_that_cannot_be_true_is_one_line(finetuned_digits, draw, tmp_path, run, change, words):
-    path = shutil.copy(finetuned_digits, tmp_path / "c.bin")
-    (tmp_path / "c.json").write_text(json.dumps(metadata_of(finetuned_digits) | change) if change else "{")
-    status, out, err = run(path, draw())
-    assert (status, out, len(err)) == (2, "", 1)
-    for word in words:
-        assert word in err[0]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the update in hand is finished and saved; a second one ends the run at once, files whole."""
+"""Ctrl-C and SIGTERM: the step in hand is finished and saved; a second one ends the run at once, files whole."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import pytest
-import torch
 
-import train
+from tests.helpers.boundaries import signalled_at
+from tests.helpers.forked import Forked
 from tests.helpers.runs import (
     ROOT,
-    RUN,
+    SHORT,
     assert_same,
     every_name_is_whole,
     last_state,
@@ -24,189 +25,134 @@ from tests.helpers.runs import (
     run,
     several_sizes,
     undisturbed,
+    write_images,
 )
-from tests.helpers.runs import write_images as write
-from utils import checkpoint
-from utils.metrics import TrainingLog
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+pytestmark = pytest.mark.usefixtures("pets")
 
 
-@pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def signalled(monkeypatch, where, name, number, nth=1, times=1, flags=()):
-    """The status of a run that gets a signal when a function begins for the n-th time."""
-    real, calls = getattr(where, name), 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == nth:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-                time.sleep(0.01)  # signals of one number do not queue
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(where, name, wrapper)
-        status = run(*flags)
-    every_name_is_whole()
-    return status
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What the run leaves that nobody stops."""
-    return undisturbed(tmp_path_factory.mktemp("whole"))
-
-
-@SIGNALS
-@pytest.mark.parametrize("update", [1, 5, 7, 12])
-def test_one_finishes_the_update_and_saves(number, update, monkeypatch, whole, capfd):
-    assert signalled(monkeypatch, TrainingLog, "update", number, nth=update) == 128 + number
-    assert last_state().step == update
-    error = capfd.readouterr().err
-    assert f"{number.name}: finishing the update in hand and saving; once more stops at once" in error
-    assert error.splitlines()[-1] == (
-        f"train.py: error: stopped after update {update}; the same command goes on from there"
-    )
+def resumes_as_if_undisturbed():
+    assert [f for f in os.listdir("output") if f.endswith((".tmp", ".lock"))] == []
     assert run() == 0
-    assert_same(outcome(), whole)
+    assert_same(outcome(), undisturbed())
 
 
-def test_one_between_two_parts_of_an_update_finishes_it(monkeypatch, whole):
-    # Calls 1 to 10 are the parts of five updates, 11 to 14 their evaluation, 15 and 16 the parts of update 6.
-    assert signalled(monkeypatch, torch.nn.functional, "cross_entropy", signal.SIGTERM, nth=15) == 143
-    assert last_state().step == 6
-    assert run() == 0
-    assert_same(outcome(), whole)
+@pytest.mark.parametrize(
+    ("boundary", "number", "step", "last_eval_step"),
+    [
+        ("start: forward", SIGTERM, 1, 0),
+        ("start: forward #2", SIGINT, 1, 0),  # between two micro-batches
+        ("after step 2: step begins", SIGTERM, 2, 0),  # its evaluation is left to the resumed run
+        ("after step 2: forward", SIGINT, 2, 0),  # in the evaluation
+        ("after step 2: save a_checkpoint.bin.tmp", SIGTERM, 2, 2),
+        ("after step 2: save a_last.pt.tmp", SIGINT, 3, 2),
+        ("after step 3: step ends", SIGTERM, 3, 2),
+        ("after step 4: step begins", SIGINT, 4, 2),
+        ("after step 4: save a_last.pt.tmp", SIGTERM, 4, 4),  # nothing is left to stop
+    ],
+)
+def test_one_finishes_the_step_and_saves(boundary, number, step, last_eval_step):
+    code, error = signalled_at(boundary, number)
+    assert code == (0 if last_eval_step == 4 else 128 + number)
+    assert (last_state().step, last_state().last_eval_step) == (step, last_eval_step)
+    assert f"{number.name}: finishing" in error
+    assert code == 0 or f"train.py: error: stopped after step {step}; rerun the same" in error.splitlines()[-1]
+    resumes_as_if_undisturbed()
 
 
-def test_one_in_an_evaluation_leaves_it_and_saves(monkeypatch, whole):
-    assert signalled(monkeypatch, torch.nn.functional, "cross_entropy", signal.SIGTERM, nth=12) == 143
-    assert (last_state().step, last_state().evaluated) == (5, 0)
-    assert run() == 0
-    assert_same(outcome(), whole)
+@pytest.mark.parametrize(
+    ("boundary", "number"),
+    [
+        ("after step 3: step begins", SIGINT),
+        ("after step 4: forward", SIGTERM),  # in the evaluation
+        ("after step 4: save a_checkpoint.bin.tmp", SIGINT),
+        ("after step 4: save a_last.pt.tmp", SIGTERM),
+    ],
+)
+def test_two_stop_at_once_and_leave_the_last_state_whole(boundary, number):
+    code, error = signalled_at(boundary, number, times=2)
+    assert code == 128 + number
+    assert error.splitlines()[-1] == f"train.py: error: stopped by {number.name} at once"
+    assert last_state().step == 2
+    resumes_as_if_undisturbed()
 
 
-@pytest.mark.parametrize("save", [1, 2, 3])
-def test_one_in_a_save_lets_it_end(save, monkeypatch, whole):
-    last = save == 3
-    status = signalled(monkeypatch, checkpoint, "save_state", signal.SIGINT, nth=save)
-    assert status == (0 if last else 130)  # after the last save nothing is left to do
-    assert last_state().step == (13 if last else 5 * save + 1)
-    assert run() == 0
-    assert_same(outcome(), whole)
+def test_the_message_names_the_flag_where_the_command_would_start_over():
+    code, error = signalled_at("after step 1: step ends", SIGINT, "--resume", "none")
+    assert code == 130
+    assert "--resume auto" in error.splitlines()[-1]
 
 
-@SIGNALS
-@pytest.mark.parametrize("where", ["update", "evaluation", "best weights", "state"])
-def test_two_stop_at_once_and_leave_the_last_state_whole(number, where, monkeypatch, whole, capfd):
-    target = {
-        "update": (TrainingLog, "update", 7),
-        "evaluation": (torch.nn.functional, "cross_entropy", 26),
-        "best weights": (torch, "save", 3),
-        "state": (torch, "save", 4),
-    }[where]
-    begin = time.monotonic()
-    assert signalled(monkeypatch, *target[:2], number, nth=target[2], times=2) == 128 + number
-    assert time.monotonic() - begin < 20
-    assert capfd.readouterr().err.splitlines()[-1] == f"train.py: error: stopped by {number.name} at once"
-    assert last_state().step == 5
-    assert not [f for f in os.listdir("output") if f.endswith(".tmp")]
-    assert run() == 0
-    assert_same(outcome(), whole)
+def test_ctrl_c_before_the_training_and_in_an_evaluation_only_is_one_line():
+    assert run("--num_steps", "1", "--warmup_steps", "0") == 0
+    for boundary, flags in (("start: open .a.lock", ("--resume", "none")), ("start: forward", ("-v",))):
+        code, error = signalled_at(boundary, SIGINT, *flags)
+        assert (code, error.splitlines()[-1]) == (130, "train.py: error: interrupted")
+        assert "Traceback" not in error
 
 
-def test_the_message_names_the_flag_where_the_command_would_start_over(monkeypatch, capfd):
-    assert signalled(monkeypatch, TrainingLog, "update", signal.SIGINT, flags=("--resume", "none")) == 130
-    assert "the same command, but with --resume auto, goes on from there" in capfd.readouterr().err
+# ---- to a process group, and with workers ----
 
 
-@pytest.fixture
-def started(tmp_path):
-    """``started(*flags)`` begins train.py in a process group of its own, and waits for a line of metrics."""
-    processes = []
-
-    def start(*flags):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *RUN, "--num_steps", "100000", "--log_every", "1", *flags],
-            stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )  # fmt: skip
-        processes.append(process)
-        end = time.monotonic() + 90
+@contextlib.contextmanager
+def training_with_workers():
+    """Gives a run in a process group of its own, once it has written a line of metrics."""
+    write_images("sizes", several_sizes(), per_class=12)
+    flags = ("--dataset", "sizes", "--num_steps", "100000", "--eval_every", "100000", "--log_every", "1")
+    with Forked(["train.py", *SHORT, *flags, "--num_workers", "2"]) as child:
+        deadline = time.monotonic() + 90
         while not (Path("logs/a/metrics.jsonl").exists() and Path("logs/a/metrics.jsonl").stat().st_size):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < end
+            assert child.poll() is None, child.stderr()
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert len(members(child.pid)) >= 3
+        yield child
 
 
 def members(group):
-    """The processes of a group, but those that have ended and wait for their parent to notice."""
-    found = []
+    """Returns the processes of a group, but those that have ended and wait for their parent to notice."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
-                found.append(path.parent.name)
-    return found
+            pids += [path.parent.name] if int(its_group) == group and state != "Z" else []
+    return pids
 
 
 def nobody_is_left(group, secs):
-    """Fails unless every process of the group has ended after so many seconds."""
-    for _ in range(20 * secs):  # not by the clock: the machine may have slept
-        if not members(group):
-            return
-        time.sleep(0.05)
-    pytest.fail(f"there still are processes after {secs} s")
+    """Tells whether every process of the group has ended after so many seconds."""
+    looks = (time.sleep(0.05) or members(group) for _ in range(20 * secs))  # not by the clock: the machine may sleep
+    return not all(looks)
 
 
-WITH_WORKERS = ["--dataset", "pets", "--num_workers", "2", "--eval_every", "100000"]
-
-
-@SIGNALS
-@pytest.mark.parametrize("times", [1, 2])
-def test_signals_to_every_process_of_a_run_with_workers(number, times, started):
+@pytest.mark.parametrize(("number", "times"), [(SIGINT, 1), (SIGTERM, 1), (SIGINT, 2)])
+def test_signals_to_every_process_of_a_run_with_workers(number, times):
     """As a terminal's Ctrl-C and many a scheduler's SIGTERM come."""
-    write("pets", several_sizes(), per_class=12)
-    process = started(*WITH_WORKERS)
-    for _ in range(times):
-        os.killpg(process.pid, number)
-        time.sleep(0.02)
-    _, error = process.communicate(timeout=60)
-    # The second may come when nothing of Python is left, and do what it does by itself: a shell says the same.
-    assert process.returncode in (128 + number, -number if times == 2 else 128 + number), error
-    assert "Traceback" not in error
-    every_name_is_whole()
-    if times == 1:
-        assert f"stopped after update {last_state().step}; " in error
-    nobody_is_left(process.pid, 10)
+    with training_with_workers() as child:
+        for _ in range(times):
+            os.killpg(child.pid, number)
+            time.sleep(0.02)
+        # The second may come when nothing of Python is left, and do what it does by itself: a shell says the same.
+        assert child.wait() in (128 + number, -number if times == 2 else 128 + number), child.stderr()
+        assert "Traceback" not in child.stderr()
+        every_name_is_whole()
+        if times == 1:
+            assert f"stopped after step {last_state().step}; " in child.stderr()
+        assert nobody_is_left(child.pid, 10)
 
 
-def test_no_worker_outlives_a_run_that_is_killed(started):
+def test_no_worker_outlives_a_run_that_is_killed():
     """Left to PyTorch it looks for its parent every five seconds, and a pipe from the run stays open so long."""
-    write("pets", several_sizes(), per_class=12)
-    process = started(*WITH_WORKERS)
-    process.kill()
-    process.wait()
-    nobody_is_left(process.pid, 4)
+    with training_with_workers() as child:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        assert nobody_is_left(child.pid, 4)
 
 
-def test_a_signal_while_python_tidies_up_shows_no_stack(tmp_path):
+def test_a_signal_while_python_tidies_up_shows_no_stack():
     code = (
         "import atexit, os, signal, time\n"
-        "from utils.runs import leave\n"
+        "from utils.signals import leave\n"
         "atexit.register(time.sleep, 30)\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
         "leave(7)"
@@ -215,10 +161,3 @@ def test_a_signal_while_python_tidies_up_shows_no_stack(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (7, "")
     assert time.monotonic() - begin < 30
-
-
-def test_an_evaluation_only_is_interrupted_in_one_line(monkeypatch, capfd):
-    assert run("--num_steps", "1", "--warmup_steps", "0") == 0
-    monkeypatch.setattr(train, "report", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert train.main([*RUN[:14], "-v"]) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "train.py: error: interrupted"

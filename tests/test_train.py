@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +21,10 @@ from models import npz, published
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers.fake_apex import FakeAmp
-from utils import datasets, figures, showing
+from utils import datasets
+from utils.args import make_parser
 from utils.checkpoint import CheckpointMetadata, save_weights
-from utils.precision import MAX_SKIPPED_IN_A_ROW, Precision
+from utils.precision import Precision
 from utils.scheduler import make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,106 +98,6 @@ def pictures_of(name):
     }
 
 
-def test_the_report_and_the_pictures_tell_of_the_best_evaluation(monkeypatch):
-    shown = []
-    best = showing.show_best
-    monkeypatch.setattr(
-        train, "show_best", lambda writer, found, *rest: (shown.append(found), best(writer, found, *rest))
-    )
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "0.1"]
-    assert train.main(args) == 0
-    lines = [line for line in lines_of("a") if "test/accuracy" in line]
-    found, told = shown[-1], json.loads(Path("output/a_checkpoint.json").read_text())
-    steps = [line["step"] for i, line in enumerate(lines)
-             if all(line["test/accuracy"] > earlier["test/accuracy"] for earlier in lines[:i])]  # fmt: skip
-
-    text = Path("output/a_report.html").read_text(encoding="utf-8")
-    rows = re.findall(r'<tr><th scope="row">(\d)</th>((?:<td class="(?:right|wrong)".*?</td>)+)</tr>', text)
-    matrix = [[int(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<td.*?>(.*?)</td>", cells)] for _, cells in rows]
-    expected = np.zeros((10, 10), dtype=int)
-    np.add.at(expected, (found.truth.numpy(), found.predicted.numpy()), 1)
-    assert matrix == expected.tolist()
-    assert np.trace(expected) / 360 == told["accuracy"] == found.accuracy
-    for words in (
-        "6 of 6 updates",
-        f"{100 * told['accuracy']:.2f} %",
-        "testing on digits",
-        "1,437 to train on, 360 to",
-    ):
-        assert words in text
-    for flag, value in (("--learning_rate", "0.1"), ("--seed", "42"), ("--name", "a")):
-        assert re.search(rf'<th scope="row">{flag}</th><td>{value}</td>', text)
-    assert text.count("<img ") == min(24, 360 - np.trace(expected))
-    evaluations = re.findall(r'<th scope="row">(\d+)</th><td>([\d.]+) %</td><td>([\d.]+)</td>', text)
-    assert evaluations == [
-        (str(line["step"]), f"{100 * line['test/accuracy']:.2f}", f"{line['test/loss']:.5f}") for line in lines
-    ]
-
-    pictures = pictures_of("a")
-    assert [(tag, [step for step, _ in pictures[tag]]) for tag in sorted(pictures)] == [
-        ("test/confusion", steps), ("test/worst_mistakes", steps), ("train/pictures", [1]),
-    ]  # fmt: skip
-    assert sorted(os.listdir("logs/a"))[0].startswith("events.")
-    assert len(os.listdir("logs/a")) == 2  # hparams make no run of their own
-
-
-def test_the_first_pictures_are_those_that_the_model_sees():
-    images = torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    shown = []
-
-    class Writer:
-        enabled = True
-
-        def picture(self, step, tag, picture):
-            shown.append((step, tag, np.asarray(picture)))
-
-    showing.show_batch(Writer(), images, torch.arange(70) % 10, [str(i) for i in range(10)])
-    (step, tag, pixels), side = shown[0], showing.IMAGE_PX
-    assert (step, tag) == (1, "train/pictures")
-    for i in (0, 9, 63):  # the 10th is the second of the second row
-        x, y = i % 8 * (side + figures.GAP_PX), i // 8 * (figures.TITLE_PX + side + figures.GAP_PX) + figures.TITLE_PX
-        cell = pixels[y : y + side : side // 8, x : x + side : side // 8]
-        assert np.abs(cell / 127.5 - 1 - images[i].permute(1, 2, 0).numpy()).max() < 0.01
-    assert len(pixels) == 8 * (figures.TITLE_PX + side + figures.GAP_PX) - figures.GAP_PX
-
-
-def test_names_of_folders_cannot_break_into_the_report():
-    evil = "<img src=x onerror=alert(1)>"
-    write_images("pets", classes=("<b>ant", evil))
-    args = ["--name", "a&b", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "8"]
-    assert train.main(args) == 0
-    text = Path("output/a&b_report.html").read_text(encoding="utf-8")
-    assert evil not in text
-    assert "<b>ant" not in text
-    assert "&lt;b&gt;ant" in text
-    assert "<h1>a&amp;b</h1>" in text
-
-
-def test_a_name_that_is_no_text_does_not_end_a_training():
-    write_images("pets", classes=("ant", os.fsdecode(b"b\xffe")))
-    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "8"]) == 0
-    assert "b\\udcffe" in Path("output/a_report.html").read_text(encoding="utf-8")
-
-
-def test_a_report_that_cannot_be_written_does_not_end_a_training(caplog):
-    os.makedirs("output/a_report.html")
-    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH]) == 0
-    assert "The report output/a_report.html could not be written" in caplog.text
-    assert os.path.isfile("output/a_checkpoint.bin")
-
-
-def test_logs_that_are_gone_do_not_end_a_training_for_the_report(caplog, monkeypatch):
-    def write_report(*args):
-        os.remove("logs/a/metrics.jsonl")
-        showing.write_report(*args)
-        Path("logs/a/metrics.jsonl").touch()
-
-    monkeypatch.setattr(train, "write_report", write_report)
-    assert train.main(["--name", "a", *TINY, *SHORT, *SCRATCH]) == 0
-    assert "The report output/a_report.html could not be written" in caplog.text
-    assert not os.path.exists("output/a_report.html")
-
-
 @pytest.fixture
 def checkpoint():
     """A checkpoint of the testing model at 32 px with ten classes, where -v looks for it."""
@@ -249,7 +149,7 @@ def test_fine_tuned_weights_go_back_to_googles_layout_and_evaluate_to_the_same_l
 
 
 def test_googles_model_names_are_model_types():
-    args = train.make_parser().parse_args(["--name", "x", "--model_type", "R50+ViT-B_16"])
+    args = make_parser().parse_args(["--name", "x", "--model_type", "R50+ViT-B_16"])
     assert CONFIGS[args.model_type] == CONFIGS["R50-ViT-B_16"]
 
 
@@ -300,7 +200,7 @@ def test_two_processes_train_as_one_with_their_total_batch():
         assert (two["predicted"] == one["predicted"]).float().mean() > 0.99
         torch.testing.assert_close(two["confidence"], one["confidence"], rtol=0, atol=1e-3)
     assert sorted(pictures_of("two")) == sorted(pictures_of("one"))
-    assert "processes</th><td>2<" in Path("output/two_report.html").read_text()
+    assert "ranks</th><td>2<" in Path("output/two_report.html").read_text()
 
 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
@@ -379,18 +279,6 @@ def test_without_dynamic_scaling_the_same_loss_stops_it(flags, spoil_losses, cap
     assert train.main(args) == 1
     assert skipped_steps(caplog) == []
     assert "train/loss is inf at step 2" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_gradients_that_overflow_without_end_stop_the_run(spoil_losses, capsys):
-    spoil_losses(range(6, 1000), 1e30, where=Precision)
-    args = ["--name", "a", *TINY, *TEN_STEPS, *SCRATCH, *FLOAT16, "--num_steps", "90", "--eval_every", "1000"]
-    assert train.main(args) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert sum("error:" in line for line in error) == 1
-    last = 5 + MAX_SKIPPED_IN_A_ROW
-    assert f"the gradients overflowed in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {last}," in error[-1]
-    assert "--amp_dtype bfloat16" in error[-1]
-    assert lines_of("a")[-1]["step"] == last
 
 
 # ---- apex ----
@@ -480,26 +368,6 @@ def test_a_compiled_model_drops(compile_without_code):
     assert losses_of("some")[-1] != losses_of("none")[-1]
 
 
-def test_a_compiler_that_is_not_there_is_one_line():
-    place = str(Path("nosuch", "g++").resolve())
-    done = run_script("--name", "a", *TINY, *SHORT, *SCRATCH, "--compile", CXX=place, TORCHINDUCTOR_CACHE_DIR="cache")
-    assert done.returncode == 1, done.stderr
-    error = done.stderr.splitlines()
-    assert "torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in error[-1]
-    assert "leave --compile out" in error[-1]
-    assert "Traceback" not in done.stderr
-
-
-def test_other_errors_of_a_run_keep_their_traceback(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(train, "train", fail)
-    for more in ([], ["--compile"]):
-        with pytest.raises(RuntimeError, match="a bug"):
-            train.main(["--name", "a", *TINY, *SHORT, *SCRATCH, *more])
-
-
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_code_trains_as_the_plain_model_does():
@@ -544,153 +412,6 @@ def test_a_folder_of_pictures_trains_with_its_own_number_of_classes():
     assert state["head.weight"].shape == (3, 32)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (31, 33)])
-def test_an_unreadable_picture_is_reported_by_its_path(size, capsys):
-    write_images("pets")
-    Image.new("RGB", size).save("pets/train/bee/other.png")
-    Path("pets/train/bee/3.png").write_bytes(Path("pets/train/bee/3.png").read_bytes()[:200])
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--dataset", "pets", "--train_batch_size", "16"]
-    assert train.main(args) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "pets/train/bee/3.png" in error
-    assert "Traceback" not in error
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(capsys):
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "1e38", "--max_grad_norm", "inf"]
-    assert train.main([*args, "--eval_every", "100", "--num_steps", "20"]) == 1
-    assert "at step" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_weights_that_went_bad_are_not_saved(capsys):
-    args = ["--name", "a", *TINY, *SHORT, *SCRATCH, "--learning_rate", "1e38", "--max_grad_norm", "inf"]
-    assert train.main([*args, "--eval_every", "3", "--log_every", "100"]) == 1
-    assert "test/loss is nan at step 3" in capsys.readouterr().err.splitlines()[-1]
-    assert not os.path.exists("output/a_checkpoint.bin")
-    assert "NaN" not in Path("logs/a/metrics.jsonl").read_text()
-
-
-def _truncated():
-    with open("whole.npz", "wb") as f:
-        model = VisionTransformer(CONFIGS["testing"], 32, 10)
-        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
-    Path("cut.npz").write_bytes(Path("whole.npz").read_bytes()[:100_000])
-    return ["--pretrained_dir", "cut.npz"]
-
-
-def _not_npz():
-    Path("text.npz").write_text("hello")
-    return ["--pretrained_dir", "text.npz"]
-
-
-def _another_model():
-    model = VisionTransformer(CONFIGS["ViT-demo"], 32, 10)
-    with open("demo.npz", "wb") as f:
-        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
-    return ["--pretrained_dir", "demo.npz"]
-
-
-def _empty_class():
-    write_images("pets")
-    os.mkdir("pets/train/cat")
-    return [*SCRATCH, "--dataset", "pets"]
-
-
-def _file_in_the_way():
-    Path("taken").write_text("")
-    return [*SCRATCH, "--output_dir", "taken/output"]
-
-
-BAD_INPUT = {
-    "missing npz": (
-        lambda: ["--model_type", "ViT-B_32", "--pretrained_dir", "checkpoint/imagenet21k_ViT-B_32.npz"],
-        ["checkpoint/imagenet21k_ViT-B_32.npz", "tools/download.py ViT-B_32"],
-    ),
-    "truncated npz": (_truncated, ["cut.npz", "only the beginning"]),
-    "no npz": (_not_npz, ["text.npz", "text.npz cannot be loaded: it is neither an .npz nor"]),
-    "npz of another model": (
-        _another_model,
-        ["expected (16, 16, 3, 32)", "found (8, 8, 3, 128)", "fits --model_type ViT-demo"],
-    ),
-    "unknown model": (lambda: ["--model_type", "ViT-B_33"], ["ViT-B_33", *CONFIGS]),
-    "unknown data set": (lambda: [*SCRATCH, "--dataset", "mnist"], ["mnist", "cifar10", "cifar100", "digits"]),
-    "empty class folder": (_empty_class, ["pets/train/cat", "no picture"]),
-    "no train folder": (lambda: [*SCRATCH, "--dataset", "."], ["train/<class>"]),
-    "size that patches do not divide": (lambda: [*SCRATCH, "--img_size", "40"], ["40", "16", "32", "48"]),
-    "size below one patch": (lambda: [*SCRATCH, "--img_size", "8"], ["8", "16"]),
-    "batch that parts do not divide": (
-        lambda: [*SCRATCH, "--train_batch_size", "10", "--gradient_accumulation_steps", "3"],
-        ["--train_batch_size 10", "--gradient_accumulation_steps 3"],
-    ),
-    "unwritable output": (_file_in_the_way, ["taken/output", "cannot be written"]),
-    "no steps": (lambda: [*SCRATCH, "--num_steps", "0"], ["--num_steps", "0"]),
-    "negative rate": (lambda: [*SCRATCH, "--learning_rate", "-1"], ["--learning_rate"]),
-    "word for a number": (lambda: [*SCRATCH, "--num_steps", "many"], ["--num_steps", "many"]),
-    "dropout of one": (lambda: [*SCRATCH, "--dropout", "1"], ["--dropout"]),
-    "name too long for a file": (lambda: [*SCRATCH, "--name", "n" * 230], ["--name", "230"]),
-    "seed too large": (lambda: [*SCRATCH, "--seed", str(2**63)], ["--seed", str(2**63)]),
-    "name with a folder": (lambda: [*SCRATCH, "--name", "a/b"], ["--name", "a/b"]),
-    "apex without a GPU": (
-        lambda: [*SCRATCH, "--fp16", "--amp_backend", "apex"],
-        ["--amp_backend apex needs a CUDA GPU, not cpu", "--amp_backend native"],
-    ),
-    "apex in bfloat16": (
-        lambda: [*SCRATCH, "--fp16", "--amp_backend", "apex", "--amp_dtype", "bfloat16"],
-        ["--amp_backend apex computes in float16 only", "--amp_backend native"],
-    ),
-    "unknown amp backend": (lambda: [*SCRATCH, "--fp16", "--amp_backend", "amp"], ["--amp_backend", "native", "apex"]),
-    "unknown flag": (lambda: [*SCRATCH, "--turbo"], ["--turbo"]),
-    "no checkpoint to evaluate": (lambda: ["-v"], ["output/a_checkpoint.bin"]),
-    "checkpoint flag while training": (lambda: [*SCRATCH, "--load_model_dir", "x.bin"], ["--load_model_dir"]),
-    "rank without a launcher": (lambda: [*SCRATCH, "--local_rank", "1"], ["--local_rank", "torchrun"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2_before_anything_is_written(case, capsys):
-    make, expected = BAD_INPUT[case]
-    extra = make()
-    before = sorted(str(p) for p in Path().rglob("*"))
-    try:
-        status = train.main(["--name", "a", *TINY, *SHORT, *extra])
-    except SystemExit as e:  # argparse's own
-        status = e.code
-    assert status == 2
-    error = capsys.readouterr().err.splitlines()
-    assert sum("error:" in line for line in error) == 1
-    for words in expected:
-        assert words in error[-1]
-    created = set(map(str, Path().rglob("*"))) - set(before)
-    assert not [p for p in created if Path(p).is_file()]
-
-
-@pytest.mark.parametrize("missing", [["--pretrained_dir", "checkpoint/nosuch.npz"], ["-v"]])
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (lambda: os.rename("pets/test", "pets/tests"), "--dataset pets needs the folders"),
-        (lambda: os.mkdir("pets/train/wasp"), "pets/train/wasp holds no picture"),
-    ],
-)
-def test_a_folder_without_the_layout_is_told_before_weights_are_asked_for(capsys, missing, wrong, words):
-    write_images("pets")
-    wrong()
-    assert train.main(["--name", "a", *TINY, *SHORT, "--dataset", "pets", *missing]) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert words in error
-
-
-def test_a_checkpoint_of_another_size_names_the_size_it_was_trained_for(checkpoint, capsys):
-    assert train.main(["--name", "a", *TINY, "--img_size", "64", "-v"]) == 2
-    assert "trained at --img_size 32, not 64" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_other_classes_names_both_numbers(checkpoint, capsys):
-    write_images("pets")
-    assert train.main(["--name", "a", *TINY, "--dataset", "pets", "-v"]) == 2
-    assert "10 classes" in capsys.readouterr().err
-
-
 def describe(state, **changes):
     """Writes output/a_checkpoint.bin with a description."""
     told = dict(model_type="testing", img_size=32, classes=[str(i) for i in range(10)], gelu="erf", dataset="digits",
@@ -698,32 +419,10 @@ def describe(state, **changes):
     save_weights("output/a_checkpoint.bin", state, CheckpointMetadata(**{**told, **changes}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "flags", "warning"),
-    [
-        ({}, ["--gelu", "tanh"], "was trained with --gelu erf, not tanh"),
-        ({"gelu": "tanh"}, [], "was trained with --gelu tanh, not erf"),
-        ({"model_type": "ViT-demo"}, [], "was trained with --model_type ViT-demo, not testing"),
-        ({"classes": [*"01234567", "nine", "8"]}, [], "number 8 was nine, here it is 8"),
-    ],
-)
-def test_an_evaluation_that_contradicts_the_training_is_a_warning(checkpoint, caplog, changes, flags, warning):
-    describe(checkpoint.state_dict(), **changes)
-    assert train.main(["--name", "a", *TINY, "-v", *flags]) == 0
-    assert [warning in r.message for r in caplog.records if r.levelname == "WARNING"] == [True]
-
-
 def test_an_evaluation_like_the_training_gives_no_warning(checkpoint, caplog):
     describe(checkpoint.state_dict())
     assert train.main(["--name", "a", *TINY, "-v"]) == 0
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
-
-
-def test_a_damaged_description_does_not_stop_an_evaluation(checkpoint, caplog):
-    describe(checkpoint.state_dict())
-    Path("output/a_checkpoint.json").write_text('{"model_type": ')
-    assert train.main(["--name", "a", *TINY, "-v"]) == 0
-    assert "output/a_checkpoint.json does not describe a checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -738,5 +437,5 @@ def test_the_reference_scripts_default_weights_are_still_the_default(tmp_path, m
     monkeypatch.chdir(tmp_path)
     os.mkdir("checkpoint")
     Path("checkpoint/ViT-B_16.npz").touch()
-    args = train.make_parser().parse_args(["--name", "x"])
+    args = make_parser().parse_args(["--name", "x"])
     assert published.find(args.pretrained_dir, args.model_type) == "checkpoint/ViT-B_16.npz"

@@ -68,7 +68,7 @@ def predict(model: VisionTransformer, paths: list[str], batch_size: int, device:
 
     def prepare(path: str) -> Tensor | datasets.ImageError:
         try:
-            return transform.picture(datasets.read_image(path), torch.empty(0))  # (3, S, S) uint8
+            return transform.image(datasets.read_image(path), torch.empty(0))  # (3, S, S) uint8
         except datasets.ImageError as e:
             return e
 

@@ -310,6 +310,16 @@ def defaults() -> dict[str, Any]:
     return {f"--{flag.name}": flag.default for flag in FLAGS if flag.default is not None}
 
 
+def with_defaults(args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """Returns every flag as it is typed, with its value and its default."""
+    return {f"--{name}": (value, default_of(name)) for name, value in vars(args).items()}
+
+
+def changed(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags whose values are not their defaults, without dashes."""
+    return {name: value for name, value in vars(args).items() if value != default_of(name)}
+
+
 def same_on_all_ranks(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags that must be the same on all ranks."""
     return {f"--{name}": value for name, value in vars(args).items() if name not in per_rank()}

@@ -116,6 +116,7 @@ def keep_earlier(path: str) -> str:
             return kept
         if not os.path.exists(kept) and (not os.path.exists(kept_beside) or _same_file(beside, kept_beside)):
             break
+    files.remove_stale(kept, kept_beside)  # of a copy that a kill interrupted, where the disk has no links
     if os.path.exists(beside) and not os.path.exists(kept_beside):
         _link(beside, kept_beside)
     _link(path, kept)

@@ -90,6 +90,13 @@ class MetricsWriter:
             pixels = np.asarray(image.convert("RGB"))
             self._events.add_summary(summary.image(tag, pixels, dataformats="HWC"), step)
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text, as Markdown, to the events."""
+        if self.enabled:
+            from torch.utils.tensorboard import summary
+
+            self._events.add_summary(summary.text(tag, text), step)
+
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
 

@@ -121,6 +121,10 @@ class TrainLog:
         if self._writer.enabled and (image := draw()) is not None:
             self._writer.image(step, tag, image)
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text, as Markdown, to the TensorBoard events."""
+        self._writer.text(step, tag, text)
+
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to TensorBoard's hparams tab; see ``MetricsWriter.hyperparameters``."""
         self._writer.hyperparameters(step, values)

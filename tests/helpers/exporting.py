@@ -17,6 +17,7 @@ from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers import fake_npz
+from tests.helpers.tools import run_tool
 from tools import export, predict
 from utils import checkpoint
 
@@ -42,14 +43,8 @@ def make_checkpoint(
 
 
 def run(*args: object) -> tuple[int, str, list[str]]:
-    """Runs the tool; returns its status, standard output and standard error's lines."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = export.main([*map(str, args)])
-        except SystemExit as e:
-            status = int(e.code or 0)
-    return status, out.getvalue(), err.getvalue().splitlines()
+    """Runs tools.export; see ``run_tool``."""
+    return run_tool(export, *args)
 
 
 def export_as(kind: str, path: str, output: Path, *args: object) -> str:
@@ -73,11 +68,10 @@ def variables_of(lines: str) -> dict[str, Any]:
 
 def predicted(path: str, *images: str) -> list[dict[str, float]]:
     """The probabilities that ``tools.predict`` prints for images, by the names of the classes."""
-    out = io.StringIO()
-    args = ["--load_model_dir", path, "--json", "--top_k", str(NUM_CLASSES), "--device", "cpu", *images]
-    with contextlib.redirect_stdout(out):
-        assert predict.main(args) == 0
-    return [x["probabilities"] for x in json.loads(out.getvalue())]
+    flags = ["--load_model_dir", path, "--json", "--top_k", NUM_CLASSES, "--device", "cpu"]
+    status, out, _ = run_tool(predict, *flags, *images)
+    assert status == 0
+    return [x["probabilities"] for x in json.loads(out)]
 
 
 def assert_as_predicted(path: str, images: list[str], classify: Callable[[str], dict[str, float]]) -> None:

@@ -30,6 +30,7 @@ TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "-
         "--pretrained_dir", "", "--dropout", "0", "--log_every", "1"]  # fmt: skip
 #: train.py, paced by ``set_pace``.
 PACED = str(REPOSITORY / "tests" / "helpers" / "paced.py")
+RESUMED = "Resumed after step"  # what a run logs that resumes
 MARK = "TRAIN_TEST_JOB"  # in the environment of all that a job starts
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
@@ -183,7 +184,7 @@ class Ranks:
         self._all = jobs
         self.jobs = [job for job in jobs if job is not None]
 
-    def results(self, secs: float = 60) -> list[Any]:
+    def results(self, secs: float = 120) -> list[Any]:
         """Returns what each rank returned, within a time; None for a rank that was not started."""
         deadline = time.monotonic() + secs
         return [job and job.wait(max(deadline - time.monotonic(), 0.01)) for job in self._all]

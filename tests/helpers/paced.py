@@ -20,8 +20,8 @@ def main(flags: list[str] | None = None) -> int:
     """Trains; returns the exit code."""
     original = data_utils.train_batches
 
-    def paced(*args: Any) -> Iterator[data_utils.Batch]:
-        for i, batch in enumerate(original(*args)):
+    def paced(*args: Any, **options: Any) -> Iterator[data_utils.Batch]:
+        for i, batch in enumerate(original(*args, **options)):
             since = time.monotonic()
             while True:
                 num_free, secs = Path(os.environ["PACE"]).read_text().split()
