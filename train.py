@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import time
@@ -37,7 +36,6 @@ from utils import (
     dist_util,
     exits,
     figures,
-    fonts,
     hardware,
     metadata,
     report,
@@ -79,7 +77,7 @@ def train(
         if state.last_eval_step < state.step and is_due(state.step, args.eval_every, args.num_steps):
             after_step(args, run, model, data, precision, log, stop)  # it was stopped between a step and its evaluation
         if state.step == 0:
-            batches = show_first(log, batches, data.classes)
+            batches = figures.show_first(log, batches, data.classes)
         for step in range(state.step + 1, args.num_steps + 1):
             torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
             loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches)
@@ -136,10 +134,12 @@ def after_step(
                 state.last_eval_step = step
                 log.evaluation(step, result.accuracy, result.loss, time.perf_counter() - start)
                 log_result(step, result)
-                is_best = result.accuracy > state.best_accuracy
-                if is_best:
-                    run.save_best(result, describe(args, data.classes, step, result.accuracy))
-                show_result(args, run, data, precision, log, result, is_best)
+                if result.accuracy > state.best_accuracy:
+                    run.save_best(result, checkpoint.CheckpointMetadata(
+                        canonical_name(args.model_type), args.img_size, data.classes, args.gelu, args.dataset, step,
+                        result.accuracy,
+                    ))  # fmt: skip
+                show_result(args, run, data, precision, log, result)
     signal_number = stop.any_rank()
     if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
         run.save()
@@ -149,45 +149,22 @@ def after_step(
 
 
 def show_result(
-    args: argparse.Namespace,
-    run: Run,
-    data: datasets.DataSets,
-    precision: Precision,
-    log: TrainLog,
-    result: EvalResult,
-    is_best: bool,
+    args: argparse.Namespace, run: Run, data: datasets.DataSets, precision: Precision, log: TrainLog, result: EvalResult
 ) -> None:
     """Shows an evaluation in TensorBoard and in the report, if it is the best so far or the last."""
-    step, is_last = run.state.step, run.state.step == args.num_steps
-    if is_best:
-        log.image(step, "test/confusion", lambda: figures.confusion(result.confusion(len(data.classes)), data.classes))
-        log.image(step, "test/worst_mistakes", lambda: figures.mistakes(result, data))
+    state, is_last = run.state, run.state.step == args.num_steps
+    if state.best_step == state.step:
+        figures.show_result(log, state.step, result, data)
     if is_last:
-        log.hyperparameters(step, {**run.settings, "--dataset": args.dataset})
-    if (is_best or is_last) and dist_util.is_main():
-        contents = report.Contents(
-            args.name, f"{args.model_type} on {args.dataset}", args.num_steps, step, run.paths.log_dir, data,
-            EvalResult(**run.state.best_result), run.state.best_step, flags.with_defaults(args),
+        log.hyperparameters(state.step, {**run.settings, "--dataset": args.dataset})
+    if (state.best_step == state.step or is_last) and dist_util.is_main():
+        report.write_report(run.paths.report, report.Contents(
+            args.name, f"{args.model_type} on {args.dataset}", args.num_steps, state.step, run.paths.log_dir, data,
+            EvalResult(**state.best_result), state.best_step, flags.with_defaults(args),
             report.facts(precision.device, str(precision), dist_util.world_size()),
             report.timing(data, log.train_secs, log.eval_secs, log.speed()),
             commands.after_training(flags.changed(args), run.paths.checkpoint),
-        )  # fmt: skip
-        report.write_report(run.paths.report, contents)
-
-
-def describe(args: argparse.Namespace, classes: list[str], step: int, accuracy: float) -> checkpoint.CheckpointMetadata:
-    """Returns the metadata of the weights after a step."""
-    model_type = canonical_name(args.model_type)
-    return checkpoint.CheckpointMetadata(model_type, args.img_size, classes, args.gelu, args.dataset, step, accuracy)
-
-
-def show_first(log: TrainLog, batches: Iterator[data_utils.Batch], classes: list[str]) -> Iterator[data_utils.Batch]:
-    """Shows the first micro-batch in TensorBoard as the model sees it; returns the batches from it on."""
-    images, labels = next(batches)
-    log.image(1, "train/pictures", lambda: figures.training_batch(images, labels, classes))
-    if legend := fonts.legend(classes):
-        log.text(1, "train/classes", legend)
-    return itertools.chain([(images, labels)], batches)
+        ))  # fmt: skip
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
@@ -222,15 +199,9 @@ def evaluate(
 
     Args:
         model: prepared by ``precision``.
-        images: with their labels.
-        precision: the number formats.
-        img_size: side of the images that the model sees, in pixels.
-        batch_size: images evaluated at once.
-        num_workers: processes that decode.
-        stop: notes signals.
-
-    Returns:
-        All predictions; None if a signal to stop came meanwhile: a training saves its state sooner so.
+        images, img_size: with their labels; the side in pixels that the model sees.
+        batch_size, num_workers: images evaluated at once, and processes that decode.
+        stop: notes signals: after one the result is None, so that a training saves its state sooner.
 
     Raises:
         OutOfMemory: so many images do not fit into memory.

@@ -33,6 +33,8 @@ import torch
 from utils.hardware import device_name
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+#: Starts contenders' processes with nothing loaded, so that memory and settings are their own.
+START_METHOD: Any = "spawn"
 #: Instruction sets that decide how fast matrix products are.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "i8mm", "sve")
 
@@ -218,8 +220,7 @@ def _serve(pipe: Connection, job: Job) -> None:
     """Runs in a contender's process: builds it, says so, and takes a turn whenever it is asked for one."""
     torch.set_num_threads(job.threads)
     try:
-        # torch._dynamo comes with the first step of any optimizer of torch.
-        for module in ("torch._dynamo", *job.imports):
+        for module in job.imports:
             importlib.import_module(module)
         baseline = 0 if job.device == "cuda" else status_bytes("VmRSS")
         contender = job.build()
@@ -238,7 +239,7 @@ class Remote:
     """A contender in a process of its own."""
 
     def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job))
         self._process.start()

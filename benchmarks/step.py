@@ -61,8 +61,9 @@ def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
     name = str(dtype).removeprefix("torch.")
     autocast = f"{name} autocast" if half else name
 
-    def job(build: Callable, *values: Any, imports: str = "torch") -> common.Job:
-        return common.Job(functools.partial(build, *values), (imports,), setting.device, args.threads)
+    def job(build: Callable, *values: Any, package: str = "torch") -> common.Job:
+        # torch._dynamo comes with any optimizer of torch.
+        return common.Job(functools.partial(build, *values), ("torch._dynamo", package), setting.device, args.threads)
 
     rows = []
     for level in args.fp16_opt_level:
@@ -80,7 +81,7 @@ def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
         if half == torch.bfloat16 and peer != "torchvision":
             pures.append(True)  # these offer to hold all weights in bfloat16, without float32 masters
         for pure in pures:
-            build = job(peers.Peer, peer, setting, half, pure, 1 if args.quick else 3, args.compile, imports=package)
+            build = job(peers.Peer, peer, setting, half, pure, 1 if args.quick else 3, args.compile, package=package)
             labels = (f"{peer}, all {name}", f"{name} weights") if pure else (peer, autocast)
             rows.append(Row(labels[0], dtype, labels[1], build, peer, pure))
     rows.append(Row("plain reference", torch.float32, "float32", job(peers.plain_stepper, setting, None)))

@@ -42,10 +42,10 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def keep_mask(shape: torch.Size, rate: float) -> Tensor:
-    """int16, all bits set where an element is kept and none where it is dropped.
+    """Returns an int16 mask: all bits set where an element is kept, none where it is dropped.
 
-    The numbers come from a generator of numpy's, twice as fast as torch's, that torch's seeds: so
-    ``torch.manual_seed`` decides on them as on everything else.
+    The random numbers are numpy's, twice as fast as torch's, seeded by torch's generator, so that
+    ``torch.manual_seed`` decides on them too.
     """
     seed = int(torch.randint(2**63 - 1, ()))
     size, lanes = shape.numel(), 64 // LANE_BITS
@@ -95,14 +95,14 @@ def cast_for_matmul(x: Tensor) -> Tensor:
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     """Scaled products of queries and keys, (B, A, T, K) each, in float32 at least: (B, A, T, T).
 
-    So the fused kernels have them.  In bfloat16 a score's rounding is a large part of the gradients' error, and the
-    product is a hundredth of a block's work.
+    The fused kernels do the same.  In bfloat16 the rounding of scores is a large part of the gradients' error, and
+    this product is a hundredth of a block's work.
     """
     return _Scores.apply(q, k)
 
 
 class _Scores(torch.autograd.Function):
-    """Keeps queries and keys for the backward pass as they come: float32 copies would take twice the memory."""
+    """Keeps queries and keys for the backward pass in their own type: float32 copies would take twice the memory."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:

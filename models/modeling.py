@@ -105,8 +105,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """All blocks and the final norm.  (B, T, D) -> (B, T, D) and the blocks' probabilities.
 
-    With ``class_only`` the result is (B, 1, D), the class token: what the last block would make of the
-    other tokens, most of its work, is left out.
+    With ``class_only`` the result is (B, 1, D), the class token alone: the last block leaves out the
+    other tokens, which are most of its work.
     """
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
@@ -137,7 +137,7 @@ class PatchEmbedding(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         p, x = self.kernel_size[0], cast_for_matmul(x)
-        rows, cols = x.shape[2] // p, x.shape[3] // p  # what is left over is not seen ('VALID')
+        rows, cols = x.shape[2] // p, x.shape[3] // p  # the remainder is left out ('VALID')
         x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))  # (B, C, rows, p, cols, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, P, C * p * p)
         return F.linear(x, self.weight.flatten(1), self.bias)  # (B, P, D)
@@ -157,7 +157,7 @@ class Embeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.cls_token.dtype)  # half throughout, where the weights are
+        x = x.to(self.cls_token.dtype)  # half precision from here on, if the weights are
         if self.hybrid_model is not None:
             x = self.hybrid_model(x)  # (B, C, H / stride, W / stride)
         x = self.patch_embeddings(x)  # (B, P, D)
@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
         config: the architecture, one of ``CONFIGS``.
         img_size: side of the images, in pixels.
         num_classes: outputs of the head.
-        zero_head: fine-tune: ``load_from`` sets the head to zero instead of loading it.
+        zero_head: for fine-tuning: ``load_from`` sets the head to zero instead of loading it.
         vis: return every block's attention probabilities.
     """
 
@@ -210,7 +210,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Google's initial values, from torch's global generator."""
+        """Sets Google's initial values, drawn from torch's global generator."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -243,11 +243,11 @@ class VisionTransformer(nn.Module):
     def load_from(self, weights: Mapping[str, np.ndarray]) -> None:
         """Loads a checkpoint in Google's layout: all of it, or nothing.
 
-        A model made under ``torch.device("meta")``, which takes no time for it has no weights, has them afterwards.
+        A model made under ``torch.device("meta")``, quickly since without memory, has its weights afterwards.
 
         Args:
-            weights: arrays by Google's names, such as ``np.load(path)`` gives; what ``npz.match`` gives has been
-                checked, and is not again.
+            weights: arrays by Google's names, such as ``np.load(path)`` returns; what ``npz.match`` returned is
+                not checked again.
 
         Raises:
             UserError: an array is missing, or has another shape than this model's; the message
@@ -285,10 +285,10 @@ class VisionTransformer(nn.Module):
             )
 
     def load_finetuned(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a state_dict of exactly this model: all of it, or nothing; "meta" as in ``load_from``.
+        """Loads a state_dict of exactly this model: all of it, or nothing; "meta" as for ``load_from``.
 
         Args:
-            state: as ``state_dict()`` gives it, of any float type.
+            state: as ``state_dict()`` returns it, of any float type.
 
         Raises:
             UserError: it is another model's, or for another number of classes or size of images;
@@ -301,7 +301,7 @@ class VisionTransformer(nn.Module):
             for name, x in own.items()
             if name in state and x.shape != state[name].shape
         }
-        later = [head, "head.weight"]  # these may differ for reasons of their own, told below
+        later = [head, "head.weight"]  # these may differ for reasons of their own, reported below
         if positions in state and state[positions].ndim == 3:
             later.append(positions)
         wrong = [misfit for name, misfit in misfits.items() if name not in later]

@@ -5,6 +5,8 @@ github.com/google-research/vision_transformer, ``vit_jax/checkpoint.py``.
 
 Kernels are stored (in, out), convolutions HWIO, and attention projections with a separate head axis.
 This module must not know data sets, devices or training, nor read files (utils/weights.py does).
+It is longer than other files because it is the one place that knows Google's names, in both of their
+spellings, and ours beside them: a table, its two directions and its errors are read together.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def _entry(google: str, ours: str, shape: tuple[int, ...]) -> WeightSpec:
 
 
 def layout(config: ViTConfig, img_size: int, num_classes: int | None = None) -> Iterator[WeightSpec]:
-    """Every array of a checkpoint of this model.
+    """Yields every array of a checkpoint of this model.
 
     Args:
         config: the architecture.
@@ -143,7 +145,7 @@ def _norm_layout(google: str, ours: str, channels: int) -> Iterator[WeightSpec]:
 
 
 def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[WeightSpec, None, int]:
-    """The arrays of a hybrid's stem; returns the channels of its feature map."""
+    """Yields the arrays of a hybrid's stem; returns the channels of its feature map."""
     channels = 64
     yield _entry("conv_root/kernel", prefix + "root.conv.weight", (7, 7, 3, channels))
     yield from _norm_layout("gn_root", prefix + "root.gn", channels)
@@ -201,9 +203,9 @@ def _renumber(name: str, numbering: Mapping[str, str]) -> str:
 
 
 class Matched(Mapping[str, np.ndarray]):
-    """Arrays that ``match`` found to be all that a model needs, by their historical names.
+    """All arrays that a model needs, by their historical names, as ``match`` checked them.
 
-    They need not be looked through again for a model that needs no others.
+    They are not checked again for a model that needs no others.
 
     Attributes:
         entries: the arrays, but for those of the layer before the head that some files have and no model here.
@@ -227,7 +229,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
 
     Args:
         weights: arrays by Google's names, of any float type; what is not needed is named in a warning.
-            What was matched with such a model before, perhaps with a head as well, comes back as it is.
+            What was matched with such a model before, perhaps with a head as well, is returned as it is.
         config: the architecture.
         num_classes: outputs of the head, or None to leave the head out.
 
@@ -277,7 +279,7 @@ def first_faults(faults: list[str]) -> str:
 
 
 def _hint(weights: Mapping[str, np.ndarray], spelling: Spelling, config: ViTConfig) -> str:
-    """Names the model that a checkpoint is of, if it is a known one and not this one."""
+    """Names the model that a checkpoint belongs to, if it is a known one and not this one."""
     if _is_of(weights, spelling, config):
         return ""
     other = model_of(weights)

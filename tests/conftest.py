@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Fixtures that several test modules share."""
 
 from __future__ import annotations
 
@@ -102,6 +102,15 @@ def draw(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return make
+
+
+@pytest.fixture
+def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works in a folder of its own, where the folder pets is that ``runs.SHORT`` trains on."""
+    from tests.helpers.runs import write_images
+
+    monkeypatch.chdir(tmp_path)
+    write_images()
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def by_pillow(images, boxes, out_size):
 
 
 def grey_levels_off(got, expected):
-    """How far two batches are apart on average; no value may be off by more than one level.
+    """Returns how far two batches are apart on average; no value may be off by more than one level.
 
     Pillow rounds to whole levels after each of its two passes, half a level at most each time, and so do we: in
     whichever order, both are less than one level away from the exact value, so less than two, which is at most

@@ -1,4 +1,4 @@
-"""What all tools share: help with an example that is true, errors of one line, exit statuses, checks of --output."""
+"""All tools share these: help with an example that is true, errors of one line, exit codes, checks of --output."""
 
 import importlib
 import os

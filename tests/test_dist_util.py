@@ -157,7 +157,7 @@ def watch(local_rank: int) -> dict:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What each of two ranks saw."""
+    """Returns what each of two ranks saw."""
     # The first hears of its rank from the environment only, the second from the flag as well.
     with ranks(tmp_path_factory.mktemp("two"), [-1, 1], watch) as run:
         results = run.results()

@@ -140,7 +140,7 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
 
 
 def saved(total: int, per_rank: int, num_micro_batches: int = 1) -> dict[str, Any]:
-    """What a training state holds of the batch, whose flags were these."""
+    """Returns the batch of a training state, whose flags were these."""
     return {"total": total, "given": (per_rank, num_micro_batches)}
 
 

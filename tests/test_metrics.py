@@ -134,7 +134,7 @@ def test_pictures_are_events_only_and_keep_their_pixels(tmp_path):
 
 
 def hyperparameters_of(folder):
-    """What the hparams tab reads of a run, and whether it is told that the run has ended."""
+    """Returns what the hparams tab reads of a run, and whether that says that the run has ended."""
     from tensorboard.plugins.hparams import metadata
 
     found = read_all(folder).summary_metadata

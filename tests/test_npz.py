@@ -170,7 +170,7 @@ def test_a_fault_of_any_array_is_named_as_the_file_does_and_nothing_is_loaded(co
     assert_same(model.state_dict(), before)
 
 
-def test_a_file_that_lacks_much_is_told_of_by_three_of_its_own_names():
+def test_a_file_that_lacks_much_is_reported_by_three_of_its_own_names():
     for options in SPELLINGS:
         weights = fake_npz.arrays(PLAIN, **options)
         # Enough to see the spelling.

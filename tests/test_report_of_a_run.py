@@ -52,7 +52,8 @@ def events_of(name, kind):
 
 def test_the_report_and_the_images_show_the_best_evaluation(page):
     lines = [line for line in runs.lines() if "test/accuracy" in line]
-    result, metadata = EvalResult(**runs.last_state().best), json.loads(Path("output/a_checkpoint.json").read_text())
+    result = EvalResult(**runs.last_state().best_result)
+    metadata = json.loads(Path("output/a_checkpoint.json").read_text())
     matrix = np.zeros((10, 10), dtype=int)
     np.add.at(matrix, (result.truth.numpy(), result.predicted.numpy()), 1)
     assert np.trace(matrix) / 360 == metadata["accuracy"] == result.accuracy

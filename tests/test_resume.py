@@ -13,29 +13,16 @@ import torch
 
 import train
 from tests.helpers.boundaries import killed_at
-from tests.helpers.runs import (
-    assert_same,
-    last_state,
-    lines,
-    outcome,
-    short_run,
-    undisturbed,
-    write_images,
-)
+from tests.helpers.runs import assert_same, last_state, lines, outcome, run, undisturbed
 from utils import checkpoint, precision
 from utils.errors import UserError
 from utils.evaluation import EvalResult
 from utils.run import Batch
 
+pytestmark = pytest.mark.usefixtures("pets")
+
 STATE = Path("output/a_last.pt")
 STOP = "after step 3: step ends"  # the state is of step 2
-
-
-@pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
-    """Runs write output/ and logs/ below the working directory."""
-    monkeypatch.chdir(tmp_path)
-    write_images()
 
 
 # ---- which state a run starts from ----
@@ -43,68 +30,59 @@ def _folder_of_its_own(tmp_path, monkeypatch):
 
 def test_a_new_run_needs_no_state(caplog):
     with caplog.at_level(logging.INFO):
-        assert short_run() == 0
+        assert run() == 0
     assert "Resumed after" not in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "pretrained_dir" not in r.getMessage()]
 
 
 def test_a_finished_run_says_so_and_does_nothing(monkeypatch, caplog, make_npz):
     start = make_npz("testing", img_size=32)
-    assert short_run("--pretrained_dir", start) == 0
+    assert run("--pretrained_dir", start) == 0
     os.remove(start)  # nothing needs it any more
     before = {p: p.stat().st_mtime_ns for p in Path().rglob("*") if p.is_file()}
     monkeypatch.setattr(train, "train", None)
     monkeypatch.setattr(train, "evaluate", None)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        assert short_run("--pretrained_dir", start) == 0
+        assert run("--pretrained_dir", start) == 0
     assert f"This run is finished: Best Accuracy: \t{last_state().best_accuracy:.5f}" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*") if p.is_file()} == before
 
 
 def test_resuming_needs_no_pretrained_file(make_npz):
     start = make_npz("testing", img_size=32)
-    assert short_run("--name", "b", "--pretrained_dir", start) == 0
+    assert run("--name", "b", "--pretrained_dir", start) == 0
     killed_at(STOP, "--pretrained_dir", start)
     os.remove(start)
-    assert short_run("--pretrained_dir", start) == 0
+    assert run("--pretrained_dir", start) == 0
     assert_same(outcome("a"), outcome("b"))
 
 
 def test_none_starts_over_and_says_what_it_replaces(caplog):
-    assert short_run("--seed", "1") == 0
+    assert run("--seed", "1") == 0
     before = STATE.read_bytes()
     caplog.clear()
-    for wrong in (
-        ("--dataset", "nowhere"),
-        ("--pretrained_dir", "nosuch.npz"),
-    ):  # it cannot start, and replaces nothing
-        assert short_run("--resume", "none", *wrong) == 2
+    for wrong in (("--dataset", "nowhere"), ("--pretrained_dir", "nosuch.npz")):  # it cannot start
+        assert run("--resume", "none", *wrong) == 2
         assert "replaces" not in caplog.text
         assert STATE.read_bytes() == before
-    assert short_run("--resume", "none") == 0
+    assert run("--resume", "none") == 0
     assert "--resume none: this run replaces the one that output/a_last.pt is of" in caplog.text
     assert "Moved the logs of an earlier run" in caplog.text
     assert_same(outcome(), undisturbed())
     caplog.clear()
-    assert short_run("--name", "new", "--resume", "none") == 0
+    assert run("--name", "new", "--resume", "none") == 0
     assert "replaces" not in caplog.text
 
 
 @pytest.mark.parametrize("boundary", ["start: forward", "after step 2: os.rename a_last.pt"])
 def test_a_replacement_killed_before_its_first_save_is_not_taken_for_the_run_that_it_replaced(boundary, caplog):
-    assert short_run() == 0
+    assert run() == 0
     killed_at(boundary, "--resume", "none")
     assert not STATE.exists()
     caplog.clear()
-    assert short_run() == 0
+    assert run() == 0
     assert "Resumed after" not in caplog.text
-    assert_same(outcome(), undisturbed())
-
-
-def test_the_own_path_is_as_auto():
-    killed_at(STOP)
-    assert short_run("--resume", "./output/a_last.pt") == 0
     assert_same(outcome(), undisturbed())
 
 
@@ -114,38 +92,37 @@ def test_a_path_resumes_under_another_name_with_the_best_weights(boundary):
     killed_at(boundary)
     shutil.copytree("output", "elsewhere")
     shutil.rmtree("output")
-    assert short_run("--name", "b", "--resume", "elsewhere/a_last.pt") == 0
+    assert run("--name", "b", "--resume", "elsewhere/a_last.pt") == 0
     result, expected = outcome("b"), undisturbed()
     for key in ("best", "metadata", "model", "optimizer", "precision", "step", "best_accuracy", "settings"):
         assert result[key] == expected[key], key
     assert result["lines"] == [line for line in expected["lines"] if line["step"] > 2]
+    shutil.rmtree("output")
+    shutil.copytree("elsewhere", "output")
+    assert run("--resume", "./output/a_last.pt") == 0  # its own path is as auto
+    assert_same(outcome(), expected)
 
 
 ALL_WRONG = EvalResult(1.0, torch.zeros(8).long(), torch.ones(8).long(), torch.ones(8))
 
 
-def test_a_path_with_better_weights_than_the_rest_of_the_run_has_keeps_them(monkeypatch):
+@pytest.mark.parametrize("missing", [None, "output/a_checkpoint.bin", "output/a_checkpoint.json"])
+def test_best_weights_beside_a_path_are_kept_unless_they_are_gone(missing, monkeypatch, caplog):
     killed_at(STOP)
     best = Path("output/a_checkpoint.bin").read_bytes()
+    if missing:
+        os.remove(missing)
     monkeypatch.setattr(train, "evaluate", lambda *_: ALL_WRONG)
-    assert short_run("--name", "b", "--resume", str(STATE)) == 0
-    assert Path("output/b_checkpoint.bin").read_bytes() == best
+    assert run("--name", "b", "--resume", str(STATE)) == 0
+    assert (Path("output/b_checkpoint.bin").read_bytes() == best) == (missing is None)
     assert checkpoint.read_metadata("output/b_checkpoint.bin", checkpoint.load_weights("output/b_checkpoint.bin"))
-
-
-@pytest.mark.parametrize("missing", ["output/a_checkpoint.bin", "output/a_checkpoint.json"])
-def test_best_weights_that_are_gone_are_told_of_and_the_next_are_saved(missing, monkeypatch, caplog):
-    killed_at(STOP)
-    os.remove(missing)
-    monkeypatch.setattr(train, "evaluate", lambda *_: ALL_WRONG)
-    assert short_run("--name", "b", "--resume", str(STATE)) == 0
-    assert re.search(r"The best weights so far, of accuracy 0\.\d+, are not there", caplog.text)
-    assert os.path.exists("output/b_checkpoint.bin")
+    told = re.search(r"The best weights so far, of accuracy 0\.\d+, are not there", caplog.text)
+    assert bool(told) == (missing is not None)
 
 
 def test_a_path_replaces_another_run_of_the_name():
     killed_at(STOP)
-    assert short_run("--name", "b", "--seed", "1") == 0
+    assert run("--name", "b", "--seed", "1") == 0
     killed_at(STOP, "--name", "b", "--resume", str(STATE), "--save_every", "4")
     assert not os.path.exists("output/b_last.pt")
 
@@ -153,9 +130,9 @@ def test_a_path_replaces_another_run_of_the_name():
 def test_logs_of_another_run_are_not_cut(caplog):
     """Two output folders share logs/<name>: a run must not write on in the other's files."""
     killed_at(STOP)
-    assert short_run("--output_dir", "other", "--seed", "1") == 0
+    assert run("--output_dir", "other", "--seed", "1") == 0
     theirs = lines()
-    assert short_run() == 0
+    assert run() == 0
     assert "does not hold the logs of the run up to step 2" in caplog.text
     assert [line["step"] for line in lines()] == [3, 4, 4]
     os.rename("logs/a", "logs/gone")
@@ -167,8 +144,8 @@ def test_logs_of_another_run_are_not_cut(caplog):
 
 
 def test_more_steps_resume_with_a_warning(caplog):
-    assert short_run() == 0
-    assert short_run("--num_steps", "7") == 0
+    assert run() == 0
+    assert run("--num_steps", "7") == 0
     assert "--num_steps was 4 and is 7: the steps to come have the longer schedule's learning rates" in caplog.text
     assert last_state().step == 7
     assert sorted({line["step"] for line in lines()}) == [2, 3, 4, 6, 7]
@@ -186,13 +163,13 @@ def test_another_setting_is_an_error_that_names_it_and_no_other(capsys):
     killed_at(STOP)
     stopped, settings = STATE.read_bytes(), last_state().settings
     for flag, value in DIFFERENT.items():
-        assert short_run(flag, *([value] if value else [])) == 2, flag
+        assert run(flag, *([value] if value else [])) == 2, flag
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"train.py: error: {STATE} is of a run with other settings: ")
         named = "precision" if flag == "--fp16" else flag
         assert [name for name in settings if name.split()[0] != named and f" {name} was" in error] == []
         assert re.search(rf" {named}( of all processes)? was .*, is ", error)
-    assert short_run(*[word for pair in DIFFERENT.items() for word in pair if word], "--loss_scale", "2") == 2
+    assert run(*[word for pair in DIFFERENT.items() for word in pair if word], "--loss_scale", "2") == 2
     assert capsys.readouterr().err.splitlines()[-1].count(" was ") == len(settings) == len(DIFFERENT) + 1
     assert STATE.read_bytes() == stopped
 
@@ -200,7 +177,7 @@ def test_another_setting_is_an_error_that_names_it_and_no_other(capsys):
 def test_other_images_are_another_data_set(capsys):
     killed_at(STOP)
     shutil.copy("pets/train/ant/0.png", "pets/train/ant/1.png")
-    assert short_run() == 2
+    assert run() == 2
     assert "--dataset was folder " in capsys.readouterr().err
 
 
@@ -214,7 +191,7 @@ def test_other_images_are_another_data_set(capsys):
 )
 def test_another_environment_is_a_warning(flags, words, caplog):
     killed_at(STOP)
-    assert short_run(*flags) == 0
+    assert run(*flags) == 0
     assert f"{words}: the last digits may differ from those of a run that was never stopped" in caplog.text
 
 

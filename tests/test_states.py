@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -12,16 +13,12 @@ import torch
 
 from tests.helpers.boundaries import killed_at
 from tests.helpers.forked import holding
-from tests.helpers.runs import last_state, short_run, write_images
+from tests.helpers.runs import last_state, run
 from utils import files
 
+pytestmark = pytest.mark.usefixtures("pets")
+
 STATE = Path("output/a_last.pt")
-
-
-@pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_images()
 
 
 class Touch:
@@ -68,14 +65,14 @@ DAMAGED = {
 
 
 def test_a_state_that_is_none_is_one_line_and_stays(capsys):
-    assert short_run() == 0
+    assert run() == 0
     state = STATE.read_bytes()
     for damage, (spoil, words) in DAMAGED.items():
         STATE.write_bytes(state)
         spoil(STATE)
         spoiled = STATE.read_bytes()
         for how in ("auto", str(STATE)):
-            assert short_run("--resume", how) == 2, damage
+            assert run("--resume", how) == 2, damage
             error = capsys.readouterr().err.splitlines()
             assert [line for line in error if "error:" in line] == error[-1:]
             assert words in error[-1], damage
@@ -84,7 +81,7 @@ def test_a_state_that_is_none_is_one_line_and_stays(capsys):
 
 
 def test_a_path_that_is_missing_is_one_line(capsys):
-    assert short_run("--resume", "nosuch_last.pt") == 2
+    assert run("--resume", "nosuch_last.pt") == 2
     assert "there is no training state nosuch_last.pt; --resume takes a <name>_last.pt" in capsys.readouterr().err
 
 
@@ -94,7 +91,7 @@ def test_a_state_of_somebody_elses_cuts_no_other_files(absolute, tmp_path, caplo
     Path("precious").write_text("precious")
     name = str(tmp_path / "precious") if absolute else "../../precious"
     edited(log={**last_state().log, "files": {name: 0}})(STATE)
-    assert short_run() == 0
+    assert run() == 0
     assert Path("precious").read_text() == "precious"
     assert "does not hold the logs of the run up to step 2" in caplog.text
 
@@ -103,7 +100,7 @@ def test_what_killed_processes_left_half_written_is_removed():
     os.makedirs("output")
     for name in ("a_checkpoint.bin", "a_checkpoint.json", "a_last.pt", "a_report.html", "b_last.pt"):
         Path("output", f".{name}.xyz.tmp").write_bytes(b"half")
-    assert short_run() == 0
+    assert run() == 0
     assert [f for f in os.listdir("output") if f.endswith(".tmp")] == [".b_last.pt.xyz.tmp"]
 
 
@@ -114,30 +111,25 @@ def test_what_killed_processes_left_half_written_is_removed():
 def test_a_second_run_of_the_name_is_refused_while_the_first_lives(lock, capsys):
     os.makedirs(os.path.dirname(lock))
     with holding(lock) as pid:
-        assert short_run() == 2
+        assert run() == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"train.py: error: process {pid} is training under this name; wait for it, stop it, or give another --name"
         )
     assert os.path.exists(lock)  # its process was killed, and the system took the lock away
-    assert short_run() == 0
+    assert run() == 0
     assert not os.path.exists(lock)
 
 
-@pytest.mark.parametrize("look", [1, 2])
-def test_a_lock_whose_file_goes_while_it_is_looked_at_is_taken_anew(look, tmp_path, monkeypatch):
-    path, real, looks = str(tmp_path / "lock"), os.stat, 0
+def test_a_lock_whose_file_goes_before_it_is_locked_is_taken_anew(tmp_path, monkeypatch):
+    """Whoever held it has just removed it: a third process must find the lock that counts."""
+    path, real = str(tmp_path / "lock"), fcntl.lockf
 
-    def stat(name, *args, **kwargs):
-        nonlocal looks
-        looks += name == path
-        if name == path and looks == look:
-            os.unlink(path)
-        return real(name, *args, **kwargs)
+    def lockf(*args):
+        monkeypatch.setattr(fcntl, "lockf", real)
+        os.unlink(path)
+        real(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", stat)
-        held = files.file_lock(path)
-        held.__enter__()
-    assert os.path.exists(path)
-    held.__exit__(None, None, None)
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with files.file_lock(path):
+        assert os.path.exists(path)
     assert not os.path.exists(path)

@@ -88,7 +88,7 @@ ROOMS = {
         "utils.metrics",
         "utils.precision",
     },
-    "utils.figures": {"utils.datasets", "utils.evaluation", "utils.fonts"},
+    "utils.figures": {"utils.data_utils", "utils.datasets", "utils.evaluation", "utils.fonts", "utils.metrics"},
     "utils.report": {
         "utils.datasets",
         "utils.evaluation",

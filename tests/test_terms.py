@@ -10,10 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Which files are searched, as patterns of ``Path.glob``.
-SEARCHED = ("README*.md", "docs/*.md", "CONTRIBUTING.md", "checkpoint/README.md")
+SEARCHED = (
+    "README*.md", "docs/*.md", "CONTRIBUTING.md", "checkpoint/README.md",
+    "train.py", "models/*.py", "utils/*.py", "tools/*.py", "benchmarks/**/*.py",
+)  # fmt: skip
 
 #: What others fixed and users' scripts read: these are not words.
-DATA = ("train/pictures",)
+#: The last is the name of the input of exported programs.
+DATA = (
+    "train/pictures",
+    "'pictures'",
+    '"pictures"',
+    "pictures: Tensor",
+    "model(pictures)",
+    "pictures = (np",
+    ": pictures}",
+)
 
 #: The term, the pattern of what it replaces, what that pattern finds, and what it leaves alone.
 ENGLISH = (
@@ -94,3 +106,12 @@ def test_the_terms_are_those_of_the_list():
     chinese = {word for row in rows for word in (row[1], *row[1].split("、"))}
     assert {term for term, *_ in ENGLISH} <= english
     assert {term for term, *_ in CHINESE} <= chinese
+
+
+SOURCES = [name for name in documents() if name.endswith(".py")]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_docstrings_begin_with_a_verb_or_with_the_thing_returned(source):
+    docstrings = re.findall(r'"""(\w+)', (ROOT / source).read_text(encoding="utf-8"))
+    assert not {"What", "Whether", "Where", "How", "If"} & set(docstrings)

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from models.commands import tool_command
-from utils import files, memory
+from utils import exits, files, memory
 from utils.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults other than None and False, and the description as it is written: it holds an example."""
+    """Shows defaults other than None and False, and the text above them as it is written: it holds an example."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -86,17 +86,15 @@ def run(name: str, body: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):  # names of files and classes need not be printable everywhere
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        with memory.explain_out_of_memory("on this device; another --device, or less at a time, may do"):
-            status = body()
-        sys.stdout.flush()
-        return status
-    except UserError as e:
-        return fail(name, e, 2)
-    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (OSError, memory.OutOfMemory) as e:
-        return fail(name, e, 1)
-    except KeyboardInterrupt:
-        return fail(name, "interrupted", 128 + signal.SIGINT)
+
+    def guarded() -> int:
+        try:
+            with memory.explain_out_of_memory("on this device; another --device, or less at a time, may do"):
+                code = body()
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` for one, has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        return code
+
+    return exits.exit_code(f"tools.{name}", guarded)

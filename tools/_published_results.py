@@ -96,8 +96,8 @@ def _published() -> Iterator[Row]:
     yield DEMO_ROW
     for model, data, px, steps, accuracy, secs, batch in _PREDECESSOR:
         yield Row(f"predecessor-{data}-{model}-{px}-{steps}", model, data, px, steps, batch, accuracy, secs)
-    for model, data, px, steps, warmup, accuracy, time_taken in _REFERENCE:
-        name, flags = f"reference-{data}-{model}-{px}-{steps}", ("--warmup_steps", str(warmup))
+    for model, data, px, steps, warmup_steps, accuracy, time_taken in _REFERENCE:
+        name, flags = f"reference-{data}-{model}-{px}-{steps}", ("--warmup_steps", str(warmup_steps))
         yield Row(name, model, data, px, steps, 512, accuracy, time_taken, flags)
     for model, *accuracies in _GOOGLE:
         kinds = [(data, dropout) for data in ("cifar10", "cifar100") for dropout in ("0", "0.1")]

@@ -40,7 +40,7 @@ PLASMA = np.array([(13, 8, 135), (70, 3, 159), (114, 1, 168), (156, 23, 158), (1
 
 
 def rollout(attention: list[np.ndarray]) -> np.ndarray:
-    """How much of each patch reaches the class token, after every block.
+    """Returns how much of each patch reaches the class token, after every block.
 
     Args:
         attention: each block's probabilities (A, T, T), the first block first.
@@ -111,7 +111,7 @@ def make_parser() -> _cli.Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws what the flags name; returns the exit status.
+    """Draws what the flags name; returns the exit code.
 
     Raises:
         UserError: the user got something wrong.
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     return _cli.run("attention_map", lambda: run(args))
 

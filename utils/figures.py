@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,7 +21,11 @@ from torch import Tensor
 
 from utils import datasets
 from utils.evaluation import EvalResult
-from utils.fonts import drawable, drawable_names, fitting, font_for
+from utils.fonts import drawable, drawable_names, fitting, font_for, legend
+
+if TYPE_CHECKING:
+    from utils.data_utils import Batch
+    from utils.metrics import TrainLog
 
 #: So many of the first batch's images and of the worst mistakes are shown, with so long sides.
 BATCH_IMAGES, BATCH_PX, WORST_MISTAKES, MISTAKE_PX = 64, 96, 24, 128
@@ -61,6 +67,27 @@ class Mistake:
 # ---- what a run shows ----
 
 
+# ---- what a training shows in TensorBoard ----
+
+
+def show_first(log: TrainLog, batches: Iterator[Batch], classes: list[str]) -> Iterator[Batch]:
+    """Shows the first micro-batch as the model sees it; returns the micro-batches from it on."""
+    images, labels = next(batches)
+    log.image(1, "train/pictures", lambda: training_batch(images, labels, classes))
+    if names := legend(classes):
+        log.text(1, "train/classes", names)
+    return itertools.chain([(images, labels)], batches)
+
+
+def show_result(log: TrainLog, step: int, result: EvalResult, data: datasets.DataSets) -> None:
+    """Shows which classes, and which images, an evaluation took for others."""
+    log.image(step, "test/confusion", lambda: confusion(result.confusion(len(data.classes)), data.classes))
+    log.image(step, "test/worst_mistakes", lambda: mistakes(result, data))
+
+
+# ---- grids of images ----
+
+
 def training_batch(images: Tensor, labels: Tensor, classes: list[str]) -> Image.Image:
     """The first images (B, 3, H, W) of a batch as the model sees them: cropped, resized, mirrored."""
     shown, names = from_tensor(images[:BATCH_IMAGES]), drawable_names(classes)
@@ -86,12 +113,12 @@ def worst_mistakes(result: EvalResult, data: datasets.DataSets) -> list[Mistake]
     Raises:
         ImageError: one of the images cannot be decoded.
     """
-    found = []
+    worst = []
     for i in result.worst_mistakes(WORST_MISTAKES):
         name, image = datasets.image_at(data.test, i)
         truth, predicted = int(result.truth[i]), int(result.predicted[i])
-        found.append(Mistake(scaled(image, MISTAKE_PX), name, truth, predicted, float(result.confidence[i])))
-    return found
+        worst.append(Mistake(scaled(image, MISTAKE_PX), name, truth, predicted, float(result.confidence[i])))
+    return worst
 
 
 def confusion(matrix: np.ndarray, classes: list[str]) -> Image.Image:
@@ -170,7 +197,7 @@ def scaled(image: Image.Image, side_px: int) -> Image.Image:
 def png(image: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

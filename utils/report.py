@@ -135,7 +135,7 @@ def render(contents: Contents) -> str:
         ("mistakes", "Worst mistakes", _mistakes(worst, classes)),
         ("commands", "Next commands", _commands(contents.commands)),
         ("settings", "Settings", _settings(contents.flags)),
-        ("machine", "Timing, versions and hardware", _machine(contents, lines)),
+        ("machine", "Timing, versions and hardware", _machine(contents)),
     ]
     with open(STYLE_FILE, encoding="utf-8") as f:
         style = f.read()
@@ -197,10 +197,8 @@ def _header(contents: Contents, lines: Sequence[Line]) -> str:
         ("after step", number(contents.best_step)),
         ("progress", f"{number(contents.step)} of {number(contents.num_steps)} steps"),
     ]
-    if (times := _times(lines)) and contents.best_step > 0:
-        steps, secs = zip(*times)
-        until_best = float(np.interp(contents.best_step, steps, secs))
-        tiles.insert(3, ("trained until then", duration(until_best)))
+    if (secs := dict(_times(lines)).get(contents.best_step)) is not None:
+        tiles.insert(3, ("trained until then", duration(secs)))
     finished = contents.step >= contents.num_steps
     note = "" if finished else "<p>The training is not finished; each better evaluation rewrites this page.</p>"
     listed = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles)
@@ -327,13 +325,7 @@ def _settings(flags: Mapping[str, tuple[Any, Any]]) -> str:
     return f'<div class="card">{table}<p>The others have their defaults:</p><ul class="kept">{kept}</ul></div>'
 
 
-def _machine(contents: Contents, lines: Sequence[Line]) -> str:
-    timing = dict(contents.timing)
-    if lines and (times := _times(lines)):
-        timing = {"trained, without evaluations": duration(times[-1][1]), **timing}
-    spent = [line["eval_secs"] for line in lines if "eval_secs" in line]
-    if spent:
-        timing = {f"{len(spent)} evaluations": duration(sum(spent)), **timing}
-    pairs = (("Timing", timing), ("Versions and hardware", contents.facts))
+def _machine(contents: Contents) -> str:
+    pairs = (("Timing", contents.timing), ("Versions and hardware", contents.facts))
     tables = (_table(caption, [], (_row(*pair) for pair in values.items()), "facts") for caption, values in pairs)
     return f'<div class="row">{"".join(f"<div class=card>{table}</div>" for table in tables)}</div>'

@@ -99,7 +99,7 @@ def file_in(folder: str) -> str:
     """Returns the file of weights in a folder.
 
     Raises:
-        UserError: there is none, or it is in several parts, or there are several.
+        UserError: there is none, or it is sharded, or there are several.
     """
     names = sorted(os.listdir(folder))
     for name in FOLDER_FILES:

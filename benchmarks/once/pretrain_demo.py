@@ -93,7 +93,7 @@ def make_parser() -> _cli.Parser:
     p.add_argument("--output", default=f"checkpoint/{DEMO}.npz", metavar="FILE", help="the .npz to write")
     p.add_argument("--num_steps", type=_cli.parse_positive, default=12000, help="steps of AdamW")
     p.add_argument("--batch_size", type=_cli.parse_positive, default=128, help="images of one step")
-    p.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW, at its highest")
+    p.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     p.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order and the crops")
     p.add_argument("--fp16", action="store_true", help="bfloat16 autocast")

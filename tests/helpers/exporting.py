@@ -1,4 +1,4 @@
-"""What the tests of tools/export.py share."""
+"""Shared by the tests of tools/export.py."""
 
 from __future__ import annotations
 

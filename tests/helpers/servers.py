@@ -185,7 +185,7 @@ class Hub(Server):
         self.repositories.setdefault(repository, {})[file] = content
 
     def bytes_sent(self):
-        """How often somebody asked for a file's bytes."""
+        """Counts the requests for a file's bytes."""
         return sum(path.startswith("/bytes/") for _, path in self.requests)
 
 
