@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +24,30 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from models import pretrained, published
-from models.configs import CONFIGS, ViTConfig, canonical_name
+from models import commands, pretrained, published
+from models.configs import canonical_name, make_config
 from models.modeling import VisionTransformer
-from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, showing
-from utils.apex import ApexPrecision, import_apex_amp
-from utils.args import (
-    check_args,
-    decoding_workers,
-    defaults,
-    environment,
-    make_parser,
-    same_on_all_ranks,
-    settings,
+from utils import args as flags
+from utils import (
+    augment,
+    checkpoint,
+    data_utils,
+    datasets,
+    dist_util,
+    exits,
+    figures,
+    hardware,
+    metadata,
+    report,
 )
+from utils.apex import make_precision
+from utils.batch import Batch
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
 from utils.precision import Precision
-from utils.run import Batch, Run, RunPaths
+from utils.run import Run, RunPaths
 from utils.scheduler import make_schedule
 from utils.signals import Stopped, StopSignal, handlers_restored, leave
 
@@ -75,7 +77,7 @@ def train(
         if state.last_eval_step < state.step and is_due(state.step, args.eval_every, args.num_steps):
             after_step(args, run, model, data, precision, log, stop)  # it was stopped between a step and its evaluation
         if state.step == 0:
-            batches = show_first(log, batches, data.classes)
+            batches = figures.show_first(log, batches, data.classes)
         for step in range(state.step + 1, args.num_steps + 1):
             torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
             loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches)
@@ -123,7 +125,7 @@ def after_step(
     The weights of the best evaluation come before the state that tells of them: a run that is killed between the two
     evaluates once more, and writes the same again.
     """
-    state, step, num_workers = run.state, run.state.step, decoding_workers(args)
+    state, step, num_workers = run.state, run.state.step, flags.decoding_workers(args)
     if is_due(step, args.eval_every, args.num_steps):
         start = time.perf_counter()
         with log.paused():
@@ -132,10 +134,12 @@ def after_step(
                 state.last_eval_step = step
                 log.evaluation(step, result.accuracy, result.loss, time.perf_counter() - start)
                 log_result(step, result)
-                is_best = result.accuracy > state.best_accuracy
-                if is_best:
-                    run.save_best(result, describe(args, data.classes, step, result.accuracy))
-                show_result(args, run, data, precision, log, result, is_best)
+                if result.accuracy > state.best_accuracy:
+                    run.save_best(result, checkpoint.CheckpointMetadata(
+                        canonical_name(args.model_type), args.img_size, data.classes, args.gelu, args.dataset, step,
+                        result.accuracy,
+                    ))  # fmt: skip
+                show_result(args, run, data, precision, log, result)
     signal_number = stop.any_rank()
     if signal_number or is_due(step, args.save_every or args.eval_every, args.num_steps):
         run.save()
@@ -145,36 +149,22 @@ def after_step(
 
 
 def show_result(
-    args: argparse.Namespace,
-    run: Run,
-    data: datasets.DataSets,
-    precision: Precision,
-    log: TrainLog,
-    result: EvalResult,
-    is_best: bool,
+    args: argparse.Namespace, run: Run, data: datasets.DataSets, precision: Precision, log: TrainLog, result: EvalResult
 ) -> None:
     """Shows an evaluation in TensorBoard and in the report, if it is the best so far or the last."""
-    step, is_last = run.state.step, run.state.step == args.num_steps
-    if is_best:
-        log.image(step, "test/confusion", lambda: figures.confusion(result.confusion(len(data.classes)), data.classes))
-        log.image(step, "test/worst_mistakes", lambda: showing.mistakes(result, data))
+    state, is_last = run.state, run.state.step == args.num_steps
+    if state.best_step == state.step:
+        figures.show_result(log, state.step, result, data)
     if is_last:
-        log.hyperparameters(step, {**run.settings, "--dataset": args.dataset})
-    if (is_best or is_last) and dist_util.is_main():
-        showing.write_report(run.paths.report, showing.report_contents(args, run, data, precision, log))
-
-
-def describe(args: argparse.Namespace, classes: list[str], step: int, accuracy: float) -> checkpoint.CheckpointMetadata:
-    """Returns the metadata of the weights after a step."""
-    model_type = canonical_name(args.model_type)
-    return checkpoint.CheckpointMetadata(model_type, args.img_size, classes, args.gelu, args.dataset, step, accuracy)
-
-
-def show_first(log: TrainLog, batches: Iterator[data_utils.Batch], classes: list[str]) -> Iterator[data_utils.Batch]:
-    """Shows the first micro-batch in TensorBoard as the model sees it; returns the batches from it on."""
-    images, labels = next(batches)
-    log.image(1, "train/pictures", lambda: showing.training_batch(images, labels, classes))
-    return itertools.chain([(images, labels)], batches)
+        log.hyperparameters(state.step, {**run.settings, "--dataset": args.dataset})
+    if (state.best_step == state.step or is_last) and dist_util.is_main():
+        report.write_report(run.paths.report, report.Contents(
+            args.name, f"{args.model_type} on {args.dataset}", args.num_steps, state.step, run.paths.log_dir, data,
+            EvalResult(**state.best_result), state.best_step, flags.with_defaults(args),
+            report.facts(precision.device, str(precision), dist_util.world_size()),
+            report.timing(data, log.train_secs, log.eval_secs, log.speed()),
+            commands.after_training(flags.changed(args), run.paths.checkpoint),
+        ))  # fmt: skip
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
@@ -191,7 +181,7 @@ def make_batches(
     sampler = data_utils.StepSampler(len(images), batch.per_rank, transform.num_draws, args.seed, *share)
     steps = range(first_step, args.num_steps + 1)
     return data_utils.train_batches(
-        images, sampler, steps, batch.micro_batch, transform, device, decoding_workers(args)
+        images, sampler, steps, batch.micro_batch, transform, device, flags.decoding_workers(args)
     )
 
 
@@ -209,15 +199,9 @@ def evaluate(
 
     Args:
         model: prepared by ``precision``.
-        images: with their labels.
-        precision: the number formats.
-        img_size: side of the images that the model sees, in pixels.
-        batch_size: images evaluated at once.
-        num_workers: processes that decode.
-        stop: notes signals.
-
-    Returns:
-        All predictions; None if a signal to stop came meanwhile: a training saves its state sooner so.
+        images, img_size: with their labels; the side in pixels that the model sees.
+        batch_size, num_workers: images evaluated at once, and processes that decode.
+        stop: notes signals: after one the result is None, so that a training saves its state sooner.
 
     Raises:
         OutOfMemory: so many images do not fit into memory.
@@ -237,7 +221,7 @@ def evaluate(
                 logits = model(x)[0].float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(exact)
             predictions.add(logits)
-    return predictions.evaluation(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
+    return predictions.result(images.labels, dist_util.sum_over_ranks(loss_sum), *share)
 
 
 def log_result(step: int | None, result: EvalResult) -> None:
@@ -253,27 +237,22 @@ def evaluate_only(args: argparse.Namespace) -> int:
     """Evaluates a fine-tuned checkpoint (-v)."""
     precision = set_up(args)
     with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
+        config = make_config(args.model_type, args.img_size, args.gelu, args.dropout)
+        datasets.check_layout(args.dataset)
         path = args.load_model_dir or RunPaths(args.output_dir, args.name).checkpoint
         if not os.path.exists(path):
             raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
-        config = make_config(args)
-        datasets.check_layout(args.dataset)
-        source = pretrained.load(path, args.model_type, strict=False)
-        data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
+        data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
         pretrained.warn_of_other_classes(source, args.dataset, data.classes)
-        with torch.device("meta"):  # else it would draw weights that are then overwritten
-            model = VisionTransformer(config, args.img_size, len(data.classes))
-        with named_errors(source.path, args.model_type):
-            model.load_exactly(source.arrays)
+        model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
         check_ranks(args, model, data.checksum)
-    log_model(args, model, precision)
-    logger.info("***** Running Validation *****")
-    logger.info("  Num images = %d, classes = %d", len(data.test), len(data.classes))
+    log_start(args, "Validation", model, data, precision)
     model, data = to_device(args, model, data, precision.device)
     precision.prepare(model)
     precision.attach(model, None)
-    result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, decoding_workers(args))
+    result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, flags.decoding_workers(args))
     assert result is not None  # no signal is noted here
     log_result(None, result)
     return 0
@@ -289,11 +268,14 @@ def fine_tune(args: argparse.Namespace) -> int:
             model, data = prepare(args, run, precision)
             check_ranks(args, model, lambda: run.settings["--dataset"])
         if run.state.step == run.state.last_eval_step == args.num_steps:
-            logger.info(
-                "This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", run.state.best_accuracy
-            )
+            best = run.state.best_accuracy
+            logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", best)
             return 0
-        log_start(args, run.batch, model, data, precision)
+        log_start(args, "training", model, data, precision)
+        num_epochs = args.num_steps * run.batch.total / len(data.train)
+        logger.info("  Total optimization steps = %d (%.1f epochs)", args.num_steps, num_epochs)
+        logger.info("  Total train batch size = %d (%d per rank, %d at a time)", run.batch.total, run.batch.per_rank,
+                    run.batch.micro_batch)  # fmt: skip
         with run.noting_what_is_left():
             model, data = to_device(args, model, data, precision.device)
             with StopSignal() as stop, explain_out_of_memory(run.batch.out_of_memory_advice()):
@@ -312,23 +294,13 @@ def set_up(args: argparse.Namespace) -> Precision:
     """
     device = dist_util.setup(args.device, args.local_rank)
     with dist_util.all_ranks_or_none():
-        check_args(args)
+        flags.check_args(args)
         if args.deterministic and device.type == "cuda":
             hardware.make_deterministic()
         elif args.deterministic:
             logger.warning("--deterministic has no effect on %s: it is for CUDA", device.type)
-        if args.fp16 and args.amp_backend == "apex":
-            return ApexPrecision(import_apex_amp(device), device, args.fp16_opt_level, args.loss_scale)
-        return Precision(device, args.fp16_opt_level if args.fp16 else "O0", args.amp_dtype, args.loss_scale)
-
-
-def make_config(args: argparse.Namespace) -> ViTConfig:
-    """Returns the model's architecture as the flags change it; raises UserError if --img_size does not fit it."""
-    config = replace(CONFIGS[args.model_type], gelu=args.gelu)
-    if args.dropout is not None:
-        config = replace(config, dropout_rate=args.dropout)
-    config.check_img_size(args.img_size)
-    return config
+        opt_level = args.fp16_opt_level if args.fp16 else "O0"
+        return make_precision(device, opt_level, args.amp_dtype, args.loss_scale, args.amp_backend)
 
 
 def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[VisionTransformer, datasets.DataSets]:
@@ -337,7 +309,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     Raises:
         UserError: there are no such weights or data, or the saved run had other settings.
     """
-    config, source = make_config(args), None
+    config, source = make_config(args.model_type, args.img_size, args.gelu, args.dropout), None
     datasets.check_layout(args.dataset)
     if run.weights is not None:  # the flag is compared if it is given
         path = run.saved_settings.get("--pretrained_dir", "") if args.pretrained_dir is None else args.pretrained_dir
@@ -346,43 +318,31 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         path = ""
     else:
         path = published.find(args.pretrained_dir, args.model_type)
-        source = pretrained.load(path, args.model_type, strict=False)
-    data = datasets.load_datasets(args.dataset, args.data_dir, decoding_workers(args))
+        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
+    data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
     given = path if args.pretrained_dir is None else args.pretrained_dir
+    dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.check_settings(
-        settings(args, given, data.checksum(), config.dropout_rate, run.batch.total, str(precision)),
-        environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
-        defaults(),
+        flags.settings(args, given, dataset, config.dropout_rate, run.batch.total, str(precision)),
+        flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
+        flags.defaults(),
     )
-    keeps_head = False
+    keep_head = False
     if source is not None:
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
-        keeps_head = pretrained.keeps_head(source, data.classes, args.zero_head)
+        keep_head = pretrained.keeps_head(source, data.classes, args.zero_head)
     torch.manual_seed(args.seed)
-    with torch.device("cpu" if run.weights is None and source is None else "meta"):  # meta draws no weights
-        model = VisionTransformer(config, args.img_size, len(data.classes), zero_head=not keeps_head)
     if run.weights is not None:
-        with named_errors("the state to resume from", args.model_type):
-            model.load_finetuned(run.weights)
-    elif source is not None:
-        with named_errors(source.path, args.model_type):
-            model.load_from(source.arrays)
+        model = pretrained.model_to_resume(run.weights, args.model_type, config, args.img_size, len(data.classes))
+    else:
+        model = pretrained.model_to_train(source, config, args.img_size, len(data.classes), keep_head)
     return model, data
-
-
-@contextlib.contextmanager
-def named_errors(source: str, model_type: str) -> Iterator[None]:
-    """Lets an error say which weights do not fit which model."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f"{source} cannot be loaded as {model_type}: {e}") from e
 
 
 def check_ranks(args: argparse.Namespace, model: nn.Module, dataset: Callable[[], str]) -> None:
     """Raises UserError unless all ranks have the same flags, data and weights."""
     if dist_util.world_size() > 1:
-        same = same_on_all_ranks(args)
+        same = flags.same_on_all_ranks(args)
         same["the checksum of --dataset"] = dataset()  # seconds for a large data set, which a training has computed
         if dist_util.several_machines():
             same["the checksum of the weights"] = checkpoint.checksum(model.state_dict())
@@ -401,30 +361,21 @@ def to_device(
 
 
 def log_start(
-    args: argparse.Namespace, batch: Batch, model: VisionTransformer, data: datasets.DataSets, precision: Precision
+    args: argparse.Namespace, title: str, model: nn.Module, data: datasets.DataSets, precision: Precision
 ) -> None:
     """Logs what is about to happen."""
-    log_model(args, model, precision)
-    logger.info("***** Running training *****")
-    logger.info(
-        "  Images: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
-    )
-    num_epochs = args.num_steps * batch.total / len(data.train)
-    logger.info("  Total optimization steps = %d (%.1f epochs)", args.num_steps, num_epochs)
-    logger.info("  Total train batch size = %d (%d per rank, %d at a time)", batch.total, batch.per_rank,
-                batch.micro_batch)  # fmt: skip
-
-
-def log_model(args: argparse.Namespace, model: nn.Module, precision: Precision) -> None:
-    """Logs what computes, and in which number formats."""
     num_millions = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_millions,
                 precision.device, precision)  # fmt: skip
+    logger.info("***** Running %s *****", title)
+    logger.info(
+        "  Images: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    args = flags.make_parser().parse_args(argv)
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",

@@ -1,4 +1,4 @@
-"""What the measurements of speed share: turns, processes, the machine's own peak, memory, tables.
+"""Turns, processes, the machine's own peak, memory and tables: for all measurements of speed.
 
 A contender is built by a picklable function and takes turns: ``run()`` is one turn and gives its
 seconds.  ``crew`` starts each in a process of its own, so that what one sets for its process (the
@@ -33,6 +33,8 @@ import torch
 from utils.hardware import device_name
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+#: Starts contenders' processes with nothing loaded, so that memory and settings are their own.
+START_METHOD: Any = "spawn"
 #: Instruction sets that decide how fast matrix products are.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "i8mm", "sve")
 
@@ -47,7 +49,7 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """How to make a contender.
+    """Tells how to make a contender.
 
     Attributes:
         build: makes it, wherever it is to run; picklable.
@@ -65,7 +67,7 @@ class Job:
 
 
 def cpu_info() -> tuple[str, list[str]]:
-    """The processor's name and those of CPU_FLAGS that it has; Linux tells both."""
+    """Returns the processor's name and those of CPU_FLAGS that it has, as Linux tells them."""
     name, flags = device_name(torch.device("cpu")), set()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         for line in f:
@@ -76,7 +78,7 @@ def cpu_info() -> tuple[str, list[str]]:
 
 
 def version(package: str) -> str:
-    """A package's version, or that there is none."""
+    """Returns a package's version, or that there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +86,7 @@ def version(package: str) -> str:
 
 
 def hardware(threads: int, device: str) -> str:
-    """Two lines: date, processor and what of it is used; versions."""
+    """Returns two lines: date, processor and what of it is used; versions."""
     name, flags = cpu_info()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = f"{name} ({', '.join(flags) or 'no known flag'}), {cores} cores, {threads} threads"
@@ -101,7 +103,7 @@ def synchronize(device: str) -> None:
 
 
 def matmul_peak(device: str, dtype: torch.dtype, rows: int, width: int, hidden: int, quick: bool) -> float:
-    """The best rate of one matrix product on this machine, in FLOP/s.
+    """Returns the best rate of one matrix product on this machine, in FLOP/s.
 
     Tried are the products of a ViT's linear layers and large squares, with either layout of the second factor.
 
@@ -130,7 +132,7 @@ def matmul_peak(device: str, dtype: torch.dtype, rows: int, width: int, hidden: 
 def matmul_peaks(
     device: str, dtypes: Iterable[torch.dtype], rows: int, width: int, hidden: int, quick: bool
 ) -> dict[torch.dtype, float]:
-    """``matmul_peak`` in each number format, once where some are the same."""
+    """Returns ``matmul_peak`` in each number format, computed once where some are the same."""
     return {dtype: matmul_peak(device, dtype, rows, width, hidden, quick) for dtype in dict.fromkeys(dtypes)}
 
 
@@ -138,7 +140,7 @@ def matmul_peaks(
 
 
 def timed(do: Callable[[], Any], repeats: int, device: str) -> float:
-    """Seconds of one ``do()``, the mean of ``repeats`` in a row."""
+    """Returns the seconds of one ``do()``, the mean of ``repeats`` in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -148,7 +150,7 @@ def timed(do: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 def take_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each runs once a round; the order rotates, so that nobody always follows the same one."""
+    """Runs each once a round; the order rotates, so that nobody always follows the same one."""
     names = list(runs)
     results: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
@@ -164,7 +166,7 @@ class Speed:
 
     Attributes:
         secs: of every turn.
-        work: units (pictures) of one turn.
+        work: units (images) of one turn.
     """
 
     secs: Sequence[float]
@@ -185,7 +187,7 @@ class Speed:
 
 
 def status_bytes(key: str) -> int:
-    """A line of /proc/self/status, such as VmHWM (the process's peak in memory) or VmRSS (now); 0 elsewhere."""
+    """Returns a line of /proc/self/status, such as VmHWM (the process's peak in memory) or VmRSS (now); 0 elsewhere."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as f:
         for line in f:
             if line.startswith(key + ":"):
@@ -194,7 +196,7 @@ def status_bytes(key: str) -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory this process has held: on the GPU, or in main memory."""
+    """Returns the most memory this process has held: on the GPU, or in main memory."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
 
 
@@ -215,11 +217,10 @@ class Memory:
 
 
 def _serve(pipe: Connection, job: Job) -> None:
-    """A contender's process: builds, says so, and takes a turn whenever it is told to."""
+    """Runs in a contender's process: builds it, says so, and takes a turn whenever it is asked for one."""
     torch.set_num_threads(job.threads)
     try:
-        # torch._dynamo comes with the first step of any optimizer of torch.
-        for module in ("torch._dynamo", *job.imports):
+        for module in job.imports:
             importlib.import_module(module)
         baseline = 0 if job.device == "cuda" else status_bytes("VmRSS")
         contender = job.build()
@@ -238,7 +239,7 @@ class Remote:
     """A contender in a process of its own."""
 
     def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job))
         self._process.start()
@@ -277,7 +278,7 @@ class Remote:
 
 @contextlib.contextmanager
 def crew(jobs: dict[str, Job], one_process: bool) -> Iterator[dict[str, Contender]]:
-    """The contenders, ready to take turns; the next is built when the one before is ready."""
+    """Gives the contenders, ready to take turns; the next is built when the one before is ready."""
     with contextlib.ExitStack() as stack:
         ready: dict[str, Contender] = {}
         for name, job in jobs.items():
@@ -292,7 +293,7 @@ def crew(jobs: dict[str, Job], one_process: bool) -> Iterator[dict[str, Contende
 
 
 def memory_of(job: Job) -> Memory:
-    """What a contender needs, in a fresh process: its warm-up, then one turn."""
+    """Returns the memory that a contender needs, in a fresh process: its warm-up, then one turn."""
     remote = Remote(job)
     try:
         remote.run()
@@ -305,12 +306,12 @@ def memory_of(job: Job) -> Memory:
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Tells if a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def add_flags(p: argparse.ArgumentParser, rounds: int) -> None:
-    """The flags that all measurements have."""
+    """Adds the flags that all measurements have."""
     p.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that compute, of each")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes")
@@ -329,12 +330,12 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, *at_least_
 
 
 def number(x: float) -> str:
-    """Three or four digits, whatever the size."""
+    """Returns three or four digits, whatever the size."""
     return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" if x >= 100 else f"{x:.3g}"
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in the form that README.md takes."""
+    """Prints a table in the form that docs/performance.md takes."""
     print("| " + " | ".join(header) + " |")
     print("|" + " --- |" * len(header))
     for row in rows:

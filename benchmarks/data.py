@@ -1,13 +1,13 @@
-"""How fast training pictures are made and evaluations run, against torchvision's transforms and a plain loop.
+"""Speed of the training's images and of evaluations, against torchvision's transforms and a plain loop.
 
     python -m benchmarks.data [--dataset DATASET] [--img_size 224]
 
-First the training's pictures: random crops, resized and normalised, as float32 on the device.  Ours are
+First the training's images: random crops, resized and normalised, as float32 on the device.  Ours are
 what ``train.py`` feeds itself; the others are torchvision's RandomResizedCrop, ToTensor and Normalize in
-a DataLoader, on PIL pictures and (v2) on tensors, with and without worker processes.  The clock starts
+a DataLoader, on PIL images and (v2) on tensors, with and without worker processes.  The clock starts
 at the first batch, so that nobody pays for starting workers.  Then the evaluation, resize to accuracy:
 ours, and the plain formulation in float32 with PIL and workers.  Unless --dataset names one, the
-pictures are 10,000 random ones of 32 x 32 pixels in memory, as CIFAR's are.
+images are 10,000 random ones of 32 x 32 pixels in memory, as CIFAR's are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks import common, ours, peers
-from benchmarks.step import flops_of_update
+from benchmarks import common, peers
+from benchmarks.step import flops_of_step
 from models.configs import CONFIGS
+from train import evaluate
 from utils import augment, data_utils, datasets, dist_util
 from utils.precision import OPT_LEVELS, Precision
 
@@ -39,15 +40,15 @@ SEED = 42
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all contenders.
+    """The same for all contenders.
 
     Attributes:
         dataset, data_dir: as for train.py, or SYNTHETIC.
-        img_size: side of the finished pictures in pixels.
-        batch_size: pictures of a batch.
-        batches: of one turn of the training's pictures.
-        eval_pictures: of one turn of the evaluation.
-        workers: processes that train.py would decode large pictures with.
+        img_size: side of the finished images in pixels.
+        batch_size: images of a batch.
+        batches: of one turn of the training's images.
+        eval_images: of one turn of the evaluation.
+        workers: processes that decode large images.
     """
 
     dataset: str
@@ -56,29 +57,29 @@ class Setting:
     batch_size: int
     batches: int
     eval_batch_size: int
-    eval_pictures: int
+    eval_images: int
     model_type: str
     device: str
     workers: int
 
     def load(self) -> tuple[datasets.Images, datasets.Images]:
-        """The pictures to train on, and the first of those to evaluate."""
+        """Returns the images to train on, and the first of those to evaluate."""
         if self.dataset == SYNTHETIC:
             generator = torch.Generator().manual_seed(SEED)
             images = torch.randint(256, (NUM_SYNTHETIC, 3, 32, 32), generator=generator, dtype=torch.uint8)
-            labels = torch.randint(ours.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
+            labels = torch.randint(peers.NUM_CLASSES, (NUM_SYNTHETIC,), generator=generator)
             train = test = datasets.MemoryImages(images, labels)  # type: datasets.Images
         else:
             sets = datasets.load_datasets(self.dataset, self.data_dir, self.workers)
             train, test = sets.train, sets.test
-        first = slice(self.eval_pictures)
+        first = slice(self.eval_images)
         if isinstance(test, datasets.MemoryImages):
             return train, datasets.MemoryImages(test.images[first], test.labels[first])
         return train, datasets.FileImages(test.paths[first], test.labels[first])
 
 
 def seconds_of(batches: Iterable[Any], device: str) -> float:
-    """Time from the first batch to the last, all on the device."""
+    """Returns the time from the first batch to the last, all on the device."""
     start = 0.0
     for i, (images, labels) in enumerate(batches):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -89,43 +90,43 @@ def seconds_of(batches: Iterable[Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-# ---- the training's pictures ----
+# ---- the training's images ----
 
 
-class OurPictures:
-    """What train.py feeds itself."""
+class OurImages:
+    """train.py's batches."""
 
     note = ("as train.py",)
 
     def __init__(self, setting: Setting) -> None:
         dist_util.setup(setting.device, -1)  # as train.py: what it sets for the whole process counts
         self._setting = setting
-        self._pictures, _ = setting.load()
+        self._images, _ = setting.load()
         self._transform = augment.TrainTransform(setting.img_size)
         size = setting.batch_size
-        self._sampler = data_utils.StepSampler(len(self._pictures), size, self._transform.num_draws, SEED)
+        self._sampler = data_utils.StepSampler(len(self._images), size, self._transform.num_draws, SEED)
         self._steps = itertools.count(1)
         self.run()
 
     def run(self) -> float:
         s, steps = self._setting, itertools.islice(self._steps, 1 + self._setting.batches)
         batches = data_utils.train_batches(
-            self._pictures, self._sampler, steps, s.batch_size, self._transform, torch.device(s.device), s.workers
+            self._images, self._sampler, steps, s.batch_size, self._transform, torch.device(s.device), s.workers
         )
         return seconds_of(batches, s.device)
 
 
 class StockDataset(Dataset):
-    """Pictures one by one, through torchvision's transforms; in memory they lie as CIFAR's do there."""
+    """Images one by one, through torchvision's transforms; in memory they lie as CIFAR's do there."""
 
-    def __init__(self, pictures: datasets.Images, transform: Callable[[Any], Tensor], tensors: bool) -> None:
-        self.labels = pictures.labels.tolist()
+    def __init__(self, images: datasets.Images, transform: Callable[[Any], Tensor], tensors: bool) -> None:
+        self.labels = images.labels.tolist()
         self.transform = transform
         self.items: Any
-        if isinstance(pictures, datasets.FileImages):
-            self.items = pictures.paths
+        if isinstance(images, datasets.FileImages):
+            self.items = images.paths
         else:
-            self.items = pictures.images if tensors else pictures.images.permute(0, 2, 3, 1).contiguous().numpy()
+            self.items = images.images if tensors else images.images.permute(0, 2, 3, 1).contiguous().numpy()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -133,15 +134,15 @@ class StockDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.items[index]
         if isinstance(item, str):
-            with Image.open(item) as picture:
-                item = picture.convert("RGB")
+            with Image.open(item) as image:
+                item = image.convert("RGB")
         elif not isinstance(item, Tensor):
             item = Image.fromarray(item)
         return self.transform(item), self.labels[index]
 
 
 def stock_transform(img_size: int, tensors: bool, crop: bool) -> Callable[[Any], Tensor]:
-    """RandomResizedCrop, ToTensor, Normalize, or the same with Resize."""
+    """Builds RandomResizedCrop, ToTensor, Normalize, or the same with Resize."""
     if tensors:
         from torchvision.transforms import v2
 
@@ -154,11 +155,11 @@ def stock_transform(img_size: int, tensors: bool, crop: bool) -> Callable[[Any],
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
 
-class StockPictures:
+class StockImages:
     """torchvision's transforms in a DataLoader."""
 
     def __init__(self, setting: Setting, tensors: bool, workers: int) -> None:
-        self.note = ("on tensors",) if tensors else ("on PIL pictures",)
+        self.note = ("on tensors",) if tensors else ("on PIL images",)
         self._device = setting.device
         dataset = StockDataset(setting.load()[0], stock_transform(setting.img_size, tensors, True), tensors)
         count = (1 + setting.batches) * setting.batch_size
@@ -184,9 +185,9 @@ class OurEvaluation:
 
     def __init__(self, setting: Setting, level: str) -> None:
         self._setting = setting
-        self._pictures = setting.load()[1]
+        self._images = setting.load()[1]
         s = setting
-        self._model, self._precision = ours.build(s.model_type, s.img_size, None, s.device, level)
+        self._model, self._precision = peers.build(s.model_type, s.img_size, None, s.device, level)
         self._precision.prepare(self._model)
         self.note = (f"batch {s.eval_batch_size}",)
         self.run()
@@ -194,7 +195,7 @@ class OurEvaluation:
     def run(self) -> float:
         s = self._setting
         start = time.perf_counter()
-        ours.evaluate(self._model, self._pictures, self._precision, s.img_size, s.eval_batch_size, s.workers)
+        evaluate(self._model, self._images, self._precision, s.img_size, s.eval_batch_size, s.workers)
         return time.perf_counter() - start  # the accuracy is a number on the host: nothing is left to wait for
 
 
@@ -213,7 +214,7 @@ class StockEvaluation:
             pin_memory=setting.device == "cuda",
         )
         config = peers.CONFIGS[setting.model_type]
-        self._model = peers.plain_model(config, setting.img_size, ours.NUM_CLASSES, 0.0).to(setting.device).eval()
+        self._model = peers.plain_model(config, setting.img_size, peers.NUM_CLASSES, 0.0).to(setting.device).eval()
         self.run()
 
     @torch.no_grad()
@@ -233,20 +234,20 @@ class StockEvaluation:
 
 
 def measure(
-    title: str, jobs: dict[str, common.Job], pictures: int, args: argparse.Namespace,
+    title: str, jobs: dict[str, common.Job], num_images: int, args: argparse.Namespace,
     peaks: Callable[[], dict[str, float]] = dict,
 ) -> None:  # fmt: skip
-    """Prints the table of one kind of work; ``peaks()`` are pictures/s if all were matrix products at their best."""
+    """Prints the table of one kind of work; ``peaks()`` are images/s if all were matrix products at their best."""
     best = peaks()
     with common.crew(jobs, args.one_process) as ready:
         secs = common.take_turns({name: contender.run for name, contender in ready.items()}, args.rounds)
         notes = {name: ", ".join(contender.note) for name, contender in ready.items()}
     best = {name: max(rate, best[name]) for name, rate in peaks().items()}
-    speeds = {name: common.Speed(taken, pictures) for name, taken in secs.items()}
+    speeds = {name: common.Speed(taken, num_images) for name, taken in secs.items()}
     first = next(iter(speeds.values()))
-    print(f"\n{title}, {pictures} pictures a turn, {args.rounds} rounds")
+    print(f"\n{title}, {num_images} images a turn, {args.rounds} rounds")
     common.print_table(
-        ["", "setting", "pictures/s", "slowest - fastest", "ours / it", *["share of peak"] * bool(best)],
+        ["", "setting", "images/s", "slowest - fastest", "ours / it", *["share of peak"] * bool(best)],
         [
             [name, notes[name], common.number(speed.median), speed.spread, f"{first.median / speed.median:.2f}",
              *([f"{speed.median / best[name]:.0%}"] if best else [])]
@@ -256,25 +257,25 @@ def measure(
 
 
 def evaluation_peaks(setting: Setting, dtypes: Mapping[str, torch.dtype], quick: bool) -> dict[str, float]:
-    """Pictures per second of evaluations whose matrix products, in these number formats, take all of the time."""
+    """Returns images per second if matrix products, in these number formats, took all of an evaluation."""
     config, size = CONFIGS[setting.model_type], setting.img_size
-    flops = flops_of_update(config, size, ours.NUM_CLASSES, 1) / 3  # a third of an update's is the forward pass
+    flops = flops_of_step(config, size, peers.NUM_CLASSES, 1) / 3  # a third of a step's is the forward pass
     rows = (1 + config.grid_size(size) ** 2) * setting.eval_batch_size
     rates = common.matmul_peaks(setting.device, dtypes.values(), rows, config.hidden_size, config.mlp_dim, quick)
     return {name: rates[dtype] / flops for name, dtype in dtypes.items()}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Speed of the training's pictures and of evaluations.")
+    """Describes the command line."""
+    p = argparse.ArgumentParser(description="Speed of the training's images and of evaluations.")
     p.add_argument("--dataset", default=SYNTHETIC, help=f"{SYNTHETIC} (random, 32 px), or what train.py takes")
     p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are")
     p.add_argument("--model_type", choices=peers.MODELS, default="ViT-B_32", metavar="MODEL", help="what is evaluated")
-    p.add_argument("--img_size", type=int, default=224, help="side of the finished pictures in pixels")
-    p.add_argument("--batch_size", type=int, default=32, help="pictures of a training batch")
-    p.add_argument("--eval_batch_size", type=int, default=64, help="pictures evaluated at once")
+    p.add_argument("--img_size", type=int, default=224, help="side of the finished images in pixels")
+    p.add_argument("--batch_size", type=int, default=32, help="images of a training batch")
+    p.add_argument("--eval_batch_size", type=int, default=64, help="images evaluated at once")
     p.add_argument("--batches", type=int, default=64, help="training batches of one turn")
-    p.add_argument("--eval_pictures", type=int, default=256, help="pictures of one evaluation")
+    p.add_argument("--eval_images", type=int, default=256, help="images of one evaluation")
     p.add_argument("--num_workers", type=int, default=2, help="worker processes, where a contender has them")
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="ours, in the evaluation")
     p.add_argument("--one_process", action="store_true", help="all in this process, process-wide settings included")
@@ -283,15 +284,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command."""
     p = make_parser()
     args = p.parse_args(argv)
-    common.check_flags(p, args, "img_size", "batch_size", "eval_batch_size", "batches", "eval_pictures", "num_workers")
+    common.check_flags(p, args, "img_size", "batch_size", "eval_batch_size", "batches", "eval_images", "num_workers")
     if args.quick:
-        args.batches, args.eval_pictures = min(args.batches, 2), min(args.eval_pictures, 16)
+        args.batches, args.eval_images = min(args.batches, 2), min(args.eval_images, 16)
     setting = Setting(
         args.dataset, args.data_dir, args.img_size, args.batch_size, args.batches, args.eval_batch_size,
-        args.eval_pictures, args.model_type, args.device, args.num_workers,
+        args.eval_images, args.model_type, args.device, args.num_workers,
     )  # fmt: skip
     try:
         peers.CONFIGS[args.model_type].check_img_size(args.img_size)
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         p.error(str(e))
     torch.set_num_threads(args.threads)
     print(common.hardware(args.threads, args.device))
-    kind = f"{NUM_SYNTHETIC:,} random pictures of 32 px" if args.dataset == SYNTHETIC else args.dataset
+    kind = f"{NUM_SYNTHETIC:,} random images of 32 px" if args.dataset == SYNTHETIC else args.dataset
     where = "in memory" if isinstance(train, datasets.MemoryImages) else "in files"
     print(f"{kind}, {where}; {args.img_size} px", flush=True)
 
@@ -308,10 +309,10 @@ def main(argv: list[str] | None = None) -> None:
         return common.Job(functools.partial(build, setting, *values), ("torchvision",), args.device, args.threads)
 
     workers = (args.num_workers, 0)
-    jobs = {"ours": job(OurPictures)}
+    jobs = {"ours": job(OurImages)}
     for name, tensors in (("torchvision", False), ("torchvision v2", True)):
-        jobs |= {f"{name}, {n} workers": job(StockPictures, tensors, n) for n in workers}
-    measure(f"Training pictures, batch {args.batch_size}", jobs, args.batches * args.batch_size, args)
+        jobs |= {f"{name}, {n} workers": job(StockImages, tensors, n) for n in workers}
+    measure(f"Training images, batch {args.batch_size}", jobs, args.batches * args.batch_size, args)
     levels = dict.fromkeys((args.fp16_opt_level, "O0"))
     jobs, dtypes = {}, {}
     for level in levels:

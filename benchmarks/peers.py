@@ -1,6 +1,6 @@
 """The contenders of ``benchmarks.step``: this project, timm, torchvision, Hugging Face, a plain formulation.
 
-All have random weights, the same shape, the same random pictures, and dropout of one rate wherever they
+All have random weights, the same shape, the same random images, and dropout of one rate wherever they
 offer it: timm and torchvision after every projection, Hugging Face not within the MLP, this project and
 the plain formulation not after attention.  A peer is imported only when it is built.
 """
@@ -10,20 +10,26 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, ours, plain
+from benchmarks import common, plain
 from models.configs import CONFIGS, ViTConfig
+from models.modeling import VisionTransformer
+from train import forward_backward
+from utils import data_utils, dist_util
+from utils.precision import Precision
 
+NUM_CLASSES = 10
+SEED = 42
 LEARNING_RATE = 0.01
 #: The models that peers and the plain formulation have too.
 MODELS = [name for name, config in CONFIGS.items() if config.resnet_units is None]
-#: What each peer is called, and the package it needs.
+#: The peers, and the package that each needs.
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "Hugging Face": "transformers"}
 #: Attention implementations that a peer's users can choose; the first is its default.
 ATTENTIONS: dict[str, tuple[str, ...]] = {
@@ -40,12 +46,12 @@ Choice = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all contenders."""
+    """The same for all contenders."""
 
     model_type: str
     img_size: int
     batch_size: int
-    accumulation: int
+    num_micro_batches: int
     dropout: float
     device: str
 
@@ -53,60 +59,105 @@ class Setting:
     def config(self) -> ViTConfig:
         return CONFIGS[self.model_type]
 
-    def parts(self) -> list[tuple[Tensor, Tensor]]:
-        """The batches of one update: random pictures in [-1, 1] and labels, on the device."""
+    def micro_batches(self) -> list[data_utils.Batch]:
+        """Returns those of one step: random images in [-1, 1] and labels, on the device."""
         generator = torch.Generator().manual_seed(0)
-        shape = (self.batch_size // self.accumulation, 3, self.img_size, self.img_size)
+        shape = (self.batch_size // self.num_micro_batches, 3, self.img_size, self.img_size)
         return [
             (
                 (torch.rand(shape, generator=generator) * 2 - 1).to(self.device),
-                torch.randint(ours.NUM_CLASSES, shape[:1], generator=generator).to(self.device),
+                torch.randint(NUM_CLASSES, shape[:1], generator=generator).to(self.device),
             )
-            for _ in range(self.accumulation)
+            for _ in range(self.num_micro_batches)
         ]
 
 
 class Stepper:
-    """Takes turns of some updates, after two that warm up."""
+    """Takes turns of some steps, after two that warm up; ``step`` takes one and returns its loss."""
 
-    def __init__(self, update: Callable[[], Tensor], device: str, note: Choice) -> None:
+    def __init__(self, step: Callable[[], Tensor], device: str, note: Choice) -> None:
         self.note = note
-        self._update, self._device = update, device
-        if not math.isfinite(update().item()):
+        self._step, self._device = step, device
+        if not math.isfinite(step().item()):
             raise ValueError(f"the loss is not finite ({', '.join(note)})")
-        secs = common.timed(update, 1, device)
+        secs = common.timed(step, 1, device)
         self._repeats = max(1, round(0.2 / secs))  # a turn of a few milliseconds would be all noise
 
     def run(self) -> float:
-        return common.timed(self._update, self._repeats, self._device)
+        return common.timed(self._step, self._repeats, self._device)
 
 
-# ---- the contenders ----
+# ---- this project ----
 
 
-def our_stepper(setting: Setting, level: str, compiled: bool = False) -> Stepper:
-    """This project, at a level of precision."""
-    model, precision = ours.build(setting.model_type, setting.img_size, setting.dropout, setting.device, level)
+def build(
+    model_type: str, img_size: int, dropout: float | None, device: str, opt_level: str
+) -> tuple[VisionTransformer, Precision]:
+    """Returns this project's model with random weights, and its number formats; it is not prepared yet.
+
+    Args:
+        model_type, img_size: as the flags.
+        dropout: rate; None is the architecture's own.
+        device: cpu or cuda.
+        opt_level: of the precision.
+    """
+    torch_device = dist_util.setup(device, -1)
+    config = CONFIGS[model_type]
+    if dropout is not None:
+        config = replace(config, dropout_rate=dropout)
+    torch.manual_seed(SEED)
+    model = VisionTransformer(config, img_size, NUM_CLASSES, zero_head=True)
+    return model.to(torch_device), Precision(torch_device, opt_level)
+
+
+class OurTraining:
+    """The steps of ``train.train``, on micro-batches that are given, without its logs and files."""
+
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
+        self._precision = precision
+        self.optimizer = torch.optim.SGD(precision.prepare(model), lr=0.0, momentum=0.9, fused=True)
+        precision.attach(model, self.optimizer)
+        self._model = dist_util.wrap(model)
+
+    def step(
+        self, step: int, learning_rate: float, micro_batches: Iterator[data_utils.Batch], num_micro_batches: int
+    ) -> Tensor:
+        """Takes one step, counted from 1; returns its mean loss."""
+        torch.manual_seed(data_utils.derive_seed(SEED, data_utils.DROPOUT, step, dist_util.rank()))
+        loss = forward_backward(self._model, micro_batches, self._precision, num_micro_batches)
+        self._precision.collect_skipped()  # as the loop does for the learning rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._precision.step(self.optimizer, max_grad_norm=1.0)
+        return loss
+
+
+def our_stepper(setting: Setting, opt_level: str, compiled: bool = False) -> Stepper:
+    """Returns this project, at a level of precision."""
+    model, precision = build(setting.model_type, setting.img_size, setting.dropout, setting.device, opt_level)
     if compiled:
         model.compile()
-    updates, parts, steps = ours.Updates(model, precision), setting.parts(), itertools.count(1)
+    training, micro_batches, steps = OurTraining(model, precision), setting.micro_batches(), itertools.count(1)
 
-    def update() -> Tensor:
-        return updates.update(next(steps), LEARNING_RATE, parts, setting.accumulation)
+    def step() -> Tensor:
+        return training.step(next(steps), LEARNING_RATE, iter(micro_batches), len(micro_batches))
 
-    return Stepper(update, setting.device, ("as train.py", COMPILED) if compiled else ("as train.py",))
+    return Stepper(step, setting.device, ("as train.py", COMPILED) if compiled else ("as train.py",))
+
+
+# ---- the others ----
 
 
 def stock_stepper(
     model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], setting: Setting, half: torch.dtype | None,
     pure: bool, options: dict[str, bool], note: Choice,
 ) -> Stepper:  # fmt: skip
-    """A model in the loop that everybody writes.
+    """Returns a model in the loop that everybody writes.
 
     Args:
         model: with random weights.
-        loss_of: its mean loss, given pictures and labels.
-        setting: what is the same for all.
+        loss_of: its mean loss, given images and labels.
+        setting: of all contenders.
         half: for autocast, or None: float32.
         pure: hold the weights in ``half`` instead of autocast.
         options: of torch.optim.SGD.
@@ -115,14 +166,14 @@ def stock_stepper(
     model = model.to(setting.device, half if pure else None).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, **options)
     scaler = torch.amp.GradScaler(setting.device, enabled=half == torch.float16)
-    parts = setting.parts()
+    micro_batches = setting.micro_batches()
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         total = torch.zeros((), device=setting.device)
-        for images, labels in parts:
+        for images, labels in micro_batches:
             images = images.to(half) if pure else images
             with torch.autocast(setting.device, dtype=half, enabled=half is not None and not pure):
-                loss = loss_of(images, labels) / len(parts)
+                loss = loss_of(images, labels) / len(micro_batches)
             scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
@@ -132,17 +183,17 @@ def stock_stepper(
         optimizer.zero_grad()
         return total
 
-    return Stepper(update, setting.device, note)
+    return Stepper(step, setting.device, note)
 
 
 def plain_stepper(setting: Setting, half: torch.dtype | None) -> Stepper:
-    """The plain formulation of the reference script."""
-    model = plain_model(setting.config, setting.img_size, ours.NUM_CLASSES, setting.dropout)
+    """Returns the plain formulation of the reference script."""
+    model = plain_model(setting.config, setting.img_size, NUM_CLASSES, setting.dropout)
     return stock_stepper(model, model, setting, half, False, {}, ("SGD",))
 
 
 def plain_model(config: ViTConfig, img_size: int, num_classes: int, dropout: float) -> plain.PlainViT:
-    """The plain formulation of an architecture."""
+    """Returns the plain formulation of an architecture."""
     return plain.PlainViT(
         img_size, config.patch_size, config.hidden_size, config.mlp_dim, config.num_heads, config.num_layers,
         num_classes, dropout,
@@ -150,7 +201,7 @@ def plain_model(config: ViTConfig, img_size: int, num_classes: int, dropout: flo
 
 
 def timm_model(setting: Setting, fused: bool) -> nn.Module:
-    """timm's model: for ViT-B_32 at 224 px, vit_base_patch32_224."""
+    """Returns timm's model: for ViT-B_32 at 224 px, vit_base_patch32_224."""
     import timm.models
     from timm.layers import set_fused_attn
 
@@ -163,14 +214,14 @@ def timm_model(setting: Setting, fused: bool) -> nn.Module:
         depth=config.num_layers,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_dim / config.hidden_size,
-        num_classes=ours.NUM_CLASSES,
+        num_classes=NUM_CLASSES,
         pos_drop_rate=setting.dropout,
         proj_drop_rate=setting.dropout,
     )
 
 
 def torchvision_model(setting: Setting) -> nn.Module:
-    """torchvision's model: for ViT-B_32 at 224 px, vit_b_32."""
+    """Returns torchvision's model: for ViT-B_32 at 224 px, vit_b_32."""
     from torchvision.models import VisionTransformer
 
     config = setting.config
@@ -182,12 +233,12 @@ def torchvision_model(setting: Setting) -> nn.Module:
         hidden_dim=config.hidden_size,
         mlp_dim=config.mlp_dim,
         dropout=setting.dropout,
-        num_classes=ours.NUM_CLASSES,
+        num_classes=NUM_CLASSES,
     )
 
 
 def hugging_face_model(setting: Setting, attention: str) -> nn.Module:
-    """Hugging Face's ViTForImageClassification."""
+    """Returns Hugging Face's ViTForImageClassification."""
     import transformers
 
     config = setting.config
@@ -200,13 +251,13 @@ def hugging_face_model(setting: Setting, attention: str) -> nn.Module:
         hidden_dropout_prob=setting.dropout,
         image_size=setting.img_size,
         patch_size=config.patch_size,
-        num_labels=ours.NUM_CLASSES,
+        num_labels=NUM_CLASSES,
     )
     return transformers.AutoModelForImageClassification.from_config(theirs, attn_implementation=attention)
 
 
 def peer_stepper(peer: str, setting: Setting, half: torch.dtype | None, pure: bool, choice: Choice) -> Stepper:
-    """A peer at one of its settings."""
+    """Returns a peer at one of its settings."""
     attention, optimizer, *rest = choice
     model: Any
     if peer == "timm":
@@ -228,7 +279,7 @@ def peer_stepper(peer: str, setting: Setting, half: torch.dtype | None, pure: bo
 def fastest_choice(
     peer: str, setting: Setting, half: torch.dtype | None, pure: bool, trials: int, compile_too: bool
 ) -> Choice:
-    """Tries a peer's settings: each optimizer with its default attention, then the fastest with the rest."""
+    """Returns the fastest of a peer's settings: tries each optimizer with its default attention, then the rest."""
 
     @functools.cache
     def secs(choice: Choice) -> float:

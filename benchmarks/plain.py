@@ -1,9 +1,9 @@
-"""A plain formulation of the reference script: what a first reading of the paper gives, and no more.
+"""A plain formulation of the reference script, as a first reading of the paper gives it, and no more.
 
 A strided convolution cuts the patches, attention is matmul, softmax, matmul with query, key and value
 apart, dropout is ``nn.Dropout``, every token goes through every block, the optimizer is
 ``torch.optim.SGD`` as it comes.  Written from the architecture's description (Dosovitskiy et al.,
-arXiv 2010.11929, and what README.md and docs/deviations.md say of the reference script); the names of
+arXiv 2010.11929, and the reference script as docs/deviations.md describes it); the names of
 the parameters are those that checkpoints fix, so that the same weights go into both models.
 
 This module must not import the models it is compared with.
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
 
 class PlainViT(nn.Module):
-    """Logits (B, num_classes) of pictures (B, 3, img_size, img_size); their mean loss, if labels are given."""
+    """Returns logits (B, num_classes) of images (B, 3, img_size, img_size); their mean loss, if labels are given."""
 
     def __init__(
         self, img_size: int, patch_size: int, width: int, hidden: int, num_heads: int, num_layers: int,

@@ -1,4 +1,4 @@
-"""The start of a plain training script: from the process's first line to the end of its first update.
+"""The start of a plain training script: from the process's first line to the end of its first step.
 
 ``benchmarks.start`` runs this as a process and takes the time of each line that it prints.  It imports
 what the reference script imports (but for ml_collections), makes the model with PyTorch's initial
@@ -29,13 +29,13 @@ NUM_CLASSES = 10
 
 
 class Digits(Dataset):
-    """The training digits as PIL pictures of 32 px, transformed one by one."""
+    """The training digits as PIL images of 32 px, transformed one by one."""
 
     def __init__(self, path: str, img_size: int) -> None:
         with np.load(path, allow_pickle=False) as f:
             grey = np.round(f["train_images"] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
             self.labels = f["train_labels"].astype(np.int64).tolist()
-        self.pictures = [Image.fromarray(x).resize((32, 32)).convert("RGB") for x in grey]
+        self.images = [Image.fromarray(x).resize((32, 32)).convert("RGB") for x in grey]
         self.transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(img_size, scale=(0.05, 1.0)),
@@ -48,16 +48,16 @@ class Digits(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.pictures[index]), self.labels[index]
+        return self.transform(self.images[index]), self.labels[index]
 
 
-def mark(what: str) -> None:
+def mark(phase: str) -> None:
     """Tells the measuring process that a phase is over."""
-    print(what, flush=True)
+    print(phase, flush=True)
 
 
 def main() -> None:
-    """One update."""
+    """Takes one step."""
     mark("imports")
     p = argparse.ArgumentParser()
     p.add_argument("--model_type", required=True)
@@ -91,7 +91,7 @@ def main() -> None:
         optimizer.zero_grad()
         writer.add_scalar("train/loss", loss.item(), 1)  # waits for the device
         break
-    mark("update")
+    mark("step")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How long it takes from the start of the process to the end of the first update.
+"""Time from the start of the process to the end of the first step.
 
     python -m benchmarks.start [--model_type ViT-B_32] [--pretrained_dir FILE]
 
 ``train.py`` with its real command line, on the digits at 224 px in float32, batch 4, against a plain
 script (``benchmarks/plain_start.py``); processes taking turns, after one of each that warms the files.
-A --pretrained_dir must be for this size of pictures; without one, the checkpoint is made for the
+A --pretrained_dir must be for this size of images; without one, the checkpoint is made for the
 purpose: random arrays in the layout of Google's ImageNet-21k files, a head for 21,843 classes and
-pre_logits included.  train.py's first update is over when its line appears in metrics.jsonl; the
+pre_logits included.  train.py's first step is over when its line appears in metrics.jsonl; the
 evaluation that would follow is not waited for.
 """
 
@@ -53,7 +53,7 @@ def make_checkpoint(path: str, model_type: str, img_size: int) -> None:
 
 
 class Lines(threading.Thread):
-    """Reads what a process prints, and when."""
+    """Reads the lines that a process prints, with the time of each."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         super().__init__(daemon=True)
@@ -72,11 +72,11 @@ def watch(
     """Runs a process until its last mark, then ends it.
 
     Args:
-        command: what to run.
-        folder: where to run it.
+        command: with its arguments.
+        folder: to run it in.
         threads: of its computations.
-        marks: for each phase in order, what the line holds that is printed when it is over.
-        last: whether the update after these phases is over, where no line tells; or None.
+        marks: for each phase in order, text of the line that is printed when it is over.
+        last: tells if the step after these phases is over, where no line does; or None.
 
     Raises:
         RuntimeError: the process ended before, or takes too long.
@@ -96,10 +96,10 @@ def watch(
             found = {m: next((at - start for at, x in lines.timed if text in x), None) for m, text in marks.items()}
             if None not in found.values() and (last is None or last()):
                 secs = {name: at for name, at in found.items() if at is not None}
-                return secs if last is None else {**secs, "update": over - start}
+                return secs if last is None else {**secs, "step": over - start}
             if ended or over - start > LIMIT_SECS:
                 said = "".join(line for _, line in lines.timed)[-2000:]
-                raise RuntimeError(f"{' '.join(command)} ended without a first update:\n{said}")
+                raise RuntimeError(f"{' '.join(command)} ended without a first step:\n{said}")
             time.sleep(POLL_SECS)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -111,7 +111,7 @@ def watch(
 
 
 def our_start(npz_path: str, args: argparse.Namespace) -> Marks:
-    """train.py's first update; its imports are timed in a process that does nothing else."""
+    """Starts train.py up to its first step; its imports are timed in a process that does nothing else."""
     imports = [sys.executable, "-c", "import train; print('imports', flush=True)"]
     command = [
         sys.executable, str(ROOT / "train.py"), "--name", "start", "--dataset", "digits",
@@ -122,27 +122,27 @@ def our_start(npz_path: str, args: argparse.Namespace) -> Marks:
         first = watch(imports, folder, args.threads, {"imports": "imports"})
         metrics = Path(folder, "logs", "start", "metrics.jsonl")
 
-        def updated() -> bool:
+        def stepped() -> bool:
             return metrics.exists() and '"train/loss"' in metrics.read_text()
 
         started = {"model, weights, data": "***** Running training *****"}
-        return first | watch(command, folder, args.threads, started, updated)
+        return first | watch(command, folder, args.threads, started, stepped)
 
 
 def plain_start(npz_path: str, args: argparse.Namespace) -> Marks:
-    """The plain script's first update."""
+    """Starts the plain script up to its first step."""
     command = [
         sys.executable, "-m", "benchmarks.plain_start", "--model_type", args.model_type, "--pretrained_dir", npz_path,
         "--digits", str(ROOT / "utils" / "assets" / "digits.npz"), "--img_size", str(args.img_size),
         "--batch_size", str(args.batch_size), "--device", args.device,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        names = ("imports", "model", "weights", "data", "update")
+        names = ("imports", "model", "weights", "data", "step")
         return watch(command, folder, args.threads, {name: f"{name}\n" for name in names})
 
 
 def phases(turns: list[Marks]) -> str:
-    """The median time of each phase."""
+    """Returns the median time of each phase."""
     names = list(turns[0])
     before = dict(zip(names, ["", *names]))
     medians = {n: statistics.median(t[n] - t.get(before[n], 0.0) for t in turns) for n in names}
@@ -156,7 +156,7 @@ def measure(npz_path: str, args: argparse.Namespace) -> None:
 
     def run(name: str) -> float:
         turns[name].append(starts[name](npz_path, args))
-        return turns[name][-1]["update"]
+        return turns[name][-1]["step"]
 
     runs: dict[str, Callable[[], float]] = {name: functools.partial(run, name) for name in starts}
     if not args.quick:
@@ -166,7 +166,7 @@ def measure(npz_path: str, args: argparse.Namespace) -> None:
     secs = common.take_turns(runs, args.rounds)
     medians = {name: statistics.median(taken) for name, taken in secs.items()}
     common.print_table(
-        ["", "start to first update, s", "fastest - slowest", "ours / it", "of these, s"],
+        ["", "start to first step, s", "fastest - slowest", "ours / it", "of these, s"],
         [
             [name, f"{medians[name]:.2f}", f"{min(taken):.2f} - {max(taken):.2f}",
              f"{medians['ours'] / medians[name]:.2f}", phases(turns[name])]
@@ -176,12 +176,12 @@ def measure(npz_path: str, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Time from the start of the process to the end of the first update.")
+    """Runs the command line."""
+    p = argparse.ArgumentParser(description="Time from the start of the process to the end of the first step.")
     p.add_argument("--model_type", choices=peers.MODELS, default="ViT-B_32", metavar="MODEL")
     p.add_argument("--pretrained_dir", default="", help="an .npz in Google's layout; '': one made for the purpose")
-    p.add_argument("--img_size", type=int, default=224, help="side of the pictures in pixels")
-    p.add_argument("--batch_size", type=int, default=4, help="pictures of the update")
+    p.add_argument("--img_size", type=int, default=224, help="side of the images in pixels")
+    p.add_argument("--batch_size", type=int, default=4, help="images of the step")
     common.add_flags(p, rounds=5)
     args = p.parse_args(argv)
     common.check_flags(p, args, "img_size", "batch_size")

@@ -1,15 +1,15 @@
-"""How fast one update of the training is, against timm, torchvision, Hugging Face and a plain formulation.
+"""Speed of one training step, against timm, torchvision, Hugging Face and a plain formulation.
 
     python -m benchmarks.step [--model_type ViT-B_32] [--batch_size 32] [--dropout 0.1] [--memory]
 
-One update is: forward, loss, backward (in parts, with --gradient_accumulation_steps), clip to norm 1,
-SGD with momentum 0.9.  The pictures are random and already where they are needed.  Each peer is first
+One step is: forward, loss, backward (in micro-batches, with --gradient_accumulation_steps), clip to norm 1,
+SGD with momentum 0.9.  The images are random and already where they are needed.  Each peer is first
 tried at the settings it offers and then runs at its fastest; the contenders then take turns, each in a
 process of its own.  Needs timm and transformers (requirements-dev.txt); a peer that is not installed is
 left out, and the output says so.
 
-FLOPs of an update are counted by formula, three times the forward pass of the plain formulation
-(forward, gradients of the activations, gradients of the weights), a multiply-add as two, per picture
+FLOPs of a step are counted by formula, three times the forward pass of the plain formulation
+(forward, gradients of the activations, gradients of the weights), a multiply-add as two, per image
 with T = 1 + P tokens:
 
     forward = 2 P (3 patch^2) D + layers (2 T D (4 D + 2 M) + 4 T^2 D) + 2 D classes
@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, ours, peers
+from benchmarks import common, peers
 from models.configs import CONFIGS, ViTConfig
 from utils.precision import OPT_LEVELS, Precision
 
 
-def flops_of_update(config: ViTConfig, img_size: int, num_classes: int, batch_size: int) -> float:
-    """By the formula in this module's description."""
+def flops_of_step(config: ViTConfig, img_size: int, num_classes: int, batch_size: int) -> float:
+    """Returns the FLOPs of a step by the formula in this module's docstring."""
     patches, d = config.grid_size(img_size) ** 2, config.hidden_size
     tokens = 1 + patches
     block = 2 * tokens * d * (4 * d + 2 * config.mlp_dim) + 4 * tokens**2 * d
@@ -54,15 +54,16 @@ class Row:
 
 
 def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
-    """Who takes part, in the table's order; says who is not installed."""
+    """Returns those who take part, in the table's order; prints who is not installed."""
     precision = Precision(torch.device(setting.device), args.fp16_opt_level[0])
     half = None if precision.opt_level == "O0" else precision.half
     dtype = half or torch.float32
     name = str(dtype).removeprefix("torch.")
     autocast = f"{name} autocast" if half else name
 
-    def job(build: Callable, *values: Any, imports: str = "torch") -> common.Job:
-        return common.Job(functools.partial(build, *values), (imports,), setting.device, args.threads)
+    def job(build: Callable, *values: Any, package: str = "torch") -> common.Job:
+        # torch._dynamo comes with any optimizer of torch.
+        return common.Job(functools.partial(build, *values), ("torch._dynamo", package), setting.device, args.threads)
 
     rows = []
     for level in args.fp16_opt_level:
@@ -80,7 +81,7 @@ def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
         if half == torch.bfloat16 and peer != "torchvision":
             pures.append(True)  # these offer to hold all weights in bfloat16, without float32 masters
         for pure in pures:
-            build = job(peers.Peer, peer, setting, half, pure, 1 if args.quick else 3, args.compile, imports=package)
+            build = job(peers.Peer, peer, setting, half, pure, 1 if args.quick else 3, args.compile, package=package)
             labels = (f"{peer}, all {name}", f"{name} weights") if pure else (peer, autocast)
             rows.append(Row(labels[0], dtype, labels[1], build, peer, pure))
     rows.append(Row("plain reference", torch.float32, "float32", job(peers.plain_stepper, setting, None)))
@@ -90,7 +91,7 @@ def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
 
 
 def measure_memory(rows: list[Row], setting: peers.Setting, notes: dict[str, peers.Choice]) -> dict[str, common.Memory]:
-    """Peak memory of each, in a fresh process, peers at the setting that was the fastest."""
+    """Returns the peak memory of each, in a fresh process, peers at the setting that was the fastest."""
     memory = {}
     for row in rows:
         job = row.job
@@ -103,9 +104,9 @@ def measure_memory(rows: list[Row], setting: peers.Setting, notes: dict[str, pee
 
 
 def peaks(rows: list[Row], setting: peers.Setting, quick: bool) -> dict[torch.dtype, float]:
-    """The best matrix products in each number format, FLOP/s."""
+    """Returns the rate of the best matrix products in each number format, FLOP/s."""
     config = setting.config
-    tokens = (1 + config.grid_size(setting.img_size) ** 2) * setting.batch_size // setting.accumulation
+    tokens = (1 + config.grid_size(setting.img_size) ** 2) * setting.batch_size // setting.num_micro_batches
     dtypes = (row.dtype for row in rows)
     return common.matmul_peaks(setting.device, dtypes, tokens, config.hidden_size, config.mlp_dim, quick)
 
@@ -114,9 +115,9 @@ def report(
     rows: list[Row], speeds: dict[str, common.Speed], peak: dict[torch.dtype, float], flops: float,
     notes: dict[str, peers.Choice], memory: dict[str, common.Memory],
 ) -> None:  # fmt: skip
-    """Prints the table, and what it says of the fastest and the leanest."""
+    """Prints the table, and the ratios to the fastest and the leanest."""
     first = rows[0].name
-    header = ["", "numbers", "setting", "images/s", "slowest - fastest", "ours / it", "share of peak"]
+    header = ["", "precision", "setting", "images/s", "slowest - fastest", "ours / it", "share of peak"]
     header += ["peak memory MiB (without imports)"] * bool(memory)
     images, cells = speeds[first].work, []
     for row in rows:
@@ -142,14 +143,14 @@ def report(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="Speed and memory of one update, against other implementations.")
+    """Returns the parser of the command line."""
+    p = argparse.ArgumentParser(description="Speed and memory of one step, against other implementations.")
     p.add_argument(
         "--model_type", choices=peers.MODELS, default="ViT-B_32", metavar="MODEL", help=", ".join(peers.MODELS)
     )
-    p.add_argument("--img_size", type=int, default=224, help="side of the pictures in pixels")
-    p.add_argument("--batch_size", type=int, default=32, help="pictures of one update")
-    p.add_argument("--gradient_accumulation_steps", type=int, default=1, help="parts of that batch")
+    p.add_argument("--img_size", type=int, default=224, help="side of the images in pixels")
+    p.add_argument("--batch_size", type=int, default=32, help="images of one step")
+    p.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that batch")
     p.add_argument("--dropout", type=float, default=0.1, help="rate, of all contenders")
     p.add_argument(
         "--fp16_opt_level", nargs="+", choices=OPT_LEVELS, default=["O2"],
@@ -164,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     p = make_parser()
     args = p.parse_args(argv)
     common.check_flags(p, args, "img_size", "batch_size", "gradient_accumulation_steps")
@@ -178,8 +179,9 @@ def main(argv: list[str] | None = None) -> None:
                       args.dropout, args.device)  # fmt: skip
     torch.set_num_threads(args.threads)
     print(common.hardware(args.threads, args.device))
-    print(f"{args.model_type}, {args.img_size} px, batch {args.batch_size} in {setting.accumulation} parts, "
-          f"dropout {args.dropout}, {args.rounds} rounds", flush=True)  # fmt: skip
+    split = f" in {setting.num_micro_batches} micro-batches" if setting.num_micro_batches > 1 else ""
+    print(f"{args.model_type}, {args.img_size} px, batch {args.batch_size}{split}, dropout {args.dropout}, "
+          f"{args.rounds} rounds", flush=True)  # fmt: skip
     rows = make_rows(setting, args)
     peak = peaks(rows, setting, args.quick)
     with common.crew({row.name: row.job for row in rows}, args.one_process) as ready:
@@ -188,9 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     for dtype, again in peaks(rows, setting, args.quick).items():
         peak[dtype] = max(peak[dtype], again)
     memory = measure_memory(rows, setting, notes) if args.memory else {}
-    flops = flops_of_update(setting.config, args.img_size, ours.NUM_CLASSES, args.batch_size)
+    flops = flops_of_step(setting.config, args.img_size, peers.NUM_CLASSES, args.batch_size)
     print("; ".join(f"matrix products in {str(dtype).removeprefix('torch.')}: {rate / 1e9:,.0f} GFLOP/s"
-                    for dtype, rate in peak.items()) + f"; one update: {flops / 1e9:,.1f} GFLOP")  # fmt: skip
+                    for dtype, rate in peak.items()) + f"; one step: {flops / 1e9:,.1f} GFLOP")  # fmt: skip
     speeds = {name: common.Speed(taken, args.batch_size) for name, taken in secs.items()}
     report(rows, speeds, peak, flops, notes, memory)
 

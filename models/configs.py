@@ -48,22 +48,22 @@ class ViTConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels per token along one side of the picture."""
+        """Pixels per token along one side of the image."""
         return self.patch_size * 2**self._num_halvings
 
     @property
     def _num_halvings(self) -> int:
-        """How often the stem halves the picture: twice in the root, once in each stage after the first."""
+        """Number of times that the stem halves the image: twice in the root, once in each stage after the first."""
         return 0 if self.resnet_units is None else 2 + max(len(self.resnet_units) - 1, 0)
 
     def map_size(self, img_size: int) -> int:
-        """Side of what is cut into patches: the picture or, in a hybrid, the stem's feature map."""
+        """Side of the map that is cut into patches: the image or, in a hybrid, the stem's feature map."""
         for _ in range(self._num_halvings):
             img_size = -(-img_size // 2)  # stride 2 with 'SAME' padding rounds up
         return img_size
 
     def grid_size(self, img_size: int) -> int:
-        """Tokens along one side of a square picture of ``img_size`` pixels."""
+        """Tokens along one side of a square image of ``img_size`` pixels."""
         return self.map_size(img_size) // self.patch_size
 
     def size_of(self, num_tokens: int) -> int:
@@ -71,7 +71,7 @@ class ViTConfig:
         return round((num_tokens - 1) ** 0.5) * self.stride
 
     def check_img_size(self, img_size: int) -> None:
-        """Raises UserError unless pictures of ``img_size`` pixels divide into whole patches."""
+        """Raises UserError unless images of ``img_size`` pixels divide into whole patches."""
         if self.grid_size(img_size) < 1 or self.map_size(img_size) % self.patch_size:
             below = max(img_size // self.stride, 1) * self.stride
             raise UserError(
@@ -145,3 +145,22 @@ CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name 
 def canonical_name(model_type: str) -> str:
     """This project's name of a model that may be called by one of Google's."""
     return _ALIASES.get(model_type, model_type)
+
+
+def make_config(model_type: str, img_size: int, gelu: str, dropout_rate: float | None = None) -> ViTConfig:
+    """Returns a model's architecture with a training's choices.
+
+    Args:
+        model_type: one of ``CONFIGS``.
+        img_size: side of the images, in pixels.
+        gelu: erf or tanh.
+        dropout_rate: None for the model's own.
+
+    Raises:
+        UserError: images of that size do not fit the model.
+    """
+    config = replace(CONFIGS[model_type], gelu=gelu)
+    if dropout_rate is not None:
+        config = replace(config, dropout_rate=dropout_rate)
+    config.check_img_size(img_size)
+    return config

@@ -1,11 +1,11 @@
-"""Dropout whose masks cost little on CPUs, where torch's own take up to a third of an update.
+"""Operations for CPUs: dropout whose masks cost little, and attention scores in float32.
 
 Source: Srivastava et al., JMLR 15 (2014), in the scaled form that every framework uses: in training an
 element is kept with probability 1 - rate and divided by it, in evaluation nothing happens.
 
-torch draws one number per element, one after another on a single core.  Here one 64-bit number decides
-on four elements, 16 bits each, so that the rate is met to within 1 / 65536.  This module must not know
-what it drops from.
+torch's own dropout takes up to a third of a step: it draws one number per element, one after another on a single
+core.  Here one 64-bit number decides on four elements, 16 bits each, so that the rate is met to within 1 / 65536.
+This module must not know the model.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def keep_mask(shape: torch.Size, rate: float) -> Tensor:
-    """int16, all bits set where an element is kept and none where it is dropped.
+    """Returns an int16 mask: all bits set where an element is kept, none where it is dropped.
 
-    The numbers come from a generator of numpy's, twice as fast as torch's, that torch's seeds: so
-    ``torch.manual_seed`` decides on them as on everything else.
+    The random numbers are numpy's, twice as fast as torch's, seeded by torch's generator, so that
+    ``torch.manual_seed`` decides on them too.
     """
     seed = int(torch.randint(2**63 - 1, ()))
     size, lanes = shape.numel(), 64 // LANE_BITS
@@ -82,12 +82,12 @@ def _masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
 
 
 def autocasts(kind: str) -> bool:
-    """Whether matrix products of a kind of device are cast to half precision; there is no asking for "meta"."""
+    """Tells if autocast casts matrix products on a kind of device; torch cannot be asked about "meta"."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def cast_for_matmul(x: Tensor) -> Tensor:
-    """What autocast would make of a matrix product's input: cast once here, not in every product that takes it."""
+    """Casts a matrix product's input as autocast would: once here, not in every product that takes it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if autocasts(kind) else x
 
@@ -95,14 +95,14 @@ def cast_for_matmul(x: Tensor) -> Tensor:
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     """Scaled products of queries and keys, (B, A, T, K) each, in float32 at least: (B, A, T, T).
 
-    So the fused kernels have them.  In bfloat16 a score's rounding is a large part of the gradients' error, and the
-    product is a hundredth of a block's work.
+    The fused kernels do the same.  In bfloat16 the rounding of scores is a large part of the gradients' error, and
+    this product is a hundredth of a block's work.
     """
     return _Scores.apply(q, k)
 
 
 class _Scores(torch.autograd.Function):
-    """Keeps queries and keys for the backward pass as they come: float32 copies would take twice the memory."""
+    """Keeps queries and keys for the backward pass in their own type: float32 copies would take twice the memory."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:

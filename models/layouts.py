@@ -107,13 +107,13 @@ class Layout(NamedTuple):
         """A name of this layout without what a model without a head lacks."""
         return name.removeprefix(self.prefix)
 
-    def entries(self, config: ViTConfig, num_classes: int | None = None) -> dict[str, list[npz.Entry]]:
+    def entries(self, config: ViTConfig, num_classes: int | None = None) -> dict[str, list[npz.WeightSpec]]:
         """A model's arrays by the layout's short names: several for one name where they are joined there."""
-        found: dict[str, list[npz.Entry]] = {}
+        by_name: dict[str, list[npz.WeightSpec]] = {}
         for entry in npz.layout(config, config.stride, num_classes):
             name = self.short(self.name(entry.ours, config.resnet_units != ()))
-            found.setdefault(name, []).append(entry)
-        return found
+            by_name.setdefault(name, []).append(entry)
+        return by_name
 
 
 _POOLER = r"pooler\.dense\.(weight|bias)"
@@ -127,10 +127,10 @@ LAYOUTS = (OURS, TIMM, HF, HF5)
 def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Renames a state_dict of this project's; queries, keys and values are joined where the layout joins them."""
     has_stages = any(_UNIT.match(name) for name in state)
-    parts: dict[str, list[Tensor]] = {}
+    pieces: dict[str, list[Tensor]] = {}
     for name, x in state.items():
-        parts.setdefault(layout.name(name, has_stages), []).append(x)
-    return {name: x[0] if len(x) == 1 else torch.cat(x) for name, x in parts.items()}
+        pieces.setdefault(layout.name(name, has_stages), []).append(x)
+    return {name: x[0] if len(x) == 1 else torch.cat(x) for name, x in pieces.items()}
 
 
 # ---- to Google's ----
@@ -145,7 +145,7 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
 
     Returns:
         Arrays by Google's names, with a head and pre_logits where there are any.  What has Google's names already
-        comes back as it is, for ``npz.match`` to look through.
+        is returned as it is, for ``npz.match`` to check.
 
     Raises:
         UserError: they are another model's, or have parts that this project's models have no place for.
@@ -166,14 +166,14 @@ def to_google(arrays: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, 
         raise UserError(f"{npz.first_faults(wrong)}{_hint(arrays, layout, config)}")
     if layout is TIMM and _is_scaled(arrays):
         raise UserError("its stem was scaled for timm by an export of this project; give the model that was exported")
-    found: dict[str, np.ndarray] = {}
+    converted: dict[str, np.ndarray] = {}
     for name, parts in entries.items():
         thirds = np.split(arrays[files[name]], len(parts))
-        found |= {entry.google: entry.from_ours(x) for entry, x in zip(parts, thirds)}
+        converted |= {entry.google: entry.from_ours(x) for entry, x in zip(parts, thirds)}
     if layout is TIMM and {"pre_logits.fc.weight", "pre_logits.fc.bias"} <= arrays.keys():
-        found["pre_logits/kernel"] = arrays["pre_logits.fc.weight"].T
-        found["pre_logits/bias"] = arrays["pre_logits.fc.bias"]
-    return found
+        converted["pre_logits/kernel"] = arrays["pre_logits.fc.weight"].T
+        converted["pre_logits/bias"] = arrays["pre_logits.fc.bias"]
+    return converted
 
 
 def _detect(arrays: Mapping[str, np.ndarray]) -> Layout:
@@ -192,10 +192,10 @@ def _detect(arrays: Mapping[str, np.ndarray]) -> Layout:
 
 
 def _is_scaled(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Tells the kernels of a stem that were made to fit timm's arithmetic: each of their channels has the mean 0.
+    """Tells if an export of this project scaled a stem's kernels for timm: each of their channels has the mean 0.
 
     No trained kernel has, to a millionth: nothing in Google's arithmetic depends on the mean, so only a weight decay
-    moves it from where it began.
+    moves it from its first value.
     """
     kernels = [x for name, x in arrays.items() if name.startswith("patch_embed.backbone.") and x.ndim == 4]
     means = [(x.mean((1, 2, 3), np.float64), x.std((1, 2, 3), np.float64)) for x in kernels]
@@ -208,7 +208,7 @@ def _num_classes(arrays: Mapping[str, np.ndarray], layout: Layout) -> int | None
     return None if bias is None or bias.ndim != 1 else len(bias)
 
 
-def _fault(name: str, parts: list[npz.Entry], array: np.ndarray | None) -> str | None:
+def _fault(name: str, parts: list[npz.WeightSpec], array: np.ndarray | None) -> str | None:
     """Says what is wrong with the array that a file has under a name, if anything."""
     entry = parts[0]
     expected = str((len(parts) * entry.ours_shape[0], *entry.ours_shape[1:]))
@@ -261,7 +261,7 @@ _SCANNED = "Transformer/encoderblock/"
 
 
 def _from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Converts big_vision's arrays to Google's names; other Flax files come back as they are.
+    """Converts big_vision's arrays to Google's names; returns those of other Flax files as they are.
 
     big_vision adds the position embeddings before the class token is put in front of the patches, so its class token
     has none, which is the same as zeros.  Its blocks may be stacked along the first axis (``scan=True``).
@@ -280,13 +280,13 @@ def _from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise UserError("it is a model of big_vision whose position embeddings are computed (posemb=sincos2d), "
                              "which no model here does")  # fmt: skip
         return dict(arrays)
-    found = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
-    if "cls" not in found:
+    converted = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    if "cls" not in converted:
         raise UserError("it is a model of big_vision that averages its tokens (pool_type=gap), without a class token")
-    positions = found.pop("pos_embedding")  # (1, n * n, D)
+    positions = converted.pop("pos_embedding")  # (1, n * n, D)
     if positions.ndim == 3:
-        found[npz.POSITIONS] = np.concatenate((np.zeros_like(positions[:, :1]), positions), axis=1)
-    for name in [name for name in found if name.startswith(_SCANNED)]:
-        stacked, rest = found.pop(name), name.removeprefix(_SCANNED)
-        found |= {f"Transformer/encoderblock_{i}/{rest}": x for i, x in enumerate(stacked)}
-    return found
+        converted[npz.POSITIONS] = np.concatenate((np.zeros_like(positions[:, :1]), positions), axis=1)
+    for name in [name for name in converted if name.startswith(_SCANNED)]:
+        stacked, rest = converted.pop(name), name.removeprefix(_SCANNED)
+        converted |= {f"Transformer/encoderblock_{i}/{rest}": x for i, x in enumerate(stacked)}
+    return converted

@@ -5,7 +5,7 @@ Source: Dosovitskiy et al., arXiv 2010.11929; github.com/google-research/vision_
 have checkpoints with them.
 
 Shapes, here and in every comment below:
-    B batch, T tokens = 1 + P patches, D width, A heads, K = D / A head size; pictures (B, 3, H, W)
+    B batch, T tokens = 1 + P patches, D width, A heads, K = D / A head size; images (B, 3, H, W)
 
 This module must not read files, know data sets or know how it is trained.
 """
@@ -85,7 +85,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block: attention and MLP, each around a shortcut.
 
-    With ``num_queries`` only the first tokens go on, each of which still attends to all.
+    With ``num_queries`` only the first tokens are computed, each of which still attends to all.
     """
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
@@ -105,8 +105,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """All blocks and the final norm.  (B, T, D) -> (B, T, D) and the blocks' probabilities.
 
-    With ``class_only`` the result is (B, 1, D), the class token: what the last block would make of the
-    other tokens, most of its work, is left out.
+    With ``class_only`` the result is (B, 1, D), the class token alone: the last block leaves out the
+    other tokens, which are most of its work.
     """
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
@@ -137,14 +137,14 @@ class PatchEmbedding(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         p, x = self.kernel_size[0], cast_for_matmul(x)
-        rows, cols = x.shape[2] // p, x.shape[3] // p  # what is left over is not seen ('VALID')
+        rows, cols = x.shape[2] // p, x.shape[3] // p  # the remainder is left out ('VALID')
         x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))  # (B, C, rows, p, cols, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, P, C * p * p)
         return F.linear(x, self.weight.flatten(1), self.bias)  # (B, P, D)
 
 
 class Embeddings(nn.Module):
-    """Pictures to tokens: (hybrid stem,) patches, class token, position embeddings."""
+    """Images to tokens: (hybrid stem,) patches, class token, position embeddings."""
 
     def __init__(self, config: ViTConfig, img_size: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Embeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.cls_token.dtype)  # half throughout, where the weights are
+        x = x.to(self.cls_token.dtype)  # half precision from here on, if the weights are
         if self.hybrid_model is not None:
             x = self.hybrid_model(x)  # (B, C, H / stride, W / stride)
         x = self.patch_embeddings(x)  # (B, P, D)
@@ -167,7 +167,7 @@ class Embeddings(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pictures to encoded tokens."""
+    """Images to encoded tokens."""
 
     def __init__(self, config: ViTConfig, img_size: int, vis: bool) -> None:
         super().__init__()
@@ -183,9 +183,9 @@ class VisionTransformer(nn.Module):
 
     Args:
         config: the architecture, one of ``CONFIGS``.
-        img_size: side of the pictures, in pixels.
+        img_size: side of the images, in pixels.
         num_classes: outputs of the head.
-        zero_head: fine-tune: ``load_from`` sets the head to zero instead of loading it.
+        zero_head: for fine-tuning: ``load_from`` sets the head to zero instead of loading it.
         vis: return every block's attention probabilities.
     """
 
@@ -210,7 +210,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Google's initial values, from torch's global generator."""
+        """Sets Google's initial values, drawn from torch's global generator."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -224,10 +224,10 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, list[Tensor]] | Tensor:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
-            x: pictures (B, 3, H, W) in [-1, 1].
+            x: images (B, 3, H, W) in [-1, 1].
             labels: class indices (B,).
 
         Returns:
@@ -243,11 +243,11 @@ class VisionTransformer(nn.Module):
     def load_from(self, weights: Mapping[str, np.ndarray]) -> None:
         """Loads a checkpoint in Google's layout: all of it, or nothing.
 
-        A model made under ``torch.device("meta")``, which takes no time for it has no weights, has them afterwards.
+        A model made under ``torch.device("meta")``, quickly since without memory, has its weights afterwards.
 
         Args:
-            weights: arrays by Google's names, such as ``np.load(path)`` gives; what ``npz.match`` gives has been
-                checked, and is not again.
+            weights: arrays by Google's names, such as ``np.load(path)`` returns; what ``npz.match`` returned is
+                not checked again.
 
         Raises:
             UserError: an array is missing, or has another shape than this model's; the message
@@ -285,13 +285,13 @@ class VisionTransformer(nn.Module):
             )
 
     def load_finetuned(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a state_dict of exactly this model: all of it, or nothing; "meta" as in ``load_from``.
+        """Loads a state_dict of exactly this model: all of it, or nothing; "meta" as for ``load_from``.
 
         Args:
-            state: as ``state_dict()`` gives it, of any float type.
+            state: as ``state_dict()`` returns it, of any float type.
 
         Raises:
-            UserError: it is another model's, or for another number of classes or size of pictures;
+            UserError: it is another model's, or for another number of classes or size of images;
                 the message names what was expected and what was found.
         """
         own = self.state_dict()
@@ -301,7 +301,7 @@ class VisionTransformer(nn.Module):
             for name, x in own.items()
             if name in state and x.shape != state[name].shape
         }
-        later = [head, "head.weight"]  # these may differ for reasons of their own, told below
+        later = [head, "head.weight"]  # these may differ for reasons of their own, reported below
         if positions in state and state[positions].ndim == 3:
             later.append(positions)
         wrong = [misfit for name, misfit in misfits.items() if name not in later]

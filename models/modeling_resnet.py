@@ -19,7 +19,7 @@ ROOT_WIDTH = 64
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis so that it shrinks to ceil(size / stride) ('SAME')."""
+    """Returns the zeros before and after an axis with which it shrinks to ceil(size / stride) ('SAME')."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 

@@ -5,6 +5,8 @@ github.com/google-research/vision_transformer, ``vit_jax/checkpoint.py``.
 
 Kernels are stored (in, out), convolutions HWIO, and attention projections with a separate head axis.
 This module must not know data sets, devices or training, nor read files (utils/weights.py does).
+It is longer than other files because it is the one place that knows Google's names, in both of their
+spellings, and ours beside them: a table, its two directions and its errors are read together.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ POSITIONS = "Transformer/posembed_input/pos_embedding"
 _PRE_LOGITS = ("pre_logits/kernel", "pre_logits/bias")
 
 
-class Entry(NamedTuple):
+class WeightSpec(NamedTuple):
     """One array of a checkpoint.
 
     Attributes:
@@ -82,28 +84,28 @@ class Entry(NamedTuple):
         return array.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
 
 
-def _entry(google: str, ours: str, shape: tuple[int, ...]) -> Entry:
+def _entry(google: str, ours: str, shape: tuple[int, ...]) -> WeightSpec:
     """An array whose axes follow from its rank and name."""
     leaf = google.rsplit("/", 2)[-2:]
     if len(shape) == 4 and leaf[-1] == "kernel":  # HWIO -> OIHW
-        return Entry(google, ours, shape, (3, 2, 0, 1), tuple(shape[i] for i in (3, 2, 0, 1)))
+        return WeightSpec(google, ours, shape, (3, 2, 0, 1), tuple(shape[i] for i in (3, 2, 0, 1)))
     if len(shape) == 3 and leaf[-1] == "kernel":
         if leaf[0] == "out":  # (A, K, D) -> (D, A * K)
-            return Entry(google, ours, shape, (2, 0, 1), (shape[2], shape[0] * shape[1]))
-        return Entry(google, ours, shape, (1, 2, 0), (shape[1] * shape[2], shape[0]))  # (D, A, K) -> (A * K, D)
+            return WeightSpec(google, ours, shape, (2, 0, 1), (shape[2], shape[0] * shape[1]))
+        return WeightSpec(google, ours, shape, (1, 2, 0), (shape[1] * shape[2], shape[0]))  # (D, A, K) -> (A * K, D)
     if len(shape) == 2 and leaf[-1] == "kernel":  # (in, out) -> (out, in)
-        return Entry(google, ours, shape, (1, 0), shape[::-1])
+        return WeightSpec(google, ours, shape, (1, 0), shape[::-1])
     if len(shape) == 2:  # a projection's bias: (A, K) -> (A * K,)
-        return Entry(google, ours, shape, (0, 1), (shape[0] * shape[1],))
-    return Entry(google, ours, shape, tuple(range(len(shape))), shape)
+        return WeightSpec(google, ours, shape, (0, 1), (shape[0] * shape[1],))
+    return WeightSpec(google, ours, shape, tuple(range(len(shape))), shape)
 
 
-def layout(config: ViTConfig, img_size: int, num_classes: int | None = None) -> Iterator[Entry]:
-    """Every array of a checkpoint of this model.
+def layout(config: ViTConfig, img_size: int, num_classes: int | None = None) -> Iterator[WeightSpec]:
+    """Yields every array of a checkpoint of this model.
 
     Args:
         config: the architecture.
-        img_size: side of the pictures in pixels, which fixes the number of position embeddings.
+        img_size: side of the images in pixels, which fixes the number of position embeddings.
         num_classes: outputs of the head, or None to leave the head out.
     """
     d, heads, embeddings = config.hidden_size, config.num_heads, "transformer.embeddings."
@@ -136,14 +138,14 @@ def layout(config: ViTConfig, img_size: int, num_classes: int | None = None) -> 
         yield _entry("head/bias", "head.bias", (num_classes,))
 
 
-def _norm_layout(google: str, ours: str, channels: int) -> Iterator[Entry]:
+def _norm_layout(google: str, ours: str, channels: int) -> Iterator[WeightSpec]:
     # Historical files keep the broadcast axes of pre-Linen Flax; newer ones are accepted too.
     for theirs, name in (("scale", "weight"), ("bias", "bias")):
-        yield Entry(f"{google}/{theirs}", f"{ours}.{name}", (1, 1, 1, channels), (0, 1, 2, 3), (channels,))
+        yield WeightSpec(f"{google}/{theirs}", f"{ours}.{name}", (1, 1, 1, channels), (0, 1, 2, 3), (channels,))
 
 
-def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[Entry, None, int]:
-    """The arrays of a hybrid's stem; returns the channels of its feature map."""
+def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[WeightSpec, None, int]:
+    """Yields the arrays of a hybrid's stem; returns the channels of its feature map."""
     channels = 64
     yield _entry("conv_root/kernel", prefix + "root.conv.weight", (7, 7, 3, channels))
     yield from _norm_layout("gn_root", prefix + "root.gn", channels)
@@ -162,7 +164,7 @@ def _stem_layout(units: tuple[int, ...], prefix: str) -> Generator[Entry, None, 
 
 
 class Spelling(NamedTuple):
-    """How a file names its arrays.
+    """The spelling of a file's names.
 
     Attributes:
         prefix: where in a train state the weights are.
@@ -201,15 +203,15 @@ def _renumber(name: str, numbering: Mapping[str, str]) -> str:
 
 
 class Matched(Mapping[str, np.ndarray]):
-    """Arrays that ``match`` found to be all that a model needs, by their historical names.
+    """All arrays that a model needs, by their historical names, as ``match`` checked them.
 
-    They need not be looked through again for a model that needs no others.
+    They are not checked again for a model that needs no others.
 
     Attributes:
         entries: the arrays, but for those of the layer before the head that some files have and no model here.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], entries: list[Entry]) -> None:
+    def __init__(self, arrays: dict[str, np.ndarray], entries: list[WeightSpec]) -> None:
         self._arrays, self.entries = arrays, entries
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -227,7 +229,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
 
     Args:
         weights: arrays by Google's names, of any float type; what is not needed is named in a warning.
-            What was matched with such a model before, perhaps with a head as well, comes back as it is.
+            What was matched with such a model before, perhaps with a head as well, is returned as it is.
         config: the architecture.
         num_classes: outputs of the head, or None to leave the head out.
 
@@ -235,7 +237,7 @@ def match(weights: Mapping[str, np.ndarray], config: ViTConfig, num_classes: int
         UserError: an array is missing, has the wrong shape or holds a NaN; the message names it as the
             file does.
     """
-    # Position embeddings may have any grid, so any picture's size will do here.
+    # Position embeddings may have any grid, so any image's size will do here.
     entries = list(layout(config, config.stride, num_classes))
     if isinstance(weights, Matched) and set(entries) <= set(weights.entries):
         return weights
@@ -272,12 +274,12 @@ def num_classes(weights: Mapping[str, np.ndarray]) -> int | None:
 
 
 def first_faults(faults: list[str]) -> str:
-    """What is wrong with a file's arrays, for a message of one line: three faults and the number of the others."""
+    """Joins the faults of a file's arrays for a message of one line: three of them, and the number of the others."""
     return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
 def _hint(weights: Mapping[str, np.ndarray], spelling: Spelling, config: ViTConfig) -> str:
-    """Names the model that a checkpoint is of, if it is a known one and not this one."""
+    """Names the model that a checkpoint belongs to, if it is a known one and not this one."""
     if _is_of(weights, spelling, config):
         return ""
     other = model_of(weights)
@@ -302,7 +304,7 @@ def to_state_dict(
 
     Args:
         weights, config, num_classes: as for ``match``.
-        img_size: side of the pictures in pixels; position embeddings of another grid are resized.
+        img_size: side of the images in pixels; position embeddings of another grid are resized.
 
     Raises:
         UserError: an array is missing or has the wrong shape.
@@ -315,7 +317,7 @@ def to_state_dict(
     return {entry.ours: entry.to_tensor(arrays[entry.google]) for entry in layout(config, img_size, num_classes)}
 
 
-def fits(entry: Entry, shape: tuple[int, ...]) -> bool:
+def fits(entry: WeightSpec, shape: tuple[int, ...]) -> bool:
     """Compares an array's shape with the entry's; position embeddings may be of any square grid."""
     if entry.google == POSITIONS:
         square = len(shape) == 3 and shape[1] > 1 and round((shape[1] - 1) ** 0.5) ** 2 == shape[1] - 1

@@ -1,21 +1,37 @@
-"""Weights that a run or a tool begins with: a file of any layout, as a model in Google's, and what is told of it.
+"""Weights that a run or a tool begins with: a file of any layout in Google's, and the model that has them.
 
-Joins utils/weights.py, which reads files, and models/layouts.py, which knows what the names in them mean.  This module
-must not know the flags.
+Takes what ``utils.metadata.open_weights`` has read; models/layouts.py knows what the names mean.  This module must not
+read files, nor know the flags.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from models import layouts, npz
-from models.configs import CONFIGS, canonical_name
-from utils import metadata, weights
+from models.configs import CONFIGS, ViTConfig, canonical_name
+from models.modeling import VisionTransformer
 from utils.errors import UserError
 
 logger = logging.getLogger("train")
+
+
+class WeightsFile(Protocol):
+    """A file that was read: ``utils.weights.Weights``."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def arrays(self) -> dict[str, np.ndarray]: ...
+    @property
+    def metadata(self) -> Any: ...
 
 
 class Source(NamedTuple):
@@ -25,13 +41,13 @@ class Source(NamedTuple):
         path: the file.
         model_type: one of ``CONFIGS``.
         arrays: by Google's names, all that the model needs and a head where the file has one.
-        told: what files beside it tell, None where nothing does.
+        metadata: a ``utils.metadata.Metadata`` of the files beside it, None without one.
     """
 
     path: str
     model_type: str
     arrays: npz.Matched
-    told: metadata.Metadata | None
+    metadata: Any
 
     @property
     def num_classes(self) -> int | None:
@@ -39,56 +55,107 @@ class Source(NamedTuple):
         return npz.num_classes(self.arrays)
 
 
-def load(path: str, model_type: str | None, strict: bool = True) -> Source:
-    """Reads weights of any layout as those of a model.
+def load(file: WeightsFile, model_type: str | None) -> Source:
+    """Interprets weights of any layout as those of a model.
 
     Args:
-        path: a file, or a folder with one.
-        model_type: one of ``CONFIGS``, or None for what is told or, if nothing tells it, shown by the weights.
-        strict: an unreadable or mismatched description is an error, not a warning.
+        file: the weights and their metadata.
+        model_type: one of ``CONFIGS``, or None for the metadata's or, without one, that of the names and shapes.
 
     Raises:
-        UserError: they cannot be read, or are another model's; the message names the file.
+        UserError: they are another model's, or of none; the message begins with the file's path.
     """
-    try:
-        path = weights.file_in(path) if os.path.isdir(path) else path
-        file = weights.read(path)
-    except UserError as e:
-        as_model = "" if model_type is None else f" as {model_type}"
-        raise UserError(f"{path} cannot be loaded{as_model}: {e}") from e
-    try:
-        told = metadata.read_beside(file)
-    except UserError as e:
-        if strict:
-            raise
-        logger.warning("%s", e)
-        told = None
-    model_type = model_type or (told and told.model_type) or layouts.model_of(file.arrays)
+    metadata = file.metadata
+    model_type = model_type or (metadata and metadata.model_type) or layouts.model_of(file.arrays)
     if model_type not in CONFIGS:
         known = f"; known models: {', '.join(CONFIGS)}"
         if model_type is None:
-            raise UserError(f"{path} has names or shapes of none of the known models{known}")
-        raise UserError(f"{told.source if told else path} names {model_type}, which is not known here{known}")
+            raise UserError(f"{file.path} has names or shapes of none of the known models{known}")
+        raise UserError(f"{metadata.source if metadata else file.path} names {model_type}, which is not known{known}")
     config = CONFIGS[model_type]
-    try:
+    with _naming(file.path, model_type):
         arrays = layouts.to_google(file.arrays, config)
         matched = npz.match(arrays, config, npz.num_classes(arrays))
-        if told is not None:
-            told.check(config.num_heads)
+        if metadata is not None:
+            metadata.check(config.num_heads)
+    return Source(file.path, model_type, matched, metadata)
+
+
+def model_to_train(
+    source: Source | None, config: ViTConfig, img_size: int, num_classes: int, keep_head: bool
+) -> VisionTransformer:
+    """Returns a model with the weights of a file, or with random ones from torch's global generator.
+
+    Args:
+        source: the weights; None for random ones.
+        config: the architecture.
+        img_size: side of the images, in pixels.
+        num_classes: outputs of the head.
+        keep_head: load the file's head, instead of zeros.
+
+    Raises:
+        UserError: the weights do not fit; the message begins with the file's path.
+    """
+    if source is None:
+        return VisionTransformer(config, img_size, num_classes, zero_head=True)
+    model = _empty(config, img_size, num_classes, zero_head=not keep_head)
+    with _naming(source.path, source.model_type):
+        model.load_from(source.arrays)
+    return model
+
+
+def model_to_resume(
+    weights: Mapping[str, Tensor], model_type: str, config: ViTConfig, img_size: int, num_classes: int
+) -> VisionTransformer:
+    """Returns a model with the weights of a training state; raises UserError if they are another model's."""
+    model = _empty(config, img_size, num_classes)
+    with _naming("the state to resume from", model_type):
+        model.load_finetuned(weights)
+    return model
+
+
+def model_to_evaluate(
+    source: Source, config: ViTConfig, img_size: int, num_classes: int, vis: bool = False
+) -> VisionTransformer:
+    """Returns a model with fine-tuned weights, its head included.
+
+    Args:
+        source: the weights.
+        config, img_size, num_classes, vis: as for ``VisionTransformer``.
+
+    Raises:
+        UserError: the weights are of another model, size of images or number of classes, or have no head.
+    """
+    model = _empty(config, img_size, num_classes, vis=vis)
+    with _naming(source.path, source.model_type):
+        model.load_exactly(source.arrays)
+    return model
+
+
+def _empty(config: ViTConfig, img_size: int, num_classes: int, **options: bool) -> VisionTransformer:
+    """Returns a model without weights, which draws none that are then overwritten."""
+    with torch.device("meta"):
+        return VisionTransformer(config, img_size, num_classes, **options)
+
+
+@contextlib.contextmanager
+def _naming(source: str, model_type: str) -> Iterator[None]:
+    """Lets an error say which weights do not fit which model."""
+    try:
+        yield
     except UserError as e:
-        raise UserError(f"{file.path} cannot be loaded as {model_type}: {e}") from e
-    return Source(file.path, model_type, matched, told)
+        raise UserError(f"{source} cannot be loaded as {model_type}: {e}") from e
 
 
 def keeps_head(source: Source, classes: list[str], zero_head: bool) -> bool:
-    """Decides whether a training goes on with the weights' own head: only where it is for the same classes; logs why.
+    """Tells whether a training keeps the weights' own head, which it does only for the same classes; logs the reason.
 
     Args:
         source: the weights.
         classes: names of the data set's, in the order of their labels.
         zero_head: a head of zeros is asked for.
     """
-    trained = None if source.told is None else source.told.classes
+    trained = None if source.metadata is None else source.metadata.classes
     if zero_head:
         reason = "--zero_head"
     elif source.num_classes is None:
@@ -105,19 +172,19 @@ def keeps_head(source: Source, classes: list[str], zero_head: bool) -> bool:
 
 
 def warn_of_contradictions(source: Source, model_type: str, gelu: str) -> None:
-    """Warns where the flags differ from the training that is told of beside the weights."""
-    told = source.told
-    if told is None:
+    """Warns where the flags differ from those of the training that the metadata names."""
+    metadata = source.metadata
+    if metadata is None:
         return
-    if told.model_type is not None and canonical_name(told.model_type) != canonical_name(model_type):
-        logger.warning("%s was trained with --model_type %s, not %s", source.path, told.model_type, model_type)
-    if told.gelu not in (None, gelu):
-        logger.warning("%s was trained with --gelu %s, not %s", source.path, told.gelu, gelu)
+    if metadata.model_type is not None and canonical_name(metadata.model_type) != canonical_name(model_type):
+        logger.warning("%s was trained with --model_type %s, not %s", source.path, metadata.model_type, model_type)
+    if metadata.gelu not in (None, gelu):
+        logger.warning("%s was trained with --gelu %s, not %s", source.path, metadata.gelu, gelu)
 
 
 def warn_of_other_classes(source: Source, dataset: str, classes: list[str]) -> None:
     """Warns where an evaluation is on as many classes as the training was, but on others."""
-    trained = None if source.told is None else source.told.classes
+    trained = None if source.metadata is None else source.metadata.classes
     if trained is not None and len(trained) == len(classes) and trained != classes:
         first = next(i for i, name in enumerate(classes) if trained[i] != name)
         logger.warning(

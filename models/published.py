@@ -1,4 +1,4 @@
-"""Google's pretrained files: their names, where they are published and where else, and where they are on this disk.
+"""Google's pretrained files: their names, their addresses, their copies on the Hugging Face hub and on this disk.
 
 Source: github.com/google-research/vision_transformer (README).  What confirms each row of the
 Hugging Face hub's repositories:
@@ -116,7 +116,7 @@ OTHER_RUNS: dict[str, str] = {
 
 
 def upstreams(name: str) -> list[str]:
-    """The upstreams that have a file of a model; that of ``PUBLISHED``, which is meant where none is named, first."""
+    """Lists the upstreams that have a file of a model; that of ``PUBLISHED``, the default, first."""
     having = [upstream for upstream, files in UPSTREAMS.items() if name in files]
     return sorted(having, key=lambda upstream: UPSTREAMS[upstream][name] != PUBLISHED.get(name))
 
@@ -127,7 +127,7 @@ def file_name(upstream: str, name: str) -> str:
 
 
 def repository(path: str) -> str | None:
-    """The repository that stands for one of Google's files, or None.
+    """Returns the repository that stands for one of Google's files, or None.
 
     Args:
         path: as the values of ``models.published.UPSTREAMS``.
@@ -136,7 +136,7 @@ def repository(path: str) -> str | None:
 
 
 def other_run(path: str) -> str | None:
-    """The file name here of the other AugReg run that the hub has in place of one of Google's files, or None.
+    """Returns the name here of the other AugReg run that the hub has in place of one of Google's files, or None.
 
     Args:
         path: as the values of ``models.published.UPSTREAMS``.
@@ -167,7 +167,7 @@ def usual_names(model_type: str) -> list[str]:
 
 
 def find(path: str | None, model_type: str) -> str:
-    """The weights that a path means: a file, or a folder with a model's file or with weights of other programs.
+    """Returns the weights that a path means: a file, or a folder with a model's file or weights of other programs.
 
     Args:
         path: as --pretrained_dir has it; None looks in ``FOLDER`` and logs what is taken.
@@ -181,11 +181,11 @@ def find(path: str | None, model_type: str) -> str:
     if path is not None and not os.path.isdir(path):
         raise UserError(f"there is no file {path}{_remedy(*os.path.split(path), model_type)}")
     folder, names = path or FOLDER, usual_names(model_type)
-    if found := next((each for each in names if os.path.isfile(os.path.join(folder, each))), None):
-        found = os.path.join(folder, found)
+    if name := next((each for each in names if os.path.isfile(os.path.join(folder, each))), None):
+        file = os.path.join(folder, name)
         if path is None:
-            logger.info("--pretrained_dir is not given: starting from %s", found)
-        return found
+            logger.info("--pretrained_dir is not given: starting from %s", file)
+        return file
     if path is not None and any(each.endswith(_OTHER_ENDINGS) for each in os.listdir(path)):
         return path
     remedy = _remedy(folder, "", model_type, looked_for=path is None)
@@ -199,31 +199,48 @@ def _remedy(folder: str, file: str, model_type: str, looked_for: bool = False) -
         folder: where it was looked for.
         file: the name that was given; empty for any.
         model_type: whose weights it should hold.
-        looked_for: the file will be found without being named.
+        looked_for: the file need not be named.
     """
     name = canonical_name(model_type)
     if name == DEMO:
         return f"; this repository comes with it: --pretrained_dir {shlex.quote(own_path('checkpoint', f'{DEMO}.npz'))}"
     if name not in PUBLISHED:
         return f"; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
-    if any(own in file for own in (name, GOOGLE_NAMES.get(name, name))):
-        return f"; download it with: {download_command(os.path.join(folder, file), name)}"
-    target = os.path.join(folder, file_name(PUBLISHED[name].split("/")[0], name))
-    needs = f", and --model_type {name} needs its own" if file else ""
-    give = "" if looked_for else f" and give --pretrained_dir {shlex.quote(target)}"
+    is_own = any(own in file for own in (name, GOOGLE_NAMES.get(name, name)))
+    target = os.path.join(folder, file if is_own else file_name(PUBLISHED[name].split("/")[0], name))
+    needs = f", and --model_type {name} needs its own" if file and not is_own else ""
+    give = "" if looked_for or is_own else f" and give --pretrained_dir {shlex.quote(target)}"
+    if not looked_for and (run := other_run_of(target, name)):
+        give += f"; the Hugging Face hub has another run: then give --pretrained_dir {shlex.quote(run)}"
     return f"{needs}; download it with: {download_command(target, name)}{give}"
 
 
-def download_command(path: str, name: str) -> str:
-    """The command that fetches a model's published file to ``path``, whose name may tell from which upstream."""
-    folder, file = os.path.split(path)
-    having = upstreams(name)
-    upstream = next((u for u in having if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
+def published_as(file: str, name: str) -> tuple[str | None, str]:
+    """Returns the upstream that a file's name begins with, if any, and the name in ``UPSTREAMS`` of a model's file."""
+    upstream = next((u for u in upstreams(name) if file.startswith(file_name(u, "").removesuffix(".npz"))), None)
     if upstream is not None:
         name = next((other for other in UPSTREAMS[upstream] if file == file_name(upstream, other)), name)  # "-224"
+    return upstream, name
+
+
+def other_run_of(path: str, name: str) -> str | None:
+    """Returns the path that tools.download writes in place of ``path`` if the file comes from the hub; else None."""
+    folder, file = os.path.split(path)
+    upstream, name = published_as(file, name)
+    if upstream is None or file != file_name(upstream, name):
+        return None  # the file has a name of the user's choice, which every run may have
+    run = other_run(UPSTREAMS[upstream][name])
+    return run and os.path.join(folder, run)
+
+
+def download_command(path: str, name: str) -> str:
+    """Spells the command that fetches a model's published file to ``path``, from the upstream in the file's name."""
+    folder, file = os.path.split(path)
+    first = upstreams(name)[0]
+    upstream, name = published_as(file, name)
     words = [name]
-    if upstream is not None and upstream != having[0]:
-        words += ["--upstream", upstream]
+    if upstream not in (None, first):
+        words += ["--upstream", str(upstream)]
     if upstream is None or file != file_name(upstream, name):
         words += ["--to", path]
     elif folder != "checkpoint":

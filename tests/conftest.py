@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Fixtures that several test modules share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from models.configs import CONFIGS, ViTConfig
-from tests.helpers import fake_npz, faults
+from tests.helpers import fake_npz
 from tests.helpers.folders import noise, save
 from utils import datasets
 
@@ -136,28 +136,5 @@ def decode_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 0)
 
 
-# ---- docs/faults.md ----
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write_faults", action="store_true", help="write docs/faults.md from the tests that try them")
-
-
-@pytest.fixture(scope="session")
-def recorded_faults() -> list[faults.Row]:
-    """What ``record_fault`` was told in this session."""
-    return []
-
-
-@pytest.fixture
-def record_fault(request: pytest.FixtureRequest, recorded_faults: list[faults.Row]) -> Callable[..., None]:
-    """``record_fault(group, what, message, status)``: a fault as docs/faults.md has it, else the test fails."""
-
-    def record(group: str, what: str, message: str, status: int) -> None:
-        row = faults.Row(group, what, faults.normalised(message), status)
-        recorded_faults.append(row)
-        if not request.config.getoption("--write_faults"):
-            known = faults.rows_of(faults.PAGE.read_text(encoding="utf-8"))
-            assert str(row) in known.get(group, []), "make faults writes the page anew"
-
-    return record
+    parser.addoption("--write_errors", action="store_true", help="write docs/errors.md from the tests that try them")

@@ -1,4 +1,6 @@
-"""Crops and resizing against torchvision and Pillow, whose pictures the reference trained on."""
+"""Crops and resizing against torchvision and Pillow, whose images the reference trained on."""
+
+import itertools
 
 import numpy as np
 import PIL
@@ -7,11 +9,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 from utils import augment
 
 GREY_LEVEL = 1 / 127.5
-#: Whether the installed Pillow takes the vertical pass first where much height is lost (Pillow #9549).
+#: The installed Pillow takes the vertical pass first where much height is lost (Pillow #9549).
 CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -20,7 +23,7 @@ def draw(count, seed=0):
     return torch.rand(count, augment.NUM_DRAWS, generator=generator, dtype=torch.float64)
 
 
-def make_pictures(kind, height, width, count=6):
+def make_images(kind, height, width, count=6):
     generator = torch.Generator().manual_seed(0)
     if kind == "random":
         return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
@@ -29,18 +32,23 @@ def make_pictures(kind, height, width, count=6):
     return smooth.clamp(0, 255).round().byte()
 
 
-def pillow_pipeline(picture, box, out_size):
-    """The reference's transforms, given the box that it drew."""
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    image = TF.resized_crop(image, *box, [out_size, out_size], TF.InterpolationMode.BILINEAR)
-    return TF.normalize(TF.to_tensor(image), [0.5] * 3, [0.5] * 3)
+def to_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def by_pillow(images, boxes, out_size):
+    """The reference's transforms, given the boxes that it drew."""
+    square, bilinear = [out_size, out_size], TF.InterpolationMode.BILINEAR
+    crops = (TF.resized_crop(to_pil(x), *box, square, bilinear) for x, box in zip(images, boxes.tolist()))
+    return torch.stack([TF.normalize(TF.to_tensor(x), [0.5] * 3, [0.5] * 3) for x in crops])
 
 
 def grey_levels_off(got, expected):
-    """How far two lots of pictures are apart on average; no value may be off by more than one level.
+    """Returns how far two batches are apart on average; no value may be off by more than one level.
 
-    Pillow rounds to whole levels after each of its two passes, half a level at most each time: nothing that
-    computes the same filter is further away than that.
+    Pillow rounds to whole levels after each of its two passes, half a level at most each time, and so do we: in
+    whichever order, both are less than one level away from the exact value, so less than two, which is at most
+    one, from each other.
     """
     assert got.shape == expected.shape
     assert got.dtype == torch.float32
@@ -54,9 +62,9 @@ def grey_levels_off(got, expected):
 
 def torchvision_boxes(height, width, count):
     torch.manual_seed(1)
-    picture = torch.empty(3, height, width)
+    image = torch.empty(3, height, width)
     params = transforms.RandomResizedCrop.get_params
-    return torch.tensor([params(picture, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3)) for _ in range(count)])
+    return torch.tensor([params(image, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3)) for _ in range(count)])
 
 
 def largest_gap(a, b):
@@ -86,22 +94,23 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
         assert a.mean() == pytest.approx(b.mean(), abs=4 * b.std() / len(b) ** 0.5)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (7, 5), (30, 90), (300, 200)])
-def test_boxes_lie_inside_the_picture_and_reach_its_edges(height, width):
-    top, left, h, w = augment.crop_boxes(draw(5_000), height, width).unbind(1)
-    assert min(top.min(), left.min()) == 0
-    assert min(h.min(), w.min()) >= 1
-    assert (top + h).max() == height
-    assert (left + w).max() == width
+def test_boxes_lie_inside_the_image_and_reach_its_edges():
+    for height, width in ((32, 32), (7, 5), (30, 90), (300, 200)):
+        top, left, h, w = augment.crop_boxes(draw(5_000), height, width).unbind(1)
+        assert min(top.min(), left.min()) == 0
+        assert min(h.min(), w.min()) >= 1
+        assert ((top + h).max(), (left + w).max()) == (height, width)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "box"),
-    [(4, 200, (0, 97, 4, 5)), (200, 4, (97, 0, 5, 4)), (1, 300, (0, 149, 1, 1)), (300, 1, (149, 0, 1, 1))],
-)
-def test_extreme_pictures_fall_back_to_torchvisions_centre_crop(height, width, box):
-    assert set(map(tuple, torchvision_boxes(height, width, 3).tolist())) == {box}
-    assert set(map(tuple, augment.crop_boxes(draw(50), height, width).tolist())) == {box}
+def test_extreme_images_fall_back_to_torchvisions_centre_crop():
+    for height, width, box in (
+        (5, 200, (0, 96, 5, 7)),
+        (200, 5, (96, 0, 7, 5)),
+        (1, 300, (0, 149, 1, 1)),
+        (300, 1, (149, 0, 1, 1)),
+    ):
+        assert set(map(tuple, torchvision_boxes(height, width, 3).tolist())) == {box}
+        assert set(map(tuple, augment.crop_boxes(draw(50), height, width).tolist())) == {box}
 
 
 def test_the_tenth_try_counts_and_an_eleventh_does_not_exist():
@@ -114,15 +123,7 @@ def test_the_tenth_try_counts_and_an_eleventh_does_not_exist():
     assert boxes.tolist() == [[0, 0, side, side], [0, 0, 32, 32]]
 
 
-def test_each_picture_of_a_batch_gets_the_box_of_its_own_size():
-    draws = draw(4)
-    heights, widths = torch.tensor([32, 40, 4, 500]), torch.tensor([32, 64, 200, 333])
-    boxes = augment.crop_boxes(draws, heights, widths)
-    alone = [augment.crop_boxes(draws[i : i + 1], int(heights[i]), int(widths[i]))[0] for i in range(4)]
-    assert torch.equal(boxes, torch.stack(alone))
-
-
-def test_half_of_the_pictures_are_mirrored_whatever_their_boxes():
+def test_half_of_the_images_are_mirrored_whatever_their_boxes():
     draws = draw(20_000)
     mirrored = augment.flips(draws)
     assert mirrored.dtype == torch.bool
@@ -133,155 +134,61 @@ def test_half_of_the_pictures_are_mirrored_whatever_their_boxes():
 
 # ---- pixels ----
 
-
 SHAPES = [(32, 32), (48, 37), (37, 48), (90, 120)]
 OUT_SIZES = [8, 32, 112, 224]
+#: (height, width, side) about the edges of Pillow 13's rule, by which of its passes comes first.
+VERTICAL_FIRST = [(120, 60, 112), (48, 37, 32), (96, 64, 48), (97, 72, 48), (33, 32, 32), (33, 20, 32)]
+HORIZONTAL_FIRST = [(96, 72, 48), (32, 20, 32), (31, 10, 32), (64, 64, 32), (64, 300, 32), (90, 120, 32), (4, 60, 32)]
+CIFAR = [(32, 32, out_size) for out_size in (32, 56, 64, 224, 384)]
 
 
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_resized_crop_gives_pillows_pixels(kind):
-    off = []
-    for height, width in SHAPES:
-        pictures = make_pictures(kind, height, width)
-        boxes = augment.crop_boxes(draw(len(pictures)), height, width)
-        for out_size in OUT_SIZES:
-            expected = [pillow_pipeline(x, box, out_size) for x, box in zip(pictures, boxes.tolist())]
-            off.append(grey_levels_off(augment.resized_crop(pictures, boxes, out_size), torch.stack(expected)))
-    assert max(off) <= (0.03 if CHOOSES_ORDER else 0.3)
+def test_whole_images_are_pillows_to_the_bit(kind):
+    cases = [(*shape, out_size) for shape, out_size in itertools.product(SHAPES, OUT_SIZES)]
+    for height, width, out_size in cases + HORIZONTAL_FIRST + VERTICAL_FIRST + CIFAR:
+        images = make_images(kind, height, width)
+        expected = by_pillow(images, torch.tensor([[0, 0, height, width]] * len(images)), out_size)
+        off = grey_levels_off(augment.resize(images, out_size), expected)
+        assert off < (1e-3 if CHOOSES_ORDER else 0.3), (height, width, out_size)
 
 
-#: Heights, widths and sides about each edge of the rule, and what it says.
-ORDERS = [
-    ((120, 60), 112, True),
-    ((48, 37), 32, True),
-    ((96, 64), 48, True),
-    ((96, 72), 48, False),  # 48 rows are lost, and twice 24 columns
-    ((97, 72), 48, True),
-    ((33, 32), 32, True),
-    ((33, 20), 32, True),
-    ((32, 20), 32, False),
-    ((31, 10), 32, False),
-    ((64, 64), 32, False),
-    ((64, 300), 32, False),
-    ((90, 120), 32, False),
-]
-
-
-@pytest.mark.parametrize(("sizes", "out_size", "expected"), ORDERS)
-def test_the_vertical_pass_comes_first_where_more_than_twice_as_many_rows_as_columns_are_lost(
-    sizes, out_size, expected
-):
-    assert augment.vertical_first(torch.tensor(sizes), out_size).item() is expected
-    if not CHOOSES_ORDER:
-        pytest.skip("this Pillow takes the horizontal pass first always")
-    pictures = make_pictures("random", *sizes)
-    pillows = torch.stack([pillow_pipeline(x, (0, 0, *sizes), out_size) for x in pictures])
-    torch.testing.assert_close(augment.resize(pictures, out_size), pillows, rtol=0, atol=1e-6)
-
-
-def test_the_order_of_the_passes_shows(monkeypatch):
-    pictures = make_pictures("random", 120, 60)
-    box = torch.tensor([[0, 0, 120, 60]] * len(pictures))
-    got = augment.resize(pictures, 112), augment.resized_crop(pictures, box, 112)
-    assert grey_levels_off(*got) < 0.03
-    monkeypatch.setattr(augment, "vertical_first", lambda sizes, out_size: torch.zeros(sizes.shape[:-1]).bool())
-    otherwise = augment.resize(pictures, 112), augment.resized_crop(pictures, box, 112)
-    assert grey_levels_off(*otherwise) < 0.03
-    assert 0.1 < grey_levels_off(got[0], otherwise[0]) < 0.3
-
-
-@pytest.mark.parametrize("mirror", [False, True])
-def test_each_picture_of_a_batch_takes_its_own_order(mirror):
-    height, width, out_size = 90, 70, 48
-    pictures = make_pictures("random", height, width, count=40)
-    boxes = augment.crop_boxes(draw(len(pictures)), height, width)
-    upright = augment.vertical_first(boxes[:, 2:], out_size)
-    assert 5 < upright.sum() < 35
-    mirrored = torch.arange(len(pictures)) % 3 == 0 if mirror else None
-    got = augment.resized_crop(pictures, boxes, out_size, mirrored)
-    alone = [
-        augment.resized_crop(pictures[i : i + 1], boxes[i : i + 1], out_size, mirrored[i : i + 1] if mirror else None)
-        for i in range(len(pictures))
-    ]
-    assert torch.equal(got, torch.cat(alone))
-    if mirror:
-        got = torch.where(mirrored[:, None, None, None], got.flip(3), got)
-    expected = torch.stack([pillow_pipeline(x, box, out_size) for x, box in zip(pictures, boxes.tolist())])
-    assert grey_levels_off(got, expected) < (0.03 if CHOOSES_ORDER else 0.3)
-
-
-@pytest.mark.parametrize("out_size", [32, 56, 64, 224, 384])
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_enlarged_crops_of_cifar_sized_pictures_are_pillows_but_for_roundings_of_ties(kind, out_size):
-    pictures = make_pictures(kind, 32, 32)
-    boxes = augment.crop_boxes(draw(len(pictures)), 32, 32)
-    expected = torch.stack([pillow_pipeline(x, box, out_size) for x, box in zip(pictures, boxes.tolist())])
-    assert grey_levels_off(augment.resized_crop(pictures, boxes, out_size), expected) < 0.03
+def test_crops_are_within_one_grey_level_of_pillows(kind):
+    """Enlarged ones but for ties; of reduced ones those differ more of which Pillow takes the height first."""
+    for height, width in [*SHAPES, (120, 60), (64, 300)]:
+        images = make_images(kind, height, width)
+        boxes = augment.crop_boxes(draw(len(images)), height, width)
+        for out_size in [*OUT_SIZES, 56, 64, 384] if (height, width) == (32, 32) else [*OUT_SIZES, 48]:
+            off = grey_levels_off(augment.resized_crop(images, boxes, out_size), by_pillow(images, boxes, out_size))
+            assert off < (0.03 if height <= out_size else 0.3), (height, width, out_size)
+    tall, image = torch.tensor([[0, 0, 120, 60]] * 6), make_images("random", 32, 32, count=1)
+    images = make_images(kind, 120, 60)
+    grey_levels_off(augment.resized_crop(images, tall, 112), augment.resize(images, 112))  # the other order
+    for thin in ([0, 0, 1, 1], [5, 7, 1, 20], [2, 0, 30, 2], [31, 31, 1, 1]):
+        boxes = torch.tensor([thin])
+        grey_levels_off(augment.resized_crop(image, boxes, 24), by_pillow(image, boxes, 24))
 
 
-@pytest.mark.parametrize("out_size", [32, 56, 64, 224, 384])
-@pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_whole_pictures_of_cifars_size_are_pillows_to_the_bit(kind, out_size):
-    pictures = make_pictures(kind, 32, 32)
-    expected = torch.stack([pillow_pipeline(x, (0, 0, 32, 32), out_size) for x in pictures])
-    assert grey_levels_off(augment.resize(pictures, out_size), expected) < 1e-3
-
-
-@pytest.mark.parametrize("box", [(0, 0, 1, 1), (5, 7, 1, 20), (2, 0, 30, 2), (31, 31, 1, 1), (0, 0, 32, 32)])
-def test_resized_crop_gives_pillows_pixels_of_thin_boxes(box):
-    pictures = make_pictures("random", 32, 32, count=1)
-    got = augment.resized_crop(pictures, torch.tensor([box]), 24)
-    grey_levels_off(got[0], pillow_pipeline(pictures[0], box, 24))
-
-
-def test_only_the_chosen_pictures_are_mirrored():
-    pictures = make_pictures("random", 32, 32)
-    boxes = augment.crop_boxes(draw(len(pictures)), 32, 32)
+def test_only_the_chosen_images_are_mirrored():
     mirrored = torch.tensor([True, False, True, True, False, False])
-    got, plain = augment.resized_crop(pictures, boxes, 20, mirrored), augment.resized_crop(pictures, boxes, 20)
-    expected = torch.where(mirrored[:, None, None, None], plain.flip(3), plain)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    assert (got - plain).abs().max() > 0.1
-    image = Image.fromarray(pictures[0].permute(1, 2, 0).numpy())
-    image = TF.hflip(TF.resized_crop(image, *boxes[0].tolist(), [20, 20], TF.InterpolationMode.BILINEAR))
-    grey_levels_off(got[0], TF.normalize(TF.to_tensor(image), [0.5] * 3, [0.5] * 3))
+    for height, width in ((32, 32), (90, 60)):
+        images = make_images("random", height, width)
+        boxes = augment.crop_boxes(draw(len(images)), height, width)
+        got, plain = augment.resized_crop(images, boxes, 20, mirrored), augment.resized_crop(images, boxes, 20)
+        expected = torch.where(mirrored[:, None, None, None], plain.flip(3), plain)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+        assert (got - plain).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_resize_gives_pillows_pixels_of_the_whole_picture(kind):
-    off = []
-    for height, width in [*SHAPES, (4, 60)]:
-        pictures = make_pictures(kind, height, width)
-        for out_size in OUT_SIZES:
-            expected = [pillow_pipeline(x, (0, 0, height, width), out_size) for x in pictures]
-            off.append(grey_levels_off(augment.resize(pictures, out_size), torch.stack(expected)))
-    assert max(off) < (1e-3 if CHOOSES_ORDER else 0.3)
-
-
-@pytest.mark.parametrize("whole", ["resize", "resized_crop"])
-def test_pictures_of_the_right_size_keep_every_grey_level(whole):
-    pictures = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    before = pictures.clone()
-    if whole == "resize":
-        got = augment.resize(pictures, 16)
-    else:
-        got = augment.resized_crop(pictures, torch.tensor([[0, 0, 16, 16]] * 2), 16)
-    exact = (pictures.double() / 255 - 0.5) / 0.5  # ToTensor and Normalize
-    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-7)
-    assert got.min() == -1
-    assert got.max() == 1
-    assert torch.equal(pictures, before)
-
-
-@pytest.mark.parametrize(("start", "length", "out_size"), [(0, 20, 7), (3, 10, 33), (19, 1, 4), (0, 20, 20)])
-def test_filter_rows_sum_to_one_inside_the_part_and_are_zero_outside(start, length, out_size):
-    weights = augment.as_matrix(*augment.filter_taps(torch.tensor([start]), torch.tensor([length]), 20, out_size), 20)
-    assert weights.shape == (1, 20, out_size)
-    torch.testing.assert_close(weights.sum(1), torch.ones(1, out_size, dtype=weights.dtype), atol=1e-5, rtol=0)
-    outside = torch.ones(20, dtype=torch.bool)
-    outside[start : start + length] = False
-    assert weights[:, outside].count_nonzero() == 0
-    assert weights.min() >= 0
+def test_images_of_the_right_size_keep_every_grey_level():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    before = images.clone()
+    whole = torch.tensor([[0, 0, 16, 16]] * 2)
+    exact = (images.double() / 255 - 0.5) / 0.5  # ToTensor and Normalize
+    for got in (augment.resize(images, 16), augment.resized_crop(images, whole, 16)):
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-7)
+        assert (got.min(), got.max()) == (-1, 1)
+    assert torch.equal(images, before)
 
 
 def test_the_sums_of_rows_without_embedding_bag_are_its_own():
@@ -289,40 +196,60 @@ def test_the_sums_of_rows_without_embedding_bag_are_its_own():
     rows, x = torch.randint(0, 9, (20, 3), generator=generator), torch.rand(9, 7, generator=generator)
     weights = torch.rand(20, 3, generator=generator)
     theirs = torch.nn.functional.embedding_bag(rows, x, mode="sum", per_sample_weights=weights)
-    torch.testing.assert_close(augment._bag(rows, x, weights), theirs)
+    torch.testing.assert_close(augment.sum_rows(rows, x, weights), theirs)
 
 
-@pytest.mark.parametrize("out_size", [7, 20, 33])
-def test_long_axes_whose_filters_are_not_kept_have_the_same_ones(out_size, monkeypatch):
+def test_long_axes_whose_filters_are_not_kept_have_the_same_ones(monkeypatch):
     start, length = torch.tensor([0, 3, 19, 5]), torch.tensor([20, 10, 1, 9])
-    kept = augment.filter_taps(start, length, 20, out_size)
+    kept = [augment.filter_taps(start, length, 20, out_size) for out_size in (7, 20, 33)]
     monkeypatch.setattr(augment, "TABLE_PX", 19)
-    for ours, theirs in zip(augment.filter_taps(start, length, 20, out_size), kept):
-        assert torch.equal(ours, theirs)
+    for out_size, expected in zip((7, 20, 33), kept):
+        assert all(map(torch.equal, augment.filter_taps(start, length, 20, out_size), expected))
 
 
 # ---- transforms ----
 
+JITTER = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomErasing(0.5)])
+
 
 @pytest.mark.parametrize(
-    "transform", [augment.EvalTransform(20), *(augment.TrainTransform(20, x) for x in (False, True))]
-)
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24)])
-def test_a_transform_gives_the_same_for_a_batch_and_for_one_decoded_picture_at_a_time(transform, height, width):
-    pictures = make_pictures("random", height, width)
-    draws = draw(len(pictures))[:, : transform.num_draws]
-    batch = transform.batch(pictures, draws)
-    images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures]
-    single = transform.complete(torch.stack([transform.picture(x, d) for x, d in zip(images, draws)]))
-    assert batch.shape == (6, 3, 20, 20)
-    grey_levels_off(batch, single)
+    "transform",
+    [augment.EvalTransform(20), *(augment.TrainTransform(20, x) for x in (False, True)),
+     augment.TrainTransform(20, True, v2.RandomHorizontalFlip())],
+)  # fmt: skip
+def test_a_transform_gives_the_same_for_a_batch_and_for_one_decoded_image_at_a_time(transform):
+    for height, width in ((32, 32), (40, 24)):
+        images = make_images("random", height, width)
+        draws = draw(len(images))[:, : transform.num_draws]
+        batch = transform.batch(images, draws)
+        assert batch.shape == (6, 3, 20, 20)
+        single = torch.stack([transform.image(to_pil(x), d) for x, d in zip(images, draws)])
+        grey_levels_off(batch, transform.complete(single))
 
 
-def test_a_training_picture_is_cropped_mirrored_if_asked_and_an_evaluations_is_whole():
-    pictures, draws = make_pictures("random", 32, 32), draw(6)
+def test_a_training_image_is_cropped_mirrored_if_asked_and_an_evaluations_is_whole():
+    images, draws = make_images("random", 32, 32), draw(6)
     mirrored, boxes = augment.flips(draws), augment.crop_boxes(draws, 32, 32)
     assert 0 < mirrored.sum() < 6
     for hflip, flipped in ((True, mirrored), (False, None)):
-        expected = augment.resized_crop(pictures, boxes, 20, flipped)
-        assert torch.equal(augment.TrainTransform(20, hflip).batch(pictures, draws), expected)
-    assert torch.equal(augment.EvalTransform(20).batch(pictures, draws[:, :0]), augment.resize(pictures, 20))
+        expected = augment.resized_crop(images, boxes, 20, flipped)
+        assert torch.equal(augment.TrainTransform(20, hflip).batch(images, draws), expected)
+    assert torch.equal(augment.EvalTransform(20).batch(images, draws[:, :0]), augment.resize(images, 20))
+
+
+def test_an_augmentation_depends_on_each_images_draws_alone():
+    images, draws = make_images("smooth", 32, 32, count=1).repeat(6, 1, 1, 1), draw(6)
+    draws[:, :-1] = draws[0, :-1]  # six times the same crop
+    plain, transform = augment.TrainTransform(20), augment.TrainTransform(20, augmentation=JITTER)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    batch = transform.batch(images, draws)
+    assert torch.equal(torch.rand(3), expected)  # dropout's generator is left alone
+    assert len(batch.unique(dim=0)) == 6
+    assert -1 <= batch.min() < batch.max() <= 1
+    assert torch.equal(transform.batch(images[2:4], draws[2:4]), batch[2:4])
+    nothing = augment.TrainTransform(20, augmentation=lambda x: x)
+    torch.testing.assert_close(nothing.batch(images, draws), plain.batch(images, draws), rtol=0, atol=1e-6)
+    with pytest.raises(TypeError, match="float32"):
+        augment.TrainTransform(20, augmentation=lambda x: x / 255).batch(images, draws)

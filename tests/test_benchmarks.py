@@ -1,22 +1,21 @@
-"""The measurements of speed: that they run and print what they should, and that the comparison is fair."""
+"""The measurements of speed: they run, print what they should, and compare fairly."""
 
 import functools
-import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks import common, data, ours, peers, start, step
+from benchmarks import common, data, peers, start, step
 from benchmarks.once import communication, saving, scaling
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
-from tests.helpers import fake_npz
+from tests.conftest import REPOSITORY
+from tests.helpers import fake_npz, runs
 from utils import augment, data_utils, datasets
 from utils.scheduler import make_schedule
 
@@ -24,23 +23,29 @@ TINY = ["--model_type", "testing", "--img_size", "32", "--quick", "--threads", "
 CONFIG = replace(CONFIGS["testing"], dropout_rate=0.0)
 
 
-def tables_of(text):
-    """The rows of every table, as dictionaries by the header."""
-    lines, tables = [line for line in text.splitlines() if line.startswith("|")], []
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    for i, row in enumerate(rows):
-        if set("".join(row)) == {"-"}:
+def tables_of(capsys):
+    """Returns what was printed, and the rows of every table in it, as dictionaries by the header."""
+    text, tables = capsys.readouterr().out, []
+    rows = [[cell.strip() for cell in x.strip("|").split("|")] for x in text.splitlines() if x.startswith("|")]
+    for row, below in zip(rows, [*rows[1:], []]):
+        if "".join(below).strip("-") == "" != "".join(below):
+            header = row
             tables.append([])
-            header = rows[i - 1]
-        elif i + 1 == len(rows) or set("".join(rows[i + 1])) != {"-"}:
+        elif "".join(row).strip("-"):
             tables[-1].append(dict(zip(header, row, strict=True)))
-    return tables
+    return text, tables
 
 
 def check_ratios(table):
     ratios = [float(row["ours / it"]) for row in table]
     assert ratios[0] == 1
     assert min(ratios) > 0
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Contenders' processes have loaded what this one has."""
+    monkeypatch.setattr(common, "START_METHOD", "fork")
 
 
 # ---- fairness ----
@@ -61,13 +66,8 @@ def test_the_plain_formulation_gives_our_logits_and_gradients():
     for name, p in model.named_parameters():
         assert p.grad.abs().max() > 0 or ".key.bias" in name  # softmax does not see what all scores share
         torch.testing.assert_close(gradients[name].grad, p.grad, rtol=0, atol=1e-5)
-
-
-def test_the_plain_formulation_drops_out():
-    torch.manual_seed(0)
-    model = peers.plain_model(CONFIG, 32, 10, 0.5).train()
-    images = torch.rand(2, 3, 32, 32)
-    assert not torch.equal(model(images), model(images))
+    dropping = peers.plain_model(CONFIG, 48, 10, 0.5).train()
+    assert not torch.equal(dropping(images), dropping(images))
 
 
 def test_the_plain_formulation_loads_the_same_weights():
@@ -79,18 +79,11 @@ def test_the_plain_formulation_loads_the_same_weights():
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("model_type", "img_size"), [("ViT-B_32", 224), ("ViT-S_14", 70)])
-def test_the_formula_counts_the_operations_of_the_plain_formulation(model_type, img_size):
-    config = CONFIGS[model_type]
-    with torch.device("meta"):
-        model = peers.plain_model(config, img_size, 10, 0.0)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(2, 3, img_size, img_size))
-    assert step.flops_of_update(config, img_size, 10, 2) == 3 * counter.get_total_flops()
-
-
-def shapes_of(model):
-    return sorted(tuple(p.shape) for p in model.parameters())
+def test_the_formula_counts_the_operations_of_the_plain_formulation():
+    for model_type, img_size in (("ViT-B_32", 224), ("ViT-S_14", 70)):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            peers.plain_model(CONFIGS[model_type], img_size, 10, 0.0)(torch.empty(2, 3, img_size, img_size))
+        assert step.flops_of_step(CONFIGS[model_type], img_size, 10, 2) == 3 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize("peer", peers.PACKAGES)
@@ -109,34 +102,34 @@ def test_peers_are_their_makers_models(peer):
         else:
             expected = peers.plain_model(setting.config, 224, 10, 0.0)
             model = peers.hugging_face_model(setting, "sdpa")
-    assert shapes_of(model) == shapes_of(expected)
+    shapes, theirs = (sorted(tuple(p.shape) for p in m.parameters()) for m in (model, expected))
+    assert shapes == theirs
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} >= {0.1}
 
 
-@pytest.mark.parametrize("level", ["O0", "O2"])
-def test_ours_is_what_train_py_does(level, tmp_path, monkeypatch):
+def test_our_contender_has_the_losses_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps, batch, parts = 3, 16, 2
-    args = ["--name", "a", "--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--pretrained_dir", "",
-            "--device", "cpu", "--num_steps", str(steps), "--warmup_steps", "2", "--train_batch_size", str(batch),
-            "--gradient_accumulation_steps", str(parts), "--log_every", "1", "--dropout", "0.3", "--fp16",
-            "--fp16_opt_level", level]  # fmt: skip
-    assert train.main(args) == 0
-    lines = [json.loads(line) for line in Path("logs/a/metrics.jsonl").read_text().splitlines()]
+    flags = [*runs.RUN, "--num_steps", "3", "--warmup_steps", "2", "--log_every", "1", "--dropout", "0.3", "--fp16"]
+    assert train.main(flags) == 0
+    losses = [line["train/loss"] for line in runs.lines() if "train/loss" in line]
 
-    pictures = datasets.load_datasets("digits", "", 0)
-    model, precision = ours.build("testing", 32, 0.3, "cpu", level)
-    transform = augment.TrainTransform(32)
-    sampler = data_utils.StepSampler(len(pictures.train), batch, transform.num_draws, ours.SEED)
-    batches = data_utils.train_batches(
-        pictures.train, sampler, range(1, steps + 1), batch // parts, transform, torch.device("cpu"), 0
-    )
-    updates, schedule = ours.Updates(model, precision), make_schedule("cosine", 2, steps)
-    losses = [updates.update(k, 0.03 * schedule(k), batches, parts).item() for k in range(1, steps + 1)]
-    assert losses == pytest.approx([line["train/loss"] for line in lines if "train/loss" in line], abs=1e-6)
-    accuracy, loss = ours.evaluate(model, pictures.test, precision, 32, 64, 0)
-    assert accuracy == pytest.approx(lines[-1]["test/accuracy"], abs=1e-6)
-    assert loss == pytest.approx(lines[-1]["test/loss"], abs=1e-6)
+    images, transform = datasets.load_datasets("digits", "", 0).train, augment.TrainTransform(32)
+    sampler = data_utils.StepSampler(len(images), 16, transform.num_draws, peers.SEED)
+    batches = data_utils.train_batches(images, sampler, range(1, 4), 8, transform, torch.device("cpu"), 0)
+    training = peers.OurTraining(*peers.build("testing", 32, 0.3, "cpu", "O2"))
+    lr_factor = make_schedule("cosine", 2, 3)
+    found = [training.step(k, 0.1 * lr_factor(k), batches, 2).item() for k in range(1, 4)]
+    assert found == pytest.approx(losses, abs=1e-6)
+
+
+def test_pipelines_make_images_of_one_kind():
+    images, _ = data.Setting(data.SYNTHETIC, "", 40, 4, 1, 4, 4, "testing", "cpu", 0).load()
+    transform = augment.TrainTransform(40)
+    mine = transform.batch(images.images[:4], torch.rand(4, transform.num_draws, dtype=torch.float64))
+    for tensors in (False, True):
+        theirs, label = data.StockDataset(images, data.stock_transform(40, tensors, True), tensors)[3]
+        assert (theirs.shape, theirs.dtype, label) == (mine[3].shape, mine.dtype, images.labels[3])
+        assert -1 <= theirs.min() < -0.5 < 0.5 < theirs.max() <= 1
 
 
 # ---- the measurements ----
@@ -144,8 +137,7 @@ def test_ours_is_what_train_py_does(level, tmp_path, monkeypatch):
 
 def test_step_prints_every_contender(capsys):
     step.main([*TINY, "--batch_size", "4", "--gradient_accumulation_steps", "2", "--one_process"])
-    text = capsys.readouterr().out
-    (table,) = tables_of(text)
+    text, (table,) = tables_of(capsys)
     expected = ["ours, O2"]
     for peer, package in peers.PACKAGES.items():
         if common.installed(package):
@@ -153,6 +145,7 @@ def test_step_prints_every_contender(capsys):
         else:
             assert f"{peer} is left out" in text
     assert [row[""] for row in table] == [*expected, "plain reference", "plain reference, half"]
+    assert table[0]["precision"] == "bfloat16 O2"
     check_ratios(table)
     for row in table:
         slowest, fastest = (float(x.replace(",", "")) for x in row["slowest - fastest"].split(" - "))
@@ -162,72 +155,53 @@ def test_step_prints_every_contender(capsys):
     assert f"torch {common.version('torch')}, " in text
 
 
-def test_step_says_who_is_not_installed(capsys, monkeypatch):
-    monkeypatch.setattr(common, "installed", lambda package: package != "transformers")
-    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "Hugging", "--fp16_opt_level", "O0", "O1"])
-    text = capsys.readouterr().out
-    assert "Hugging Face is left out: transformers is not installed" in text
-    assert [row[""] for row in tables_of(text)[0]] == ["ours, O0", "ours, O1"]
-
-
-def test_step_compiles_ours_too(capsys, monkeypatch):
+def test_step_says_who_is_not_installed_and_compiles_ours_too(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "none", "--compile"])
-    assert [row["setting"] for row in tables_of(capsys.readouterr().out)[0]] == [
-        "as train.py", "as train.py, torch.compile",
+    monkeypatch.setattr(common, "installed", lambda package: package != "transformers")
+    flags = ["--fp16_opt_level", "O0", "O1", "--compile"]
+    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "Hugging", *flags])
+    text, (table,) = tables_of(capsys)
+    assert "Hugging Face is left out: transformers is not installed" in text
+    assert [(row[""], row["setting"]) for row in table] == [
+        ("ours, O0", "as train.py"), ("ours, O0, compiled", "as train.py, torch.compile"),
+        ("ours, O1", "as train.py"), ("ours, O1, compiled", "as train.py, torch.compile"),
     ]  # fmt: skip
-    assert len(compiled) == 1
+    assert len(compiled) == 2
 
 
 def test_step_measures_memory(capsys):
-    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "plain", "--fp16_opt_level", "O0", "--memory"])
-    (table,) = tables_of(capsys.readouterr().out)
-    assert [row[""] for row in table] == ["ours, O0", "plain reference"]
-    check_ratios(table)
-    for row in table:
-        peak, net = (float(x.strip("()").replace(",", "")) for x in row["peak memory MiB (without imports)"].split())
-        assert peak > net > 0
+    step.main([*TINY, "--batch_size", "2", "--one_process", "--only", "none", "--fp16_opt_level", "O0", "--memory"])
+    _, ((row,),) = tables_of(capsys)
+    peak, net = (float(x.strip("()").replace(",", "")) for x in row["peak memory MiB (without imports)"].split())
+    assert peak > net > 0
 
 
 def test_data_prints_every_contender(capsys):
     data.main([*TINY, "--batch_size", "4", "--one_process", "--num_workers", "1", "--dataset", "digits"])
-    pictures, evaluation = tables_of(capsys.readouterr().out)
+    _, (images, evaluation) = tables_of(capsys)
     names = [f"{name}, {n} workers" for name in ("torchvision", "torchvision v2") for n in (1, 0)]
-    assert [row[""] for row in pictures] == ["ours", *names]
+    assert [row[""] for row in images] == ["ours", *names]
     assert [row[""] for row in evaluation] == ["ours, bfloat16 O2", "ours, float32", "plain reference, float32"]
-    check_ratios(pictures)
+    check_ratios(images)
     check_ratios(evaluation)
     assert all(re.fullmatch(r"\d+%", row["share of peak"]) for row in evaluation)
-
-
-def test_pipelines_make_pictures_of_one_kind():
-    setting = data.Setting(data.SYNTHETIC, "", 40, 4, 1, 4, 4, "testing", "cpu", 0)
-    pictures, _ = setting.load()
-    transform = augment.TrainTransform(40)
-    mine = transform.batch(pictures.images[:4], torch.rand(4, transform.num_draws, dtype=torch.float64))
-    for tensors in (False, True):
-        dataset = data.StockDataset(pictures, data.stock_transform(40, tensors, True), tensors)
-        theirs, label = dataset[3]
-        assert (theirs.shape, theirs.dtype) == (mine[3].shape, mine.dtype)
-        assert -1 <= theirs.min() < -0.5 < 0.5 < theirs.max() <= 1
-        assert label == pictures.labels[3]
 
 
 def test_start_prints_both_and_their_phases(capsys):
     pytest.importorskip("scipy")
     start.main([*TINY, "--batch_size", "2"])
-    (table,) = tables_of(capsys.readouterr().out)
+    _, (table,) = tables_of(capsys)
     assert [row[""] for row in table] == ["ours", "plain reference"]
     check_ratios(table)
     for row in table:
         secs = [float(part.rsplit(" ", 1)[1]) for part in row["of these, s"].split(", ") if part[-1].isdigit()]
-        assert sum(secs) == pytest.approx(float(row["start to first update, s"]), abs=0.05)
+        assert sum(secs) == pytest.approx(float(row["start to first step, s"]), abs=0.05)
 
 
 def test_start_reports_a_process_that_fails(tmp_path):
     with pytest.raises(RuntimeError, match="said why"):
-        start.watch(["python3", "-c", "print('said why')"], str(tmp_path), 1, {"update": "never"})
+        start.watch(["python3", "-c", "print('said why')"], str(tmp_path), 1, {"step": "never"})
 
 
 @pytest.mark.parametrize(
@@ -249,9 +223,9 @@ def test_wrong_flags_end_with_one_line(main, flags, message, capsys):
 
 def test_saving_prints_the_seconds_the_megabytes_and_the_share(tmp_path, capsys):
     assert saving.main(["--model_type", "testing", "--folder", str(tmp_path), "--rounds", "2", "--threads", "1"]) == 0
-    printed = capsys.readouterr().out
-    for words in ("| a_last.pt |", "| a_checkpoint.bin |", "share of saving both every 100 updates of 512: "):
-        assert words in printed
+    text, (table,) = tables_of(capsys)
+    assert [row["file"] for row in table] == ["a_last.pt", "a_checkpoint.bin"]
+    assert "share of saving both every 100 steps of 512: " in text
     assert os.listdir(tmp_path) == []
     assert saving.share(2.0, 0.98) == pytest.approx(0.02)
 
@@ -290,14 +264,16 @@ def job_of(megabytes):
     return common.Job(functools.partial(Hoarder, megabytes), (), "cpu", 1)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_contender_in_its_own_process_reports_time_and_memory():
     with common.crew({"a": job_of(300)}, one_process=False) as ready:
         assert ready["a"].note == ("some",)
         assert ready["a"].run() == 2.5
-    memory = common.memory_of(job_of(300))
+        memory = ready["a"].memory
     assert 280 < (memory.peak - memory.imports) / 2**20 < 380
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_contender_that_cannot_be_built_says_why():
     with pytest.raises(ValueError, match="-1 MB"):
         common.memory_of(job_of(-1))
@@ -306,11 +282,10 @@ def test_a_contender_that_cannot_be_built_says_why():
 def test_the_peak_is_that_of_the_best_product():
     rate = common.matmul_peak("cpu", torch.float32, 8, 8, 8, quick=True)
     a = torch.rand(8, 8)
-    tiny = 2 * 8**3 / common.timed(lambda: a @ a, 100, "cpu")
-    assert rate > tiny  # the larger squares are faster
+    assert rate > 2 * 8**3 / common.timed(lambda: a @ a, 100, "cpu")  # the larger squares are faster
 
 
-# ---- communication ----
+# ---- ranks ----
 
 
 def test_the_bytes_of_gradients_are_those_of_the_published_sizes():
@@ -325,7 +300,7 @@ def test_the_bytes_of_gradients_are_those_of_the_published_sizes():
 
 def test_the_table_of_the_page_is_the_commands(capsys):
     communication.main([])
-    page = (Path(__file__).resolve().parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "distributed.md").read_text(encoding="utf-8")
     assert f"<!-- benchmarks.once.communication -->\n{capsys.readouterr().out}<!-- end -->" in page
 
 
@@ -336,11 +311,11 @@ def test_time_that_is_hidden_is_time_inside_the_backward_pass():
     assert scaling.communication([(2.0, 3.0)], backward) == (1.0, 0.0)
 
 
-def test_scaling_compares_one_process_with_two_and_looks_at_the_reductions(capsys):
-    scaling.main(["--model_type", "testing", "--img_size", "32", "--quick", "--threads", "1", "--updates", "1"])
-    out = capsys.readouterr().out
-    (table,) = tables_of(out)
-    assert [row[""] for row in table] == ["1 process x 1 thread", "2 processes x 1 thread"]
+@pytest.mark.usefixtures("forked")
+def test_scaling_compares_one_rank_with_two_and_looks_at_the_reductions(capsys):
+    scaling.main(["--model_type", "testing", "--img_size", "32", "--quick", "--threads", "1", "--steps", "1"])
+    text, (table,) = tables_of(capsys)
+    assert [row[""] for row in table] == ["1 rank x 1 thread", "2 ranks x 1 thread"]
     assert min(float(row["images/s"].replace(",", "")) for row in table) > 0
-    share = re.search(r"reductions are under way for (\d+) ms of it, (\d+)% of that inside the backward pass", out)
+    share = re.search(r"reductions are under way for (\d+) ms of it, (\d+)% of that inside the backward pass", text)
     assert 0 <= int(share[2]) <= 100

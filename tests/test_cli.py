@@ -1,8 +1,9 @@
-"""What all tools share: help with an example that is true, errors of one line, exit statuses, checks of --output."""
+"""All tools share these: help with an example that is true, errors of one line, exit codes, checks of --output."""
 
 import importlib
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from tests.conftest import REPOSITORY
 from tools import _cli
 from utils import memory
+from utils.errors import UserError
 
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if "__main__" in path.read_text())
 
 
 def test_these_are_the_tools():
-    assert TOOLS == ["attention_map", "convert", "download", "export", "predict", "pretrain_demo", "reproduce"]
+    assert TOOLS == ["attention_map", "convert", "download", "export", "predict", "reproduce"]
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -45,7 +47,7 @@ def test_an_unknown_flag_is_one_line_and_status_2(name, capsys):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (ValueError("two\nlines"), 2),
+        (UserError("two\nlines"), 2),
         (OSError("two\nlines"), 1),
         (memory.OutOfMemory("two\nlines"), 1),
         (KeyboardInterrupt(), 130),
@@ -68,6 +70,15 @@ def test_what_only_we_can_mend_is_not_hidden():
         _cli.run("x", body)
 
 
+def test_a_tool_ends_well_when_its_reader_leaves():
+    command = [sys.executable, "-m", "tools.download", "--list"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 141
+
+
 def test_names_that_cannot_be_printed_are_spelled_out(monkeypatch, tmp_path):
     with open(tmp_path / "out", "w", encoding="ascii") as f:
         monkeypatch.setattr(sys, "stdout", f)
@@ -83,7 +94,8 @@ def test_a_file_that_is_written_gets_its_folder_and_replaces_nothing_that_is_rea
     _cli.check_output("new/deeper/file", "read")
     assert os.path.isdir("new/deeper")
     _cli.check_output("file", "read")
-    for path, words in (("read", "replace"), ("./link", "replace"), ("folder", "is a folder"), ("read/x", "written")):
+    wrong = {"read": "replace", "./link": "replace", "folder": "is a folder", "read/x": "written", "": "is empty"}
+    for path, words in wrong.items():
         with pytest.raises(ValueError, match=words):
             _cli.check_output(path, "read")
     assert Path("read").read_text() == "mine"

@@ -19,11 +19,11 @@ from tests.test_cli import TOOLS
 #: Runs every tool that is named as a file, in one process: each must find its imports by itself.
 RUN_AS_FILES = """
 import runpy, sys
-found = list(sys.path)
+paths = list(sys.path)
 for path in sys.argv[1:]:
     for name in [x for x in sys.modules if x.split(".")[0] in ("models", "utils", "tools", "train")]:
         del sys.modules[name]
-    sys.path[:], sys.argv[:] = found, [path, "--help"]
+    sys.path[:], sys.argv[:] = paths, [path, "--help"]
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as e:
@@ -39,49 +39,38 @@ def start(words: list[str], folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_in_the_root_commands_are_short(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    assert commands.tool_command("download", "ViT-B_32", "--to", "my files") == (
-        "python -m tools.download ViT-B_32 --to 'my files'"
-    )
-    assert commands.train_command("--name", "a") == "python train.py --name a"
-    assert commands.own_path("checkpoint", "x.npz") == "checkpoint/x.npz"
-
-
-def test_a_link_to_the_root_is_the_root(monkeypatch, tmp_path):
+def test_in_the_root_commands_are_short(monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to(REPOSITORY)
-    monkeypatch.chdir(tmp_path / "link")
-    assert commands.tool_command("predict") == "python -m tools.predict"
+    for root in (REPOSITORY, tmp_path / "link"):
+        monkeypatch.chdir(root)
+        download = commands.tool_command("download", "ViT-B_32", "--to", "my files")
+        assert download == "python -m tools.download ViT-B_32 --to 'my files'"
+        assert commands.train_command("--name", "a") == "python train.py --name a"
+        assert commands.own_path("checkpoint", "x.npz") == "checkpoint/x.npz"
 
 
 def test_elsewhere_commands_name_the_files(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert os.path.isabs(commands.own_path("train.py"))  # a folder that is gone is not the root
     monkeypatch.chdir(tmp_path)
     words = shlex.split(commands.tool_command("download", "ViT-B_32", "--to", "my files"))
     assert words == ["python", str(REPOSITORY / "tools" / "download.py"), "ViT-B_32", "--to", "my files"]
     assert shlex.split(commands.train_command("-v"))[1:] == [str(REPOSITORY / "train.py"), "-v"]
     assert os.path.isfile(commands.own_path("checkpoint", "ViT-demo.npz"))
-
-
-def test_a_repository_whose_path_has_blanks_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "ROOT", str(tmp_path / "my code"))
     words = shlex.split(commands.tool_command("predict", "a b.png"))
     assert words == ["python", str(tmp_path / "my code" / "tools" / "predict.py"), "a b.png"]
 
 
-@pytest.mark.parametrize("in_root", [True, False])
-def test_lines_of_python_import_from_the_users_folder(monkeypatch, tmp_path, in_root):
-    monkeypatch.chdir(REPOSITORY if in_root else tmp_path)
-    lines = commands.import_lines()
-    assert (lines == "") == in_root
-    done = start(["-c", f"{lines}from models.configs import CONFIGS; print(len(CONFIGS))"], Path.cwd())
-    assert int(done.stdout) > 1, done.stderr
-
-
-def test_a_folder_that_is_gone_is_not_the_root(monkeypatch, tmp_path):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    assert os.path.isabs(commands.own_path("train.py"))
+def test_lines_of_python_import_from_the_users_folder(monkeypatch, tmp_path):
+    for folder in (REPOSITORY, tmp_path):
+        monkeypatch.chdir(folder)
+        lines = commands.import_lines()
+        assert (lines == "") == (folder == REPOSITORY)
+        done = start(["-c", f"{lines}from models.configs import CONFIGS; print(len(CONFIGS))"], folder)
+        assert int(done.stdout) > 1, done.stderr
 
 
 def test_every_tool_runs_as_a_file_and_its_help_has_examples_for_that_folder(tmp_path):

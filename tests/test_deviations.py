@@ -1,6 +1,4 @@
-"""benchmarks/recipes.py and deviations.py: the experiments are what they say, and the default one is train.py."""
-
-from __future__ import annotations
+"""benchmarks/once/recipes.py and deviations.py: the experiments do as they say, and the default one is train.py."""
 
 import itertools
 import json
@@ -44,12 +42,11 @@ def test_the_recipe_they_are_compared_with_is_what_train_does(tmp_path, monkeypa
 @pytest.mark.parametrize("name", recipes.EXPERIMENTS)
 def test_every_experiment_changes_something(name):
     ours, other = recipes.EXPERIMENTS[name]
-    num_steps = 2
-    if name == "linear decay to 1e-5":  # which shows after many updates
+    if name == "linear decay to 1e-5":  # which shows after many steps
         assert other.schedule(recipes.NUM_STEPS) * recipes.LEARNING_RATE == pytest.approx(1e-5)
         assert ours.schedule(recipes.NUM_STEPS) == 0
         return
-    assert not torch.equal(recipes.train(ours, 0, num_steps)[1], recipes.train(other, 0, num_steps)[1])
+    assert not torch.equal(recipes.train(ours, 0, num_steps=2)[1], recipes.train(other, 0, num_steps=2)[1])
 
 
 def test_half_momentum_is_rounded_after_it_was_used():
@@ -60,21 +57,19 @@ def test_half_momentum_is_rounded_after_it_was_used():
     for g in gradients:
         p.grad = g.clone()
         optimizer.step()
-        update = g + (0.9 * trace).bfloat16().float()
-        trace = update.bfloat16().float()
-        weights = weights - 0.5 * update
+        momentum = g + (0.9 * trace).bfloat16().float()
+        trace = momentum.bfloat16().float()
+        weights = weights - 0.5 * momentum
     torch.testing.assert_close(p.detach(), weights, rtol=1e-6, atol=0)
     assert optimizer.state[p]["trace"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 90), (90, 20)])
-def test_tensorflows_boxes_keep_its_limits(height, width):
-    top, left, h, w = recipes.tensorflow_boxes(draws(3000), height, width).T
-    assert (top.min(), left.min()) == (0, 0)
-    assert (top + h).max() == height
-    assert (left + w).max() == width
-    assert ((h * w).min() >= 0.05 * height * width) or min(height, width) == 20
-    assert ((w >= 0.75 * h - 0.5) & (w <= 1.33 * h + 0.5)).all()
+def test_tensorflows_boxes_keep_its_limits():
+    for height, width in ((32, 32), (20, 90), (90, 20)):
+        top, left, h, w = recipes.tensorflow_boxes(draws(3000), height, width).T
+        assert (top.min(), left.min(), (top + h).max(), (left + w).max()) == (0, 0, height, width)
+        assert ((h * w).min() >= 0.05 * height * width) or min(height, width) == 20
+        assert ((w >= 0.75 * h - 0.5) & (w <= 1.33 * h + 0.5)).all()
 
 
 def test_tensorflows_heights_are_uniform_where_torchvisions_areas_are():
@@ -87,13 +82,13 @@ def test_tensorflows_heights_are_uniform_where_torchvisions_areas_are():
 
 
 def test_tensorflows_resize_interpolates_between_two_pixels():
-    pictures = torch.arange(256, dtype=torch.uint8).repeat(1, 3, 4, 1)  # grey levels rise to the right
-    cut = recipes.tensorflow_crop(pictures, torch.tensor([[0, 10, 4, 4]]), 4)
+    images = torch.arange(256, dtype=torch.uint8).repeat(1, 3, 4, 1)  # grey levels rise to the right
+    cut = recipes.tensorflow_crop(images, torch.tensor([[0, 10, 4, 4]]), 4)
     torch.testing.assert_close((cut[0, 0, 0] + 1) * 127.5, torch.tensor([10.0, 11.0, 12.0, 13.0]))
-    reduced = recipes.tensorflow_crop(pictures, torch.tensor([[0, 0, 4, 256]]), 2)
+    reduced = recipes.tensorflow_crop(images, torch.tensor([[0, 0, 4, 256]]), 2)
     torch.testing.assert_close((reduced[0, 0, 0] + 1) * 127.5, torch.tensor([63.5, 191.5]))
-    enlarged = recipes.tensorflow_crop(pictures, torch.tensor([[0, 0, 4, 4]]), 9)
-    ours = augment.resized_crop(pictures, torch.tensor([[0, 0, 4, 4]]), 9)
+    enlarged = recipes.tensorflow_crop(images, torch.tensor([[0, 0, 4, 4]]), 9)
+    ours = augment.resized_crop(images, torch.tensor([[0, 0, 4, 4]]), 9)
     assert 0 < ((enlarged - ours) * 127.5).abs().max() < 1.01  # but for Pillow's roundings
 
 
@@ -105,7 +100,7 @@ def test_the_references_epochs_end_in_a_smaller_batch():
     assert not torch.equal(*epochs)
 
 
-def test_googles_buffer_repeats_pictures_before_all_were_seen():
+def test_googles_buffer_repeats_images_before_all_were_seen():
     batches = list(itertools.islice(recipes.google_order(100, seed=0), 100))
     assert {len(b) for b in batches} == {32}
     seen = torch.cat(batches)
@@ -115,16 +110,13 @@ def test_googles_buffer_repeats_pictures_before_all_were_seen():
     assert counts.max() <= 33
 
 
-@pytest.mark.parametrize("decay_type", ["cosine", "linear"])
-def test_googles_schedule_is_its_formula(decay_type):
+def test_googles_schedule_is_its_formula():
     base, total, warmup = recipes.LEARNING_RATE, recipes.NUM_STEPS, recipes.WARMUP_STEPS
-    factor = recipes.google_schedule(decay_type)
+    cosine, linear = (recipes.google_schedule(decay_type) for decay_type in ("cosine", "linear"))
     for count in range(total):  # optax counts from 0
-        progress = min(max((count - warmup) / (total - warmup), 0), 1)
-        rate = base * 0.5 * (1 + np.cos(np.pi * progress))
-        if decay_type == "linear":
-            rate = 1e-5 + (base - 1e-5) * (1 - progress)
-        assert base * factor(count + 1) == pytest.approx(rate * min(1, count / warmup), abs=1e-12)
+        progress, warm = min(max((count - warmup) / (total - warmup), 0), 1), min(1, count / warmup)
+        assert base * cosine(count + 1) == pytest.approx(base * 0.5 * (1 + np.cos(np.pi * progress)) * warm, abs=1e-12)
+        assert base * linear(count + 1) == pytest.approx((1e-5 + (base - 1e-5) * (1 - progress)) * warm, abs=1e-12)
 
 
 def test_dropout_after_attention_drops_its_output_while_it_lasts():
@@ -215,9 +207,7 @@ def test_the_command_prints_the_lines_asked_for(capsys):
     assert line.startswith("arithmetic: schedule from 0: cosine: at most 6.0e-05 in the warm-up")
 
 
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [([1.0, 3.0], "+200 +- 100"), ([-0.01, 0.0, -0.02], "-1.00 +- 0.58"), ([0.5, 0.5], "+50.00 +- 0.00")],
-)
-def test_a_spread_is_a_mean_and_its_standard_error(values, text):
-    assert deviations.spread(values, scale=100) == text
+def test_a_spread_is_a_mean_and_its_standard_error():
+    assert deviations.spread([1.0, 3.0], scale=100) == "+200 +- 100"
+    assert deviations.spread([-0.01, 0.0, -0.02], scale=100) == "-1.00 +- 0.58"
+    assert deviations.spread([0.5, 0.5], scale=100) == "+50.00 +- 0.00"

@@ -1,6 +1,5 @@
-"""Processes: one alone, and two that are real."""
+"""Ranks: one alone, and two that are real."""
 
-import json
 import os
 import socket
 import time
@@ -11,7 +10,7 @@ from torch import nn
 
 from tests.helpers.launching import ranks
 from utils import dist_errors, dist_util
-from utils.metrics import MetricsWriter, TrainingLog
+from utils.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -33,11 +32,11 @@ def alone(monkeypatch):
     dist_util.cleanup()
 
 
-# ---- one process ----
+# ---- one rank ----
 
 
 @pytest.mark.parametrize("local_rank", [-1, 0])
-def test_a_single_process_needs_no_group(local_rank):
+def test_a_single_rank_needs_no_group(local_rank):
     assert dist_util.setup("cpu", local_rank) == torch.device("cpu")
     assert not torch.distributed.is_initialized()
     assert (dist_util.rank(), dist_util.world_size(), dist_util.is_main()) == (0, 1, True)
@@ -45,7 +44,7 @@ def test_a_single_process_needs_no_group(local_rank):
     dist_util.cleanup()
 
 
-def test_for_a_single_process_everything_does_nothing():
+def test_for_a_single_rank_everything_does_nothing():
     x, model = torch.tensor([1.0, 2.0]), nn.Linear(2, 2)
     assert dist_util.sum_over_ranks(x) is x
     assert x.tolist() == [1, 2]
@@ -70,165 +69,140 @@ def test_the_launchers_rank_is_known_before_the_group_is(monkeypatch):
     assert not dist_util.is_main()
 
 
-def test_a_local_rank_without_a_launcher_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"--local_rank 1 without a launcher; .*torchrun"):
-        dist_util.setup("cpu", 1)
-
-
 @pytest.mark.parametrize(("given", "of_launcher"), [(0, 1), (1, 0), (2, 1)])
 def test_a_local_rank_that_contradicts_the_launcher_is_refused(monkeypatch, given, of_launcher, alone):
     monkeypatch.setenv("LOCAL_RANK", str(of_launcher))
-    with pytest.raises(ValueError, match=rf"--local_rank {given} contradicts LOCAL_RANK={of_launcher}"):
+    with pytest.raises(UserError, match=rf"--local_rank {given} contradicts LOCAL_RANK={of_launcher}"):
         dist_util.setup("cpu", given)
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch, alone):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="finds 2 GPUs"):
-        dist_util.setup("auto", -1)
+@pytest.mark.parametrize("text", ["0", "soon", "-5", "1e3", ""])
+def test_a_timeout_that_is_none_is_refused(monkeypatch, alone, text):
+    monkeypatch.setenv("TRAIN_TIMEOUT_SECS", text)
+    with pytest.raises(UserError, match=f"TRAIN_TIMEOUT_SECS={text}: expected seconds"):
+        dist_util.setup("cpu", -1)
 
 
-# ---- two processes ----
+# ---- two ranks ----
 
 
-def watch(folder: str, local_rank: int) -> dict:
-    """What one of two processes sees."""
-    seen = {"rank_before_setup": dist_util.rank(), "device": str(dist_util.setup("cpu", local_rank))}
+def outcome(body) -> list | None:
+    """Returns the class and text of what the block raises on this rank."""
+    try:
+        with dist_util.all_ranks_or_none():
+            body()
+    except Exception as e:
+        return [type(e).__name__, str(e)]
+    return None
+
+
+def watch(local_rank: int) -> dict:
+    """Returns what one of two ranks sees, which work in the same folder."""
+    seen = {"before": dist_util.rank(), "device": str(dist_util.setup("cpu", local_rank))}
     rank = dist_util.rank()
-    seen["rank"], seen["world_size"], seen["is_main"] = rank, dist_util.world_size(), dist_util.is_main()
-
+    seen["who"] = [rank, dist_util.world_size(), dist_util.is_main()]
     x = torch.tensor([1.0 + rank, 10.0], dtype=torch.float64)
-    seen["same_tensor"] = dist_util.sum_over_ranks(x) is x
-    seen["sum"] = x.tolist()
-
-    prepared = os.path.join(folder, "prepared")
+    seen["sum"] = [dist_util.sum_over_ranks(x) is x, *x.tolist()]
+    seen["max"] = dist_util.max_over_ranks(5 - rank)
     with dist_util.main_process_first():
-        seen["prepared_on_entry"] = os.path.exists(prepared)
+        seen["prepared on entry"] = os.path.exists("prepared")
         if rank == 0:
             time.sleep(0.3)
-            open(prepared, "w").close()
-
-    def outcome(body):
-        """The class and text of what the block raises on this process."""
-        try:
-            with dist_util.all_ranks_or_none():
-                body()
-        except Exception as e:
-            return [type(e).__name__, str(e)]
+            open("prepared", "w").close()
 
     def fail(on, error):
         if rank in on:
             raise error
 
-    def download():
+    def download(before=(), within=()):
+        fail(before, UserError("no such file"))
         with dist_util.main_process_first():
-            fail([0], OSError("no such download"))
-            entered.append(rank)
+            fail(within, OSError("no such download"))
+            seen["entered"] = True
 
-    def before_a_download():
-        fail([1], ValueError("no such file"))
-        with dist_util.main_process_first():
-            entered.append(rank)
-
-    entered = []
     seen["outcomes"] = {
         "well": outcome(lambda: None),
-        "all": outcome(lambda: fail([0, 1], ValueError("no such model"))),
-        "second": outcome(lambda: fail([1], ValueError("no such file"))),
-        "download": outcome(download),
-        "before a download": outcome(before_a_download),
+        "all": outcome(lambda: fail([0, 1], UserError("no such model"))),
+        "second": outcome(lambda: fail([1], UserError("no such file"))),
+        "download": outcome(lambda: download(within=[0])),
+        "before a download": outcome(lambda: download(before=[1])),
         "a bug": outcome(lambda: fail([1], TypeError("not callable"))),
         "same": outcome(lambda: dist_util.check_same({"--seed": 1, "--name": "a"}, "as one")),
         "not the same": outcome(lambda: dist_util.check_same({"--seed": rank, "--name": "a"}, "as one")),
     }
-    seen["entered"] = entered
-    seen["sum_after_failures"] = dist_util.sum_over_ranks(torch.tensor([1.0 + rank])).item()
     mine = {"weights": torch.full((3,), float(rank)), "step": 3 + rank}
     seen["newest"] = [
         dist_util.broadcast_newest(x, version)["weights"].tolist()
         for x, version in ((mine, (3 + rank,)), (mine, (3,)), (mine if rank == 0 else None, (3 if rank == 0 else -1,)))
     ]
-    seen["tells"] = [dist_errors.is_error_reporter(), dist_errors.is_error_reporter()]
-
-    writer = MetricsWriter(os.path.join(folder, "logs"), enabled=rank == 0)
-    log = TrainingLog(writer, num_steps=4, images_per_step=2, log_every=2)
-    seen["stopped"] = None
-    try:
-        for step in range(1, 5):
-            bad = step == 3 and rank == 1
-            log.update(step, torch.tensor(float("nan") if bad else step + 10.0 * rank), 0.1, torch.tensor(True))
-    except FloatingPointError as e:
-        seen["stopped"] = str(e)
-    writer.close()
-
-    passed = os.path.join(folder, "passed")
+    seen["reports"] = [dist_errors.is_error_reporter(), dist_errors.is_error_reporter()]
     if rank == 1:
         time.sleep(0.3)
-        open(passed, "w").close()
+        open("passed", "w").close()
     dist_util.barrier()
-    seen["passed_after_barrier"] = os.path.exists(passed)
+    seen["passed after barrier"] = os.path.exists("passed")
 
-    torch.manual_seed(0)
     inner = nn.Linear(3, 1)
     model = dist_util.wrap(inner)
     seen["unwrapped"] = dist_util.unwrap(model) is inner and model is not inner
-    data = torch.arange(24.0).view(4, 2, 3)  # (parts of the batch, pictures, features); two parts a process
     seen["gradients"] = []
-    for part in range(2):
-        with dist_util.sync_gradients(model, now=part == 1):
-            (model(data[2 * rank + part]).square().mean() / 2).backward()
-        seen["gradients"].append(inner.weight.grad.flatten().tolist())
-
+    for now in (False, True):
+        with dist_util.sync_gradients(model, now):
+            model(torch.full((1, 3), 1.0 + rank)).sum().backward()
+        seen["gradients"].append(inner.weight.grad.mean().item())
     dist_util.cleanup()
     seen["left"] = not torch.distributed.is_initialized()
     return seen
 
 
 @pytest.fixture(scope="module")
-def two_folder(tmp_path_factory):
-    """Where two processes write."""
-    return tmp_path_factory.mktemp("two")
+def two(tmp_path_factory):
+    """Returns what each of two ranks saw."""
+    # The first hears of its rank from the environment only, the second from the flag as well.
+    with ranks(tmp_path_factory.mktemp("two"), [-1, 1], watch) as run:
+        results = run.results()
+        assert all(isinstance(seen, dict) for seen in results), run.output()
+    return results
 
 
-@pytest.fixture(scope="module")
-def two(two_folder):
-    """What each of two processes saw."""
-    # The first hears of its number from the environment only, the second from the flag as well.
-    with ranks(2, watch, [(str(two_folder), -1), (str(two_folder), 1)], two_folder) as run:
-        seen = run.results()
-        assert None not in seen, run.output()
-    return seen
+#: What rank 0 and rank 1 see.
+SEEN = {
+    "before": (0, 1),
+    "device": ("cpu", "cpu"),
+    "who": ([0, 2, True], [1, 2, False]),
+    "sum": ([True, 3, 20], [True, 3, 20]),  # in place
+    "max": (5, 5),
+    "prepared on entry": (False, True),
+    "entered": (True, None),  # rank 0, while rank 1 had yet to fail
+    # A newer state of rank 1; the same version on both, which keep theirs; and none on rank 1.
+    "newest": ([[1] * 3, [0] * 3, [0] * 3], [[1] * 3, [1] * 3, [0] * 3]),
+    "passed after barrier": (True, True),
+    "unwrapped": (True, True),
+    # A pass adds 1 on rank 0 and 2 on rank 1; the second one averages what both have.
+    "gradients": ([1, 3], [2, 3]),
+    "left": (True, True),
+}
 
 
-def test_two_processes_know_who_they_are(two):
-    assert [seen["rank_before_setup"] for seen in two] == [0, 1]
-    assert [seen["rank"] for seen in two] == [0, 1]
-    assert [seen["world_size"] for seen in two] == [2, 2]
-    assert [seen["is_main"] for seen in two] == [True, False]
-    assert [seen["device"] for seen in two] == ["cpu", "cpu"]
+@pytest.mark.parametrize("what", SEEN)
+def test_two_ranks_see(two, what):
+    assert tuple(seen.get(what) for seen in two) == SEEN[what]
 
 
-def test_sums_over_two_processes_arrive_at_both_in_place(two):
-    assert [seen["sum"] for seen in two] == [[3.0, 20.0]] * 2
-    assert all(seen["same_tensor"] for seen in two)
-
-
-def test_the_main_process_prepares_before_the_other_enters(two):
-    assert [seen["prepared_on_entry"] for seen in two] == [False, True]
+def test_one_of_two_ranks_reports_errors(two):
+    assert sorted(seen["reports"] for seen in two) == [[False, False], [True, True]]
 
 
 OUTCOMES = {
     "well": (None, None),
-    "all": (["ValueError", "no such model"], ["FailedElsewhere"]),
-    "second": (["FailedElsewhere"], ["ValueError", "no such file (says process 1 of 2, on HOST)"]),
-    "download": (["OSError", "no such download (says process 0 of 2, on HOST)"], ["FailedElsewhere"]),
-    "before a download": (["FailedElsewhere"], ["ValueError", "no such file (says process 1 of 2, on HOST)"]),
+    "all": (["UserError", "no such model"], ["FailedElsewhere"]),
+    "second": (["FailedElsewhere"], ["UserError", "no such file (on rank 1 of 2, HOST)"]),
+    "download": (["OSError", "no such download (on rank 0 of 2, HOST)"], ["FailedElsewhere"]),
+    "before a download": (["FailedElsewhere"], ["UserError", "no such file (on rank 1 of 2, HOST)"]),
     "a bug": (["FailedElsewhere"], ["TypeError", "not callable"]),
     "same": (None, None),
     "not the same": (
-        ["ValueError", "--seed is 0 on process 0 (HOST) and 1 on process 1 (HOST); as one"], ["FailedElsewhere"],
+        ["UserError", "--seed is 0 on rank 0 (HOST) and 1 on rank 1 (HOST); as one"], ["FailedElsewhere"],
     ),
 }  # fmt: skip
 
@@ -240,49 +214,3 @@ def test_an_error_ends_the_block_for_both_and_one_of_them_has_it(two, case):
         assert (found and found[: len(expected)]) == (
             expected and [text.replace("HOST", socket.gethostname()) for text in expected]
         )
-
-
-def test_after_errors_nobody_waits(two):
-    assert [seen["entered"] for seen in two] == [[0], []]  # the main process, while the other had yet to fail
-    assert [seen["sum_after_failures"] for seen in two] == [3.0, 3.0]
-
-
-def test_the_newest_state_reaches_whoever_has_an_older_or_none(two):
-    of_second, of_first = [1.0] * 3, [0.0] * 3
-    assert two[0]["newest"] == [of_second, of_first, of_first]
-    assert two[1]["newest"] == [of_second, of_second, of_first]  # the second time both had the same version
-
-
-def test_one_process_tells_the_user(two):
-    assert sorted(seen["tells"] for seen in two) == [[False, False], [True, True]]
-
-
-def test_the_training_loss_is_the_mean_over_two_processes(two_folder, two):
-    lines = [json.loads(line) for line in (two_folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["train/loss"]) for line in lines] == [(2, 6.5)]
-
-
-def test_a_loss_that_is_not_finite_stops_both_processes(two):
-    assert all("train/loss is nan at step 3" in seen["stopped"] for seen in two)
-
-
-def test_a_barrier_waits_for_the_slowest(two):
-    assert all(seen["passed_after_barrier"] for seen in two)
-
-
-def test_gradients_are_averaged_in_an_updates_last_pass_only(two):
-    torch.manual_seed(0)
-    model = nn.Linear(3, 1)
-    data = torch.arange(24.0).view(4, 2, 3)
-    for rank, seen in enumerate(two):
-        model.zero_grad()
-        (model(data[2 * rank]).square().mean() / 2).backward()
-        assert seen["gradients"][0] == pytest.approx(model.weight.grad.flatten().tolist(), rel=1e-5)
-    model.zero_grad()
-    model(data.flatten(0, 1)).square().mean().backward()  # one process, the whole batch at once
-    for seen in two:
-        assert seen["gradients"][1] == pytest.approx(model.weight.grad.flatten().tolist(), rel=1e-5)
-
-
-def test_wrapping_can_be_undone_and_the_group_left(two):
-    assert all(seen["unwrapped"] and seen["left"] for seen in two)

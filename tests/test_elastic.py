@@ -1,4 +1,4 @@
-"""Processes and machines that die, hang, leave and join: the run goes on, or ends with a word within a bounded time."""
+"""Ranks and machines that die, hang, leave and join: the run resumes, or ends with a word within a bounded time."""
 
 from __future__ import annotations
 
@@ -6,111 +6,77 @@ import contextlib
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
 
-import train
+from tests.helpers import paced
 from tests.helpers.launching import (
-    LAUNCHER,
+    PACED,
+    RESUMED,
     TINY,
     job,
     lines_of,
     ranks,
-    ready_torchrun,
-    train_main,
+    real_torchrun,
+    set_pace,
+    steps_done,
+    torchrun,
     values_of,
     wait_for,
     weights_of,
 )
-from utils import checkpoint, data_utils, dist_errors, dist_util, run
+from utils import dist_errors
+from utils.batch import Batch
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
-STEPS = 60
-RUN = [*TINY, "--name", "a", "--num_steps", str(STEPS), "--warmup_steps", "2", "--eval_every", "30"]
+STEPS = 40
+RUN = [*TINY, "--name", "a", "--num_steps", str(STEPS), "--warmup_steps", "2", "--eval_every", "20"]
 RUN += ["--save_every", "5"]
-#: train.py, where each update waits for as many seconds as a file says, so that a test can hurt it in the middle,
-#: and which leaves its process's number.
-SLOW = """
-import os, sys, time
-import train
-from utils import data_utils
-
-def slow(*args, batches=data_utils.train_batches):
-    for batch in batches(*args):
-        with open(os.environ["PACE"]) as f:
-            time.sleep(float(f.read() or "0"))
-        yield batch
-
-data_utils.train_batches = slow
-with open("pid" + os.environ["RANK"], "w") as f:
-    f.write(str(os.getpid()))
-sys.exit(train.main())
-"""
-
-
-#: ``ready_torchrun`` is torchrun all but for the start of its processes, which takes most of the time.
-LAUNCHERS = pytest.mark.parametrize("launcher", ["ready", pytest.param("usual", marks=pytest.mark.soak)])
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    """The path of the slowed train.py."""
-    path = tmp_path / "slow.py"
-    path.write_text(SLOW)
-    monkeypatch.setenv("PACE", str(tmp_path / "pace"))
-    set_pace(tmp_path, 0.05)
-    return str(path)
-
-
-def set_pace(folder, seconds):
-    """How long each update takes from now on, at least."""
-    (folder / "new").write_text(str(seconds))
-    (folder / "new").replace(folder / "pace")
+#: The forked one differs from the real one in how its ranks start, which takes most of the time.
+LAUNCHERS = pytest.mark.parametrize("launcher", [torchrun, pytest.param(real_torchrun, marks=pytest.mark.soak)])
 
 
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory):
-    """The folder of the run that nobody hurt, by its number of processes; 16 pictures an update."""
+    """The folder of the run that nobody hurt, by its number of ranks; 16 images a step."""
     folders = {}
     for number in (1, 2):
         folders[number] = tmp_path_factory.mktemp(f"unhurt{number}")
-        with ranks(number, train_main, ([*RUN, "--train_batch_size", str(16 // number)],), folders[number]) as run:
+        with ranks(folders[number], [[*RUN, "--train_batch_size", str(16 // number)]] * number) as run:
             assert run.results() == [0] * number, run.output()
     return folders
 
 
-def updates_done(folder):
-    return max((line["step"] for line in lines_of(folder, "a")), default=0)
-
-
-def assert_whole(folder):
-    """One line an update, none twice, although some updates were done twice."""
+def assert_whole(folder, of_unhurt):
+    """One line a step, none twice, although some steps were done twice; and the weights, bit for bit."""
     assert [line["step"] for line in lines_of(folder, "a") if "train/loss" in line] == list(range(1, STEPS + 1))
+    if of_unhurt:
+        ours, expected = weights_of(folder, "a"), weights_of(of_unhurt, "a")
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(x, expected[name]) for name, x in ours.items())
 
 
 @LAUNCHERS
-def test_after_a_killed_process_torchrun_brings_the_same_weights(launcher, unhurt, script, tmp_path):
-    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=3", script, *RUN, "--train_batch_size", "8"]
-    with job(ready_torchrun(tmp_path, flags) if launcher == "ready" else [*LAUNCHER, *flags], tmp_path) as run:
-        wait_for(lambda: updates_done(tmp_path) > 12, 60, run.output)
+def test_after_a_killed_rank_torchrun_brings_the_same_weights(launcher, unhurt, tmp_path):
+    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=3", PACED, *RUN, "--train_batch_size", "8"]
+    with job(launcher, (flags,), tmp_path, **set_pace(tmp_path, 12)) as run:
+        wait_for(lambda: steps_done(tmp_path, "a") >= 12, 60, run.output)
         os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
-        set_pace(tmp_path, 0)
+        set_pace(tmp_path, STEPS)
         assert run.wait(60) == 0, run.output()
-        assert run.output().count("lost contact with process 1 (") == 1
-        assert "Going on after update" in run.output()
-        if launcher == "usual":  # else torchrun logs where it noticed the death
+        assert run.output().count("lost contact with rank 1 (") == 1
+        assert RESUMED in run.output()
+        if launcher is real_torchrun:  # else torchrun logs where it noticed the death
             assert "Traceback" not in run.output()
-    assert_whole(tmp_path)
-    ours, expected = weights_of(tmp_path, "a"), weights_of(unhurt[2], "a")
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(x, expected[name]) for name, x in ours.items())
+    assert_whole(tmp_path, unhurt[2])
 
 
 @LAUNCHERS
-def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, script, tmp_path):
-    """One machine begins alone with 16 pictures an update, shares them with a second, and goes on without it."""
+def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, tmp_path):
+    """One machine begins alone with 16 images a step, shares them with a second, and resumes without it."""
     # The rendezvous is kept here: neither machine is the one that may not die.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     flags = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"]
@@ -118,131 +84,85 @@ def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, sc
     # The launchers look for one another once a second or two: whoever is there first waits as long, and
     # if the second comes later still, it joins another round.
     flags += ["--rdzv-conf=is_host=false,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"]
-    flags += [script, *RUN, "--train_batch_size", "16"]
-    turn = tmp_path / "turn of the second"
-    commands = [[*LAUNCHER, *flags]] * 2
-    if launcher == "ready":
-        commands = [ready_torchrun(path, flags) for path in (tmp_path, turn)]
+    flags += [PACED, *RUN, "--train_batch_size", "16"]
     # Else (PyTorch 2.14) the agent that was the first before the other came stays with its own store.
-    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **set_pace(tmp_path, 3)}
     with contextlib.ExitStack() as held:
-        first = held.enter_context(job(commands[0], tmp_path, "first", **env))
-        if launcher == "usual":
-            wait_for(lambda: updates_done(tmp_path) > 2, 60, first.output)
-        second = held.enter_context(job(commands[1], tmp_path, "second", **env))
+        first = held.enter_context(job(launcher, (flags,), tmp_path, "first", **env))
+        wait_for(lambda: steps_done(tmp_path, "a") >= 3, 60, first.output)
+        second = held.enter_context(job(launcher, (flags,), tmp_path, "second", **env))
         both = lambda: first.output() + second.output()  # noqa: E731
-        wait_for(lambda: updates_done(tmp_path) > 2, 60, both)
-        set_pace(tmp_path, 1)  # until the second is there
-        turn.touch()
-        wait_for(lambda: "2 processes share the 16 pictures" in both(), 60, both)
-        before = updates_done(tmp_path)
-        set_pace(tmp_path, 0.05)
-        wait_for(lambda: updates_done(tmp_path) > before + 6, 60, both)
-        assert updates_done(tmp_path) < STEPS
+        shared = "--train_batch_size 8 --gradient_accumulation_steps 1: "
+        wait_for(lambda: shared in both(), 60, both)
+        before = steps_done(tmp_path, "a")
+        set_pace(tmp_path, 9)
+        wait_for(lambda: steps_done(tmp_path, "a") > before + 6, 60, both)
+        assert steps_done(tmp_path, "a") < STEPS
         second.kill()
-        set_pace(tmp_path, 0)
+        set_pace(tmp_path, STEPS)
         assert first.wait(60) == 0, both()
-        assert both().count("--train_batch_size 8 --gradient_accumulation_steps 1: 2 processes share") == 1
-        assert both().count("Going on after update") >= 2  # with the second, and without it
-    assert_whole(tmp_path)
+        assert both().count(shared) == 1
+        assert both().count(RESUMED) >= 2  # with the second, and without it
+    assert_whole(tmp_path, None)
     assert values_of(tmp_path, "a", "train/loss") == pytest.approx(values_of(unhurt[1], "a", "train/loss"), abs=1e-5)
 
 
-def paced(flags):
-    """A training whose updates take a while."""
-
-    def slow(*args, batches=data_utils.train_batches):
-        for batch in batches(*args):
-            time.sleep(0.02)
-            yield batch
-
-    data_utils.train_batches = slow
-    return train_main(flags)
-
-
-def test_a_signal_to_one_process_stops_all_and_the_same_command_goes_on(unhurt, tmp_path):
+def test_a_signal_to_one_rank_stops_all_and_the_same_command_resumes(unhurt, tmp_path):
     flags = [*RUN, "--train_batch_size", "8"]
-    with ranks(2, paced, (flags,), tmp_path) as run:
-        wait_for(lambda: updates_done(tmp_path) > 8, 60, run.output)
-        os.kill(run.processes[1].pid, signal.SIGTERM)
+    with ranks(tmp_path, [flags] * 2, paced.main, **set_pace(tmp_path, 8)) as run:
+        wait_for(lambda: steps_done(tmp_path, "a") >= 8, 60, run.output)
+        os.kill(run.jobs[1].pid, signal.SIGTERM)
         assert run.results() == [128 + signal.SIGTERM] * 2, run.output()
         assert len(run.errors()) == 1, run.output()
-        assert "; the same command goes on from there" in run.errors()[0]
-    with ranks(2, train_main, (flags,), tmp_path) as run:
+        assert "; the same command" in run.errors()[0]
+    with ranks(tmp_path, [flags] * 2) as run:
         assert run.results() == [0, 0], run.output()
-        assert "Going on after update" in run.output()
-    assert_whole(tmp_path)
-    ours, expected = weights_of(tmp_path, "a"), weights_of(unhurt[2], "a")
-    assert all(torch.equal(x, expected[name]) for name, x in ours.items())
+        assert RESUMED in run.output()
+    assert_whole(tmp_path, unhurt[2])
 
 
-def test_a_process_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
+def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
     flags = [*RUN, "--num_steps", "100000", "--train_batch_size", "8"]
-    with ranks(3, train_main, (flags,), tmp_path, env={"TRAIN_TIMEOUT_SECS": "3"}) as run:
-        wait_for(lambda: updates_done(tmp_path) > 8, 60, run.output)
-        os.kill(run.processes[1].pid, signal.SIGSTOP)
+    with ranks(tmp_path, [flags] * 3, TRAIN_TIMEOUT_SECS="3") as run:
+        wait_for(lambda: steps_done(tmp_path, "a") > 8, 60, run.output)
+        os.kill(run.jobs[1].pid, signal.SIGSTOP)
         since = time.monotonic()
-        for number in (0, 2):
-            run.processes[number].join(30)
-            assert run.processes[number].exitcode == 0, run.output()  # the wrapper's own
+        assert [run.jobs[rank].wait(30) for rank in (0, 2)] == [1, 1], run.output()
         assert 2 < time.monotonic() - since < 3 + dist_errors.GRACE_SECS
-        run.processes[1].kill()
-        assert run.results() == [1, None, 1]
         assert len(run.errors()) == 1, run.output()
-        assert "lost contact with process 1 (" in run.errors()[0]
+        assert "lost contact with rank 1 (" in run.errors()[0]
         assert "without an answer for 3 s" in run.errors()[0]
-        assert "output/a_last.pt" in run.errors()[0]  # where it can go on
+        assert "output/a_last.pt" in run.errors()[0]  # where it can resume
         assert "Traceback" not in run.output()
 
 
-@pytest.mark.parametrize("text", ["0", "soon", "-5", "1e3", ""])
-def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
-    monkeypatch.setenv("TRAIN_TIMEOUT_SECS", text)
-    with pytest.raises(ValueError, match=f"TRAIN_TIMEOUT_SECS={text}: expected seconds"):
-        dist_util.timeout()
+# ---- ranks share the batch ----
 
 
-# ---- how processes share the batch ----
+def saved(total: int, per_rank: int, num_micro_batches: int = 1) -> dict[str, Any]:
+    """Returns the batch of a training state, whose flags were these."""
+    return {"total": total, "given": (per_rank, num_micro_batches)}
 
 
 @pytest.mark.parametrize(
-    ("given", "parts", "began", "now", "expected"),
+    ("given", "micro_batches", "began", "now", "expected"),
     [
         (8, 1, 2, 1, (16, 2)),  # as much at a time as before
         (8, 1, 2, 4, (4, 1)),
-        (8, 2, 2, 4, (4, 1)),  # the parts may be larger than half as long as they are no larger than before
+        (8, 2, 2, 4, (4, 1)),  # micro-batches may be larger than half as long as they are no larger than before
         (6, 1, 4, 3, (8, 2)),
         (7, 1, 3, 1, (21, 3)),
-        (10, 1, 3, 2, (15, 3)),  # 15 in parts of 5: 10 at most, and all alike
+        (10, 1, 3, 2, (15, 3)),  # 15 as micro-batches of 5: 10 at most, and all alike
     ],
 )
-def test_the_same_command_on_other_numbers_of_processes(monkeypatch, given, parts, began, now, expected):
-    args = train.make_parser().parse_args(["--name", "a"])
-    args.train_batch_size, args.gradient_accumulation_steps = given, parts
-    state = checkpoint.TrainingState(
-        {"--train_batch_size of all processes": given * began}, {"--train_batch_size": given, "processes": began}
-    )
-    monkeypatch.setattr(dist_util, "world_size", lambda: now)
-    run.follow_processes(args, state)
-    assert (args.train_batch_size, args.gradient_accumulation_steps) == expected
-    assert args.train_batch_size * now == given * began
-    assert args.train_batch_size // args.gradient_accumulation_steps <= given // parts
+def test_the_same_command_on_other_numbers_of_ranks(given, micro_batches, began, now, expected):
+    flags = Batch.from_flags(given, micro_batches, now)
+    batch = flags.resumed(saved(given * began, given, micro_batches), began)
+    assert (batch.per_rank, batch.num_micro_batches) == expected
+    assert batch.total == given * began
+    assert batch.micro_batch <= flags.micro_batch
 
 
-def test_a_batch_that_was_changed_by_the_user_is_left_alone(monkeypatch):
-    args = train.make_parser().parse_args(["--name", "a", "--train_batch_size", "16"])
-    state = checkpoint.TrainingState(
-        {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
-    )
-    run.follow_processes(args, state)
-    assert args.train_batch_size == 16
-
-
-def test_processes_that_cannot_share_the_batch_hear_which_numbers_can(monkeypatch):
-    args = train.make_parser().parse_args(["--name", "a", "--train_batch_size", "8"])
-    state = checkpoint.TrainingState(
-        {"--train_batch_size of all processes": 16}, {"--train_batch_size": 8, "processes": 2}
-    )
-    monkeypatch.setattr(dist_util, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match=r"3 processes cannot share equally the 16 pictures .*: 1, 2, 4$"):
-        run.follow_processes(args, state)
+def test_a_batch_that_was_changed_by_the_user_is_left_alone():
+    batch = Batch.from_flags(16, 1, 1)
+    assert batch.resumed(saved(16, 8), 2) == batch

@@ -1,20 +1,22 @@
-"""Pictures of pictures and numbers: what is where in them."""
+"""Images of images and numbers, and curves: what is where in them."""
 
 import io
+import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
-from utils import figures
+from utils import datasets, figures, fonts
+from utils.evaluation import EvalResult
 
 
 def test_what_the_model_sees_becomes_grey_levels():
     x = torch.tensor([-1.0, 0.0, 1.0, 1.5])[:, None, None, None].expand(4, 3, 2, 5)
-    pictures = figures.from_tensor(x)
-    assert [p.size for p in pictures] == [(5, 2)] * 4
-    assert [p.getpixel((0, 0)) for p in pictures] == [(0,) * 3, (128,) * 3, (255,) * 3, (255,) * 3]
+    images = figures.from_tensor(x)
+    assert [x.size for x in images] == [(5, 2)] * 4
+    assert [x.getpixel((0, 0)) for x in images] == [(0,) * 3, (128,) * 3, (255,) * 3, (255,) * 3]
 
 
 @pytest.mark.parametrize(("size", "expected"), [((8, 8), (96, 96)), ((400, 100), (96, 24)), ((1, 300), (1, 96))])
@@ -22,11 +24,11 @@ def test_the_longer_side_is_scaled(size, expected):
     assert figures.scaled(Image.new("RGB", size), 96).size == expected
 
 
-def test_a_png_holds_the_picture():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    again = Image.open(io.BytesIO(figures.png(picture)))
+def test_a_png_holds_the_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    again = Image.open(io.BytesIO(figures.png(image)))
     assert again.format == "PNG"
-    assert np.array_equal(np.asarray(again), np.asarray(picture))
+    assert np.array_equal(np.asarray(again), np.asarray(image))
 
 
 def test_panels_of_several_sizes_stand_in_rows():
@@ -41,20 +43,48 @@ def test_panels_of_several_sizes_stand_in_rows():
     assert sheet.getpixel((20, figures.TITLE_PX + 40)) == (255, 255, 255)  # below the low panel
 
 
-def test_a_text_is_cut_to_what_fits_and_to_what_can_be_drawn():
-    font = ImageFont.load_default(figures.FONT_PX)
-    assert figures.fitting("cat", 1000, font) == "cat"
-    cut = figures.fitting("a very long name of a class", 60, font)
-    assert "a very long name of a class".startswith(cut)
-    assert 40 < font.getlength(cut) <= 60
-    assert figures.fitting("猫", 100, font) == "?"
+def test_the_first_images_of_a_batch_stand_under_their_classes():
+    images = torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = np.asarray(figures.training_batch(images, torch.arange(70) % 10, [str(i) for i in range(10)]))
+    side, row = figures.BATCH_PX, figures.TITLE_PX + figures.BATCH_PX + figures.GAP_PX
+    for i in (0, 9, 63):  # the 10th is the second of the second row
+        x, y = i % 8 * (side + figures.GAP_PX), i // 8 * row + figures.TITLE_PX
+        cell = pixels[y : y + side : side // 8, x : x + side : side // 8]
+        assert np.abs(cell / 127.5 - 1 - images[i].permute(1, 2, 0).numpy()).max() < 0.01
+    assert len(pixels) == 8 * row - figures.GAP_PX
+
+
+def result_of(pairs, confidence):
+    truth, predicted = torch.tensor(pairs).T
+    return EvalResult(0.5, truth, predicted, torch.tensor(confidence))
+
+
+def test_the_worst_mistakes_come_first_with_what_they_were_taken_for(monkeypatch):
+    pixels = torch.tensor([10, 20, 30, 40], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 4, 4)
+    images = datasets.MemoryImages(pixels, torch.tensor([0, 1, 1, 0]))
+    data = datasets.DataSets(images, images, ["ant", "猫"])
+    result = result_of([(0, 0), (1, 0), (1, 0), (0, 1)], [0.99, 0.6, 0.8, 0.7])
+    worst = figures.worst_mistakes(result, data)
+    assert [(m.truth, m.predicted, round(m.confidence, 3)) for m in worst] == [(1, 0, 0.8), (0, 1, 0.7), (1, 0, 0.6)]
+    assert [m.image.getpixel((0, 0)) for m in worst] == [(30,) * 3, (40,) * 3, (20,) * 3]
+    monkeypatch.setattr(fonts, "FONTS", ())  # none has the second class's name
+    titles = ["class 0, is class 1", "class 1, is class 0", "class 0, is class 1"]
+    expected = figures.arrange([(title, m.image) for title, m in zip(titles, worst)], columns=4)
+    np.testing.assert_array_equal(np.asarray(figures.mistakes(result, data)), np.asarray(expected))
+
+
+def test_without_mistakes_there_is_no_image_of_them():
+    images = datasets.MemoryImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))
+    assert (
+        figures.mistakes(result_of([(0, 0), (1, 1)], [0.9, 0.9]), datasets.DataSets(images, images, ["a", "b"])) is None
+    )
 
 
 def cells(matrix, classes):
     """The colour of the middle of the upper edge of each cell, where no count is drawn."""
     sheet = figures.confusion(matrix, classes)
     size = len(matrix)
-    cell = min(max(figures.MATRIX_PX // size, 1), figures.LARGEST_CELL_PX)
+    cell = min(figures.MATRIX_PX // size, figures.LARGEST_CELL_PX)
     margin = sheet.width - 1 - cell * size
     pixels = np.asarray(sheet).astype(int)
     at = margin + np.arange(size) * cell + cell // 2
@@ -74,9 +104,100 @@ def test_a_confusion_matrix_shades_shares_of_rows_and_tells_right_from_wrong(siz
     assert much.sum() < colours[1, 0].sum() < little.sum()  # the larger the share, the darker
 
 
-@pytest.mark.parametrize("size", [1, 15, 22, 23, 1000])
+@pytest.mark.parametrize("size", [1, 15, 40, 100, 1000])
 def test_any_number_of_classes_can_be_drawn(size):
-    matrix = np.eye(size, dtype=int) * 12345
-    sheet = figures.confusion(matrix, ["a name that is too long for its margin"] * size)
-    assert max(sheet.size) < 1100
-    assert abs(sheet.width - sheet.height) == 0
+    sheet = figures.confusion(np.eye(size, dtype=int) * 12345, ["a name that is too long for its margin"] * size)
+    assert max(sheet.size) < 1700
+    assert sheet.width == sheet.height
+
+
+def test_counts_are_drawn_whole_or_not_at_all():
+    """Of 123456 in a narrow cell the first digits alone would be a wrong number."""
+    digits = [{tuple(x) for row in cell_pixels(count) for x in row} for count in (0, 9, 123456789, 10**17)]
+    colours = [len(found) > 1 for found in digits]  # a cell without a digit has one colour
+    assert colours == [False, True, True, False]
+
+
+def cell_pixels(count):
+    matrix = np.array([[count, 0], [0, 0]])
+    sheet = figures.confusion(matrix, ["a", "b"])
+    margin, cell = sheet.width - 1 - 2 * figures.LARGEST_CELL_PX, figures.LARGEST_CELL_PX
+    return np.asarray(sheet)[margin : margin + cell, margin : margin + cell].tolist()
+
+
+@pytest.mark.parametrize("size", [3, 60])
+def test_rows_and_columns_have_their_names_in_any_script(size, monkeypatch):
+    monkeypatch.setattr(fonts, "FONTS", ())
+    matrix, named = np.eye(size, dtype=int), [f"class {i}" for i in range(size)]
+    foreign = ["猫" * (i + 1) for i in range(size)]
+    with_numbers = np.asarray(figures.confusion(matrix, foreign))
+    np.testing.assert_array_equal(with_numbers, np.asarray(figures.confusion(matrix, named)))
+    assert not np.array_equal(with_numbers, np.asarray(figures.confusion(matrix, ["class 0"] * size)))
+
+
+# ---- curves ----
+
+
+def coordinates(text):
+    return [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]+)"', text)[1].split()]
+
+
+def test_a_curve_is_drawn_to_scale():
+    text = figures.chart("loss", [(10, 4.0), (20, 0.0), (40, 2.0)], marked=40)
+    (x1, y1), (x2, y2), (x3, y3) = coordinates(text)
+    assert x2 - x1 == pytest.approx((x3 - x1) / 3, abs=0.1)
+    assert y3 - y1 == pytest.approx((y2 - y1) / 2, abs=0.1)
+    assert y1 < y3 < y2  # up is more
+    scale = {float(value): float(at) - 4 for at, value in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)}
+    assert scale[4] == pytest.approx(y1, abs=0.1)
+    assert scale[0] == pytest.approx(y2, abs=0.1)
+    best = re.search(r'<circle class="best" r="4.5" cx="([\d.]+)" cy="([\d.]+)"><title>([^<]*)', text)
+    assert (float(best[1]), float(best[2]), best[3]) == (x3, y3, "step 40: 2")
+
+
+@pytest.mark.parametrize("points", [[(400, 0.9)], [(1, 0.5)], [(10, 0.0), (20, 0.0)], [(10, -1e-9), (20, 1e9)]])
+def test_curves_of_a_point_or_without_height_stay_inside(points):
+    for x, y in coordinates(figures.chart("x", points)):
+        assert 0 <= x <= figures.CHART_WIDTH
+        assert 0 <= y <= figures.CHART_HEIGHT
+
+
+def test_the_time_stands_below_the_steps_at_which_it_was_reached():
+    points, times = [(0, 1.0), (100, 2.0)], [(0, 0.0), (50, 600.0), (100, 3600.0)]  # slower in the second half
+    text = figures.chart("loss", points, times=times)
+    labels = {
+        label: float(x) for x, label in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="\w+">([^<]+)<', text)
+    }
+    start, end = labels["0"], labels["100"]
+    for label, step in (("15 min", 55), ("30 min", 70), ("45 min", 85), ("1 h", 100)):
+        assert labels[label] == pytest.approx(start + (end - start) * step / 100, abs=0.2)
+    assert " min" not in figures.chart("loss", points)
+
+
+@pytest.mark.parametrize(
+    ("secs", "words"),
+    [(0, "0 s"), (0.25, "0.25 s"), (45, "45 s"), (60, "1 min"), (725, "12 min 5 s"), (3600, "1 h"),
+     (12000, "3 h 20 min"), (360000, "100 h")],
+)  # fmt: skip
+def test_a_time_in_words(secs, words):
+    assert figures.duration(secs) == words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (0.1, 2.3, [0, 1, 2, 3]), (92.5, 97.7, [92, 94, 96, 98]),
+     (0, 10000, [0, 2500, 5000, 7500, 10000]), (7, 7, [6, 6.5, 7, 7.5, 8])],
+)  # fmt: skip
+def test_ticks_are_round_numbers_around_the_values(low, high, expected):
+    assert figures.ticks(low, high) == expected
+
+
+def test_a_long_curve_keeps_its_extremes():
+    rng = np.random.default_rng(0)
+    points = [(step, float(value)) for step, value in enumerate(rng.random(5000))]
+    points[1234], points[4321] = (1234, 50.0), (4321, -50.0)
+    thin = figures.thinned(points, 400)
+    assert len(thin) <= 400
+    assert (1234, 50.0) in thin
+    assert (4321, -50.0) in thin
+    assert [step for step, _ in thin] == sorted({step for step, _ in thin})

@@ -1,4 +1,4 @@
-"""The model against what Google's own JAX code computed from the same checkpoints and pictures."""
+"""The model against what Google's own JAX code computed from the same checkpoints and images."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def build(reference, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """``pictures(n, img_size)`` gives the reference's first n pictures."""
+def images():
+    """``images(n, img_size)`` gives the reference's first n images."""
     return lambda n, img_size: torch.from_numpy(google_npz.make_images(n, img_size, seed=1, channels_last=False))
 
 
@@ -63,9 +63,9 @@ def by_google_names(tensors: dict[str, torch.Tensor], model: VisionTransformer) 
 
 @pytest.mark.parametrize("vis", [False, True], ids=["fused", "vis"])
 @pytest.mark.parametrize(("model_type", "img_size"), SIZES)
-def test_logits_and_features_are_googles(build, pictures, reference, model_type, img_size, vis):
+def test_logits_and_features_are_googles(build, images, reference, model_type, img_size, vis):
     model = build(model_type, img_size, vis=vis).eval()
-    x = pictures(2, img_size)
+    x = images(2, img_size)
     with torch.no_grad():
         logits, _ = model(x)
         features = model.transformer(x)[0][:, 0]
@@ -75,11 +75,11 @@ def test_logits_and_features_are_googles(build, pictures, reference, model_type,
 
 
 @pytest.mark.parametrize("model_type", OWN_SIZE)
-def test_loss_and_gradient_norms_are_googles(build, pictures, reference, model_type):
+def test_loss_and_gradient_norms_are_googles(build, images, reference, model_type):
     img_size = OWN_SIZE[model_type]
     key = f"{model_type}/{img_size}"
     model = build(model_type, img_size)
-    loss = model(pictures(4, img_size), LABELS)
+    loss = model(images(4, img_size), LABELS)
     loss.backward()
     assert loss.item() == pytest.approx(reference[f"{key}/loss"].item(), rel=1e-5)
 
@@ -95,11 +95,11 @@ def test_loss_and_gradient_norms_are_googles(build, pictures, reference, model_t
 
 
 @pytest.mark.parametrize("model_type", OWN_SIZE)
-def test_three_clipped_momentum_updates_are_googles(build, pictures, reference, model_type):
+def test_three_clipped_momentum_steps_are_googles(build, images, reference, model_type):
     img_size = OWN_SIZE[model_type]
     key = f"{model_type}/{img_size}/sgd"
     model = build(model_type, img_size)
-    x = pictures(4, img_size)
+    x = images(4, img_size)
     before = by_google_names(model.state_dict(), model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     losses = []

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from benchmarks import ours
 from models.configs import CONFIGS
 from models.cpu_ops import dropout
 from models.modeling import VisionTransformer
@@ -68,7 +67,7 @@ def test_half_precision_trains_near_float32_and_evaluates(level, dtype):
     assert train.main(["--name", "half", *RUN, *half]) == 0
     full, half_lines = lines_of("full"), lines_of("half")
     applied = [step for step, line in half_lines.items() if "train/loss" in line]
-    assert len(applied) >= 6  # float16 may skip updates while it looks for a scale
+    assert len(applied) >= 6  # float16 may skip steps while it looks for a scale
     for step in applied:
         assert half_lines[step]["train/loss"] == pytest.approx(full[step]["train/loss"], abs=0.05)
     state = torch.load("output/half_checkpoint.bin", weights_only=True)
@@ -87,7 +86,7 @@ def test_logits_are_the_cpus(model_type):
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
-def test_updates_that_overflow_are_skipped_logged_and_do_not_advance_the_schedule(level, monkeypatch, caplog):
+def test_steps_that_overflow_are_skipped_logged_and_do_not_advance_the_schedule(level, monkeypatch, caplog):
     passes, backward = iter(range(1, 100)), Precision.backward
     monkeypatch.setattr(
         Precision, "backward", lambda self, x: backward(self, x * 1e30 if next(passes) in (3, 4) else x)
@@ -103,7 +102,7 @@ def test_updates_that_overflow_are_skipped_logged_and_do_not_advance_the_schedul
         assert ("train/loss" in line) == (step not in skipped)
 
 
-def test_an_optimizer_whose_first_update_is_skipped_starts_with_no_momentum():
+def test_an_optimizer_whose_first_step_is_skipped_starts_with_no_momentum():
     torch.manual_seed(0)
     model = VisionTransformer(CONFIGS["testing"], 32, 10).cuda()
     precision = Precision(torch.device("cuda"), "O1", "float16")
@@ -128,24 +127,31 @@ def test_a_float32_run_after_one_of_mixed_precision_has_no_tf32():
 @pytest.mark.parametrize(
     ("level", "dtype"), [("O0", "float16"), *((x, y) for x in ("O1", "O2") for y in ("float16", "bfloat16"))]
 )
-def test_updates_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
-    """But for float16's flag of the update before, whose event ``num_skipped`` waits for."""
+def test_steps_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
+    """But for float16's flag of the step before, whose event ``collect_skipped`` waits for."""
     device = torch.device("cuda", torch.cuda.current_device())
     data = datasets.load_datasets("digits", "", 1).to(device)
     model = VisionTransformer(CONFIGS["testing"], 32, 10).to(device)
     precision = Precision(device, level, dtype)
-    updates, transform = ours.Updates(model, precision), augment.TrainTransform(32, hflip=True)
+    optimizer, transform = make_optimizer(model, precision), augment.TrainTransform(32, hflip=True)
     sampler = data_utils.StepSampler(len(data.train), 8, transform.num_draws, 0)
     batches = data_utils.train_batches(data.train, sampler, range(1, 9), 4, transform, device, 0)
-    updates.update(1, 0.01, batches, 2)  # what is set up once may wait
+
+    def take_step() -> None:
+        train.forward_backward(model, batches, precision, 2)
+        precision.collect_skipped()
+        optimizer.param_groups[0]["lr"] = 0.01
+        precision.step(optimizer, 1.0)
+
+    take_step()  # what is set up once may wait
     larger = VisionTransformer(CONFIGS["testing"], 48, 10).to(device).eval()  # the digits, of 32 px, are resized
     evaluated = data_utils.eval_batches(data.test, 8, augment.EvalTransform(48), device, 0)
     with torch.inference_mode():
         larger(next(evaluated)[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(2, 5):
-            updates.update(step, 0.01, batches, 2)
+        for _ in range(3):
+            take_step()
         loss_sum, predictions = torch.zeros((), dtype=torch.float64, device=device), Predictions()
         with torch.inference_mode(), precision.autocast():
             for images, labels in itertools.islice(evaluated, 3):
@@ -191,30 +197,30 @@ def test_dropout_keeps_its_rate_and_its_scale():
     torch.testing.assert_close(y[y != 0].unique().cpu(), torch.tensor([1 / 0.9]))
 
 
-def test_pictures_on_the_gpu_are_not_copied_for_each_evaluation():
+def test_images_on_the_gpu_are_not_copied_for_each_evaluation():
     device = torch.device("cuda", torch.cuda.current_device())
-    pictures = datasets.load_datasets("digits", "", 1).to(device).test
+    data = datasets.load_datasets("digits", "", 1).to(device).test
     for _ in range(2):
         held = torch.cuda.memory_allocated()
-        batches = data_utils.eval_batches(pictures, 8, augment.EvalTransform(32), device, 0)
+        batches = data_utils.eval_batches(data, 8, augment.EvalTransform(32), device, 0)
         next(batches)
-        assert torch.cuda.memory_allocated() - held < pictures.images.nbytes
+        assert torch.cuda.memory_allocated() - held < data.images.nbytes
         del batches
 
 
 @pytest.mark.parametrize(("height", "width", "img_size"), [(32, 32, 48), (64, 30, 16), (300, 200, 48)])
 def test_crops_are_the_cpus_but_for_roundings_of_ties(height, width, img_size):
     """Enlarged; along the height first, some of them; of sizes whose filters are not kept."""
-    pictures = torch.randint(0, 256, (8, 3, height, width), dtype=torch.uint8)
+    images = torch.randint(0, 256, (8, 3, height, width), dtype=torch.uint8)
     draws, transform = torch.rand(8, augment.NUM_DRAWS, dtype=torch.float64), augment.TrainTransform(img_size, True)
-    there, here = transform.batch(pictures.cuda(), draws).cpu(), transform.batch(pictures, draws)
+    there, here = transform.batch(images.cuda(), draws).cpu(), transform.batch(images, draws)
     levels = (there - here).abs() * 127.5
     assert levels.max() < 2.01
     assert levels.mean() < 0.03
 
 
 @pytest.mark.usefixtures("decode_late")
-def test_pictures_come_from_workers_as_they_do_on_the_cpu(folder):
+def test_images_come_from_workers_as_they_do_on_the_cpu(folder):
     data, transform = datasets.load_datasets(str(folder), "", 1), augment.EvalTransform(32)
     here, there = (
         [x for x, _ in data_utils.eval_batches(data.test, 2, transform, torch.device(kind), 2)]
@@ -225,11 +231,9 @@ def test_pictures_come_from_workers_as_they_do_on_the_cpu(folder):
         torch.testing.assert_close(y.cpu(), x, atol=1e-6, rtol=0)
 
 
-def test_whole_pictures_are_the_cpus():
-    pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(
-        augment.resize(pictures.cuda(), 48).cpu(), augment.resize(pictures, 48), atol=1e-6, rtol=0
-    )
+def test_whole_images_are_the_cpus():
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(augment.resize(images.cuda(), 48).cpu(), augment.resize(images, 48), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -239,10 +243,10 @@ def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(precision)
     """In processes of their own: the setting holds for all that a process computes."""
     script = Path(__file__).resolve().parent.parent / "train.py"
     flags = [*RUN, "--device", "cuda", "--deterministic", "--dropout", "0.1", "--save_every", "3", *precision]
-    stop = "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import train; from utils.metrics import *\n"
-    stop += "real = TrainingLog.update\n"
-    stop += "def update(self, step, *args):\n    real(self, step, *args)\n    step == 5 and os.kill(os.getpid(), 9)\n"
-    stop += "TrainingLog.update = update; train.main(sys.argv[1:])"
+    stop = "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train; from utils.metrics import TrainLog\n"
+    stop += "log_step = TrainLog.step\n"
+    stop += "def stop(self, step, *args):\n    log_step(self, step, *args)\n    step == 5 and os.kill(os.getpid(), 9)\n"
+    stop += "TrainLog.step = stop; train.main(sys.argv[1:])"
     whole = [sys.executable, str(script), "--name", "whole", *flags]
     killed = [sys.executable, "-c", stop, str(script.parent), "--name", "stopped", *flags]
     again = [sys.executable, str(script), "--name", "stopped", *flags]

@@ -1,9 +1,11 @@
 """Devices that are not there, memory that is kept, and processors that are shared."""
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -27,11 +29,13 @@ def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name
     assert hardware.pick_device("auto", -1) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("variable", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_what_a_launcher_set_wrongly_is_named(monkeypatch, variable):
-    monkeypatch.setenv(variable, "first")
-    with pytest.raises(ValueError, match=f"{variable}=first: expected a number"):
-        hardware.pick_device("cpu", -1) if variable == "LOCAL_RANK" else hardware.num_cpus()
+def test_a_variable_that_a_launcher_set_wrongly_is_named(monkeypatch):
+    uses = {"LOCAL_RANK": lambda: hardware.pick_device("cpu", -1), "LOCAL_WORLD_SIZE": hardware.num_cpus}
+    for variable, use in uses.items():
+        monkeypatch.setenv(variable, "first")
+        with pytest.raises(ValueError, match=f"{variable}=first: expected a number"):
+            use()
+        monkeypatch.delenv(variable)
 
 
 FAULTS = """
@@ -41,7 +45,7 @@ from utils import hardware
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(8):
         torch.empty(2**24).fill_(1.0)  # 64 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -58,36 +62,32 @@ def test_memory_that_tensors_free_is_kept_for_the_next():
     done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     usual, kept = map(int, done.stdout.split())
-    assert usual >= 20 * 64 / 2  # pages of 2 MB at the largest
-    assert kept < usual / 20
+    assert usual >= 8 * 64 / 2  # pages of 2 MB at the largest
+    assert kept < usual / 8
 
 
-@pytest.mark.parametrize("failure", [OSError, AttributeError])
-def test_a_c_library_that_has_no_such_setting_is_left_as_it_is(failure, monkeypatch):
-    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(failure(name)))
-    assert hardware.pick_device("cpu", -1) == torch.device("cpu")
+def test_a_c_library_that_has_no_such_setting_is_left_as_it_is(monkeypatch):
+    for no_library in (mock.Mock(side_effect=OSError), mock.Mock(return_value=object())):
+        monkeypatch.setattr(ctypes, "CDLL", no_library)
+        assert hardware.pick_device("cpu", -1) == torch.device("cpu")
 
 
 # ---- processors ----
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes")
-def test_processors_are_those_that_the_process_may_use():
+def test_processors_are_those_that_the_process_may_use_divided_among_the_ranks(monkeypatch):
     before = os.sched_getaffinity(0)
     assert hardware.num_cpus() == len(before)
+    for number in (1, 2, 1000):  # ranks of this machine
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
+        assert hardware.num_cpus() == max(len(before) // number, 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     try:
         os.sched_setaffinity(0, {min(before)})
         assert hardware.num_cpus() == 1
     finally:
         os.sched_setaffinity(0, before)
-
-
-def test_processors_are_divided_among_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = hardware.num_cpus()
-    for number in (1, 2, 1000):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
-        assert hardware.num_cpus() == max(whole // number, 1)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_threads_are_divided_unless_the_user_chose(monkeypatch, tmp_path, variab
     assert chosen[-1] == expected
 
 
-@pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
-def test_only_cuda_copies_while_the_host_goes_on(kind, waits):
+def test_only_cuda_copies_without_the_host_waiting():
     """On MPS such a copy may read memory that has another use by then (PyTorch #139550)."""
 
     class Recording:
         def to(self, device, non_blocking):
             return device.type, not non_blocking
 
-    assert hardware.to_device(Recording(), torch.device(kind)) == (kind, waits)
+    for kind, waits in (("cpu", True), ("mps", True), ("cuda", False)):
+        assert hardware.to_device(Recording(), torch.device(kind)) == (kind, waits)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from models import layouts, npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers import fake_npz
+from utils.errors import UserError
 
 PLAIN, HYBRID = "testing", "testing-hybrid"
 TORCH_LAYOUTS = {"ours": layouts.OURS, "timm": layouts.TIMM, "hf": layouts.HF, "hf5": layouts.HF5}
@@ -28,11 +27,11 @@ def google(model_type, num_classes=10, img_size=None, **options):
     return arrays, npz.to_state_dict(arrays, config, size, num_classes)
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(arrays, expected):
+    assert arrays.keys() == expected.keys()
     for name, x in expected.items():
-        assert found[name].shape == x.shape, name
-        np.testing.assert_array_equal(found[name], x)
+        assert arrays[name].shape == x.shape, name
+        np.testing.assert_array_equal(arrays[name], x)
 
 
 def as_arrays(state):
@@ -45,21 +44,6 @@ def test_a_pytorch_layout_gives_googles_arrays_bit_for_bit(model_type, layout):
     theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
     assert layout == "ours" or theirs.keys() != state.keys()
     assert_same(layouts.to_google(theirs, CONFIGS[model_type]), arrays)
-
-
-@pytest.mark.parametrize("layout", ["ours", "timm", "hf", "hf5"])
-def test_logits_are_the_same_bits_from_every_layout(layout):
-    arrays, state = google(PLAIN)
-    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
-    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    logits = []
-    for weights in (arrays, layouts.to_google(theirs, CONFIGS[PLAIN])):
-        model = VisionTransformer(CONFIGS[PLAIN], 48, 10).eval()
-        model.load_from(weights)
-        with torch.no_grad():
-            logits.append(model(images)[0])
-    assert logits[0].std() > 0.05
-    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +63,7 @@ def test_a_stem_that_was_scaled_for_timm_is_refused():
 
     _, state = google("R-ViT-Ti_16")
     theirs = as_arrays(_export_timm.to_timm(state))
-    with pytest.raises(ValueError, match="its stem was scaled for timm by an export"):
+    with pytest.raises(UserError, match="its stem was scaled for timm by an export"):
         layouts.to_google(theirs, CONFIGS["R-ViT-Ti_16"])
 
 
@@ -106,13 +90,13 @@ def test_what_transformers_saves_and_what_it_has_in_memory_give_googles_arrays(t
     assert_same(layouts.to_google(weights.read(str(tmp_path)).arrays, c), arrays)
 
 
-@pytest.mark.parametrize("layout", ["timm", "hf", "hf5", "ours"])
-def test_a_head_may_be_missing(layout):
+def test_a_head_may_be_missing():
     arrays, state = google(PLAIN)
-    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
-    headless = {name: x for name, x in theirs.items() if not name.startswith(TORCH_LAYOUTS[layout].head)}
     expected = {name: x for name, x in arrays.items() if not name.startswith("head/")}
-    assert_same(layouts.to_google(headless, CONFIGS[PLAIN]), expected)
+    for layout in TORCH_LAYOUTS.values():
+        theirs = as_arrays(layouts.from_ours(state, layout))
+        headless = {name: x for name, x in theirs.items() if not name.startswith(layout.head)}
+        assert_same(layouts.to_google(headless, CONFIGS[PLAIN]), expected)
 
 
 def test_timms_pre_logits_come_along_and_transformers_pooler_does_not():
@@ -123,6 +107,8 @@ def test_timms_pre_logits_come_along_and_transformers_pooler_does_not():
         "pre_logits.fc.bias": bias,
     }
     assert_same(layouts.to_google(timm, CONFIGS[PLAIN]), arrays)
+    del timm["pre_logits.fc.bias"]  # half of it is none
+    assert not any(name.startswith("pre_logits") for name in layouts.to_google(timm, CONFIGS[PLAIN]))
     hf = as_arrays(layouts.from_ours(state, layouts.HF)) | {
         "vit.pooler.dense.weight": kernel.T,
         "vit.pooler.dense.bias": bias,
@@ -131,51 +117,36 @@ def test_timms_pre_logits_come_along_and_transformers_pooler_does_not():
     assert_same(layouts.to_google(hf, CONFIGS[PLAIN]), rest)
 
 
-def test_half_of_pre_logits_is_left_out():
+def test_whole_numbers_are_named_as_the_file_does():
     _, state = google(PLAIN)
-    theirs = as_arrays(layouts.from_ours(state, layouts.TIMM)) | {
-        "pre_logits.fc.weight": np.zeros((32, 32), np.float32)
-    }
-    assert not any(name.startswith("pre_logits") for name in layouts.to_google(theirs, CONFIGS[PLAIN]))
+    for layout in TORCH_LAYOUTS.values():
+        theirs = as_arrays(layouts.from_ours(state, layout))
+        name = next(name for name in theirs if name.endswith("cls_token"))
+        theirs[name] = theirs[name].astype(np.int32)
+        with pytest.raises(UserError, match=f"^{re.escape(name)}: expected floating-point numbers, found int32"):
+            layouts.to_google(theirs, CONFIGS[PLAIN])
 
 
-@pytest.mark.parametrize("layout", ["timm", "hf"])
-def test_whole_numbers_are_named_as_the_file_does(layout):
+def test_a_part_without_a_place_is_named():
     _, state = google(PLAIN)
-    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
-    name = next(name for name in theirs if name.endswith("cls_token"))
-    theirs[name] = theirs[name].astype(np.int32)
-    with pytest.raises(ValueError, match=f"^{re.escape(name)}: expected floating-point numbers, found int32"):
-        layouts.to_google(theirs, CONFIGS[PLAIN])
-
-
-@pytest.mark.parametrize(
-    ("layout", "extra"),
-    [
-        ("timm", "blocks.0.ls1.gamma"),
-        ("timm", "dist_token"),
-        ("timm", "reg_token"),
-        ("timm", "norm_pre.weight"),
-        ("timm", "fc_norm.weight"),
-        ("timm", "blocks.1.attn.q_norm.weight"),
-        ("timm", "head_dist.weight"),
-        ("hf", "vit.embeddings.mask_token"),
-        ("hf", "vit.encoder.layer.0.layer_scale1.lambda1"),
-        ("ours", "transformer.encoder.extra"),
-    ],
-)
-def test_a_part_without_a_place_is_named(layout, extra):
-    _, state = google(PLAIN)
-    theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout])) | {extra: np.zeros(32, np.float32)}
-    with pytest.raises(ValueError, match=f"^{re.escape(extra)}: not in this model$"):
-        layouts.to_google(theirs, CONFIGS[PLAIN])
+    extras = {
+        "timm": ["blocks.0.ls1.gamma", "dist_token", "reg_token", "norm_pre.weight", "fc_norm.weight",
+                 "blocks.1.attn.q_norm.weight", "head_dist.weight"],
+        "hf": ["vit.embeddings.mask_token", "vit.encoder.layer.0.layer_scale1.lambda1"],
+        "ours": ["transformer.encoder.extra"],
+    }  # fmt: skip
+    for layout, names in extras.items():
+        theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
+        for extra in names:
+            with pytest.raises(UserError, match=f"^{re.escape(extra)}: not in this model$"):
+                layouts.to_google({**theirs, extra: np.zeros(32, np.float32)}, CONFIGS[PLAIN])
 
 
 @pytest.mark.parametrize("layout", ["timm", "hf", "ours"])
 def test_another_models_weights_are_named_as_the_file_does_with_the_model_that_they_fit(layout):
     _, state = google(PLAIN)
     theirs = as_arrays(layouts.from_ours(state, TORCH_LAYOUTS[layout]))
-    with pytest.raises(ValueError, match="it fits --model_type testing") as e:
+    with pytest.raises(UserError, match="it fits --model_type testing") as e:
         layouts.to_google(theirs, CONFIGS["ViT-demo"])
     named = re.findall(r"(\S+): expected \(", str(e.value))
     assert named
@@ -187,7 +158,7 @@ def test_a_missing_third_of_timms_joined_matrix_is_a_wrong_shape():
     _, state = google(PLAIN)
     theirs = as_arrays(layouts.from_ours(state, layouts.TIMM))
     theirs["blocks.0.attn.qkv.weight"] = theirs["blocks.0.attn.qkv.weight"][:64]
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight: expected \(96, 32\), found \(64, 32\)"):
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.weight: expected \(96, 32\), found \(64, 32\)"):
         layouts.to_google(theirs, CONFIGS[PLAIN])
 
 
@@ -195,7 +166,7 @@ def test_a_missing_third_of_timms_joined_matrix_is_a_wrong_shape():
     "names", [["conv1.weight", "fc.bias"], ["class_token", "encoder.layers.encoder_layer_0.ln_1.weight"]]
 )
 def test_names_of_no_layout_are_said(names):
-    with pytest.raises(ValueError, match=f"{names[0]}.*none of Google's, timm's"):
+    with pytest.raises(UserError, match=f"{names[0]}.*none of Google's, timm's"):
         layouts.to_google({name: np.zeros(3, np.float32) for name in names}, CONFIGS[PLAIN])
     assert layouts.model_of({name: np.zeros(3, np.float32) for name in names}) is None
 
@@ -229,35 +200,35 @@ def test_big_visions_class_token_models_convert_exactly(scan, prefix):
     arrays[npz.POSITIONS][:, 0] = 0  # which has no position there
     momentum = {f"opt/0/mu/{name}": x + 1 for name, x in big_vision(arrays, "", scan).items()}
     theirs = momentum | big_vision(arrays, prefix, scan)
-    found = layouts.to_google(theirs, CONFIGS[PLAIN])
-    matched = npz.match(found, CONFIGS[PLAIN], num_classes=10)
+    converted = layouts.to_google(theirs, CONFIGS[PLAIN])
+    matched = npz.match(converted, CONFIGS[PLAIN], num_classes=10)
     assert_same(dict(matched), arrays)
     assert layouts.model_of(theirs) == PLAIN
     model = VisionTransformer(CONFIGS[PLAIN], 48, 10)
-    model.load_from(found)
+    model.load_from(converted)
 
 
 @pytest.mark.parametrize(("pool", "words"), [("gap", r"pool_type=gap"), ("map", r"pool_type=map")])
 def test_big_visions_other_poolings_are_refused_by_name(pool, words):
     arrays, _ = google(PLAIN)
-    with pytest.raises(ValueError, match=f"big_vision .*{words}"):
+    with pytest.raises(UserError, match=f"big_vision .*{words}"):
         layouts.to_google(big_vision(arrays, pool=pool), CONFIGS[PLAIN])
 
 
 def test_big_visions_computed_positions_are_refused_by_name():
     arrays, _ = google(PLAIN)
     theirs = {name: x for name, x in big_vision(arrays).items() if "pos_embedding" not in name}
-    with pytest.raises(ValueError, match=r"big_vision .*posemb=sincos2d"):
+    with pytest.raises(UserError, match=r"big_vision .*posemb=sincos2d"):
         layouts.to_google(theirs, CONFIGS[PLAIN])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("model_type", ["ViT-H_14", "ViT-L_16", "ViT-L_32", "R50-ViT-L_32", "R50-ViT-B_16"])
 def test_large_models_of_timm_and_transformers_convert_bit_for_bit(model_type):
-    config = replace(CONFIGS[model_type])
+    config = CONFIGS[model_type]
     arrays, state = google(model_type, num_classes=10, img_size=7 * config.stride)
     for layout in (layouts.TIMM,) if config.resnet_units else (layouts.TIMM, layouts.HF, layouts.HF5):
         theirs = as_arrays(layouts.from_ours(state, layout))
-        found = layouts.to_google(theirs, config)
-        assert found.keys() == arrays.keys()
-        assert all(np.array_equal(found[name], x) for name, x in arrays.items())
+        converted = layouts.to_google(theirs, config)
+        assert converted.keys() == arrays.keys()
+        assert all(np.array_equal(converted[name], x) for name, x in arrays.items())

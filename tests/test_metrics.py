@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import metrics
-from utils.metrics import MetricsWriter, TrainLog
+from utils import log_files, metrics
+from utils.log_files import MetricsWriter
+from utils.metrics import TrainLog
 
 
 def read_lines(folder):
-    with open(os.path.join(folder, metrics.METRICS_FILE), encoding="utf-8") as f:
+    with open(os.path.join(folder, log_files.METRICS_FILE), encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
 
@@ -133,7 +134,7 @@ def test_pictures_are_events_only_and_keep_their_pixels(tmp_path):
 
 
 def hyperparameters_of(folder):
-    """What the hparams tab reads of a run, and whether it is told that the run has ended."""
+    """Returns what the hparams tab reads of a run, and whether that says that the run has ended."""
     from tensorboard.plugins.hparams import metadata
 
     found = read_all(folder).summary_metadata

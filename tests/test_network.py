@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import time
 import uuid
 
 import pytest
 
-from tests.helpers.launching import have, job, lines_of, ready_torchrun, wait_for
-from tests.test_elastic import RUN, SLOW, set_pace
+from tests.helpers.launching import PACED, RESUMED, TINY, job, lines_of, set_pace, steps_done, torchrun, wait_for
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 TIMEOUT_SECS = 3
@@ -24,7 +24,7 @@ def ip(*words, check=True):
 @pytest.fixture
 def machines():
     """The names of two network namespaces joined by a veth pair; each has one end, called by the same name."""
-    if not have("ip"):
+    if not shutil.which("ip"):
         pytest.skip("needs the program ip (iproute2)")
     tag = uuid.uuid4().hex[:6]
     names = [f"vit-{tag}-{i}" for i in range(2)]
@@ -47,37 +47,27 @@ def machines():
             ip("netns", "del", name, check=False)  # takes the cable along
 
 
-def test_a_cut_cable_ends_the_run_with_a_word_and_it_goes_on_when_mended(machines, tmp_path, monkeypatch):
+def test_a_cut_cable_ends_the_run_with_a_word_and_it_resumes_when_mended(machines, tmp_path):
     names, cable = machines
-    monkeypatch.setenv("PACE", str(tmp_path / "pace"))
-    (tmp_path / "slow.py").write_text(SLOW)
-    set_pace(tmp_path, 0.05)
-    steps = 40
-    flags = [*RUN, "--num_steps", str(steps), "--eval_every", "40", "--train_batch_size", "8"]
+    steps, env = 40, {"GLOO_SOCKET_IFNAME": cable, "TRAIN_TIMEOUT_SECS": str(TIMEOUT_SECS), **set_pace(tmp_path, 8)}
+    run = [*TINY, "--name", "a", "--num_steps", str(steps), "--warmup_steps", "2", "--eval_every", "40"]
+    run += ["--save_every", "5", "--train_batch_size", "8"]
 
-    def start(machine, turn, name):
-        launcher = ["--nnodes=2", f"--node_rank={machine}", "--nproc_per_node=1", f"--master_addr={ADDRESSES[0]}"]
-        launcher += ["--master_port=29513", str(tmp_path / "slow.py"), *flags]
-        folder = tmp_path / f"machine{machine}"  # a disk of its own
-        env = {"GLOO_SOCKET_IFNAME": cable, "TRAIN_TIMEOUT_SECS": str(TIMEOUT_SECS)}
-        return job(["ip", "netns", "exec", names[machine], *ready_torchrun(turn, launcher)], folder, name, **env)
+    def start(machine, name):
+        flags = ["--nnodes=2", f"--node_rank={machine}", "--nproc_per_node=1", f"--master_addr={ADDRESSES[0]}"]
+        args = ([*flags, "--master_port=29513", PACED, *run], names[machine])
+        return job(torchrun, args, tmp_path / f"machine{machine}", name, **env)  # each has a disk of its own
 
-    def updates_done():
-        return max((line["step"] for line in lines_of(tmp_path / "machine0", "a")), default=0)
-
-    mended = tmp_path / "mended"
     with contextlib.ExitStack() as held:
-        runs = [held.enter_context(start(machine, tmp_path, "cut")) for machine in range(2)]
-        wait_for(lambda: updates_done() > 8, 90, lambda: runs[0].output() + runs[1].output())
-        set_pace(tmp_path, 0.2)
+        runs = [held.enter_context(start(machine, "cut")) for machine in range(2)]
+        wait_for(lambda: steps_done(tmp_path / "machine0", "a") >= 8, 90, lambda: runs[0].output() + runs[1].output())
         ip("-n", names[1], "link", "set", cable, "down")
         since = time.monotonic()
-        again = [held.enter_context(start(machine, mended, "again")) for machine in range(2)]
         wait_for(lambda: runs[0].errors(), 30, runs[0].output)
         assert time.monotonic() - since < 25
         assert runs[0].wait(40) == 1, runs[0].output()
         assert len(runs[0].errors()) == 1
-        assert "lost contact with process 1 (" in runs[0].errors()[0]
+        assert "lost contact with rank 1 (" in runs[0].errors()[0]
         assert f"without an answer for {TIMEOUT_SECS} s" in runs[0].errors()[0]
         assert "output/a_last.pt" in runs[0].errors()[0]
         # The other machine cannot reach where they all meet; it ends as well.
@@ -87,11 +77,11 @@ def test_a_cut_cable_ends_the_run_with_a_word_and_it_goes_on_when_mended(machine
         runs[1].kill()
 
         ip("-n", names[1], "link", "set", cable, "up")
-        set_pace(tmp_path, 0)
-        mended.touch()
-        assert again[0].wait(90) == 0, again[0].output()
-        assert again[1].wait(30) == 0, again[1].output()
-        assert "Going on after update" in again[0].output()  # both, from the first machine's state
+        set_pace(tmp_path, steps)
+        runs = [held.enter_context(start(machine, "again")) for machine in range(2)]
+        assert runs[0].wait(90) == 0, runs[0].output()
+        assert runs[1].wait(30) == 0, runs[1].output()
+        assert RESUMED in runs[0].output()  # both, from the first machine's state
     assert [line["step"] for line in lines_of(tmp_path / "machine0", "a") if "train/loss" in line] == [
         *range(1, steps + 1)
     ]

@@ -11,7 +11,7 @@ from utils.weights import read_npz
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight training and eight test pictures of 32x32."""
+    """Eight training and eight test images of 32x32."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -50,7 +50,7 @@ def test_sketches_are_grey_and_nearly_black_and_white():
     assert ((dark > 0.45) & (dark < 0.75)).all()
 
 
-def test_pictures_that_differ_in_size_are_refused(folder, capsys):
+def test_images_that_differ_in_size_are_refused(folder, capsys):
     Image.new("RGB", (20, 20)).save(folder / "train" / "a" / "small.png")
     assert pretrain_demo.main(["--dataset", str(folder), "--output", str(folder / "demo.npz")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # after the bar of the decoding

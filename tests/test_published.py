@@ -10,6 +10,7 @@ import pytest
 
 from models import published
 from tests.conftest import REPOSITORY
+from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -17,28 +18,24 @@ def _in_the_root(monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # where commands are shortest
 
 
-def test_a_file_is_found_whatever_its_name(tmp_path):
-    path = tmp_path / "anything.bin"
-    path.touch()
-    assert published.find(str(path), "ViT-B_16") == str(path)
-
-
 @pytest.mark.parametrize(
-    ("model_type", "name"),
+    ("model_types", "names"),
     [
         ("ViT-B_16", "ViT-B_16.npz"),
         ("ViT-B_32", "imagenet21k_ViT-B_32.npz"),
-        ("R50-ViT-B_16", "R50-ViT-B_16.npz"),
-        ("R50-ViT-B_16", "R50+ViT-B_16.npz"),
-        ("R50-ViT-B_16", "imagenet21k_R50-ViT-B_16.npz"),
-        ("R50-ViT-B_16", "imagenet21k_R50+ViT-B_16.npz"),
+        ("R50-ViT-B_16", "R50-ViT-B_16.npz R50+ViT-B_16.npz imagenet21k_R50-ViT-B_16.npz imagenet21k_R50+ViT-B_16.npz"),
+        ("R26-ViT-S_32 R26+ViT-S_32 R26_S_32", "R26-ViT-S_32.npz R26+ViT-S_32.npz augreg_R26-ViT-S_32.npz"),
         ("ViT-demo", "ViT-demo.npz"),
     ],
 )
-def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
+def test_a_folder_stands_for_the_models_file_in_it_and_a_file_for_itself(tmp_path, model_types, names):
     (tmp_path / "ViT-L_16.npz").touch()
-    (tmp_path / name).touch()
-    assert published.find(str(tmp_path), model_type) == str(tmp_path / name)
+    for name in names.split():
+        (tmp_path / name).touch()
+        for model_type in model_types.split():
+            assert published.find(str(tmp_path), model_type) == str(tmp_path / name)
+            assert published.find(str(tmp_path / "ViT-L_16.npz"), model_type) == str(tmp_path / "ViT-L_16.npz")
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -54,15 +51,16 @@ def test_a_folder_stands_for_the_models_file_in_it(tmp_path, model_type, name):
     ],
 )
 @pytest.mark.parametrize("given", ["missing/{}.npz", "missing/imagenet21k_{}.npz", "ViT-L_32.npz", ".", "{}"])
-def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model_type, upstream, given):
+def test_the_message_on_a_missing_file_has_the_command_that_fetches_it(tmp_path, model_type, upstream, given):
     path = tmp_path / given.format(model_type)
     if path.suffix != ".npz":
         path.mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match=r"python -m tools\.download") as e:
+    with pytest.raises(UserError, match=r"python -m tools\.download") as e:
         published.find(str(path), model_type)
     message = str(e.value)
     assert str(path) in message
-    words = shlex.split(message.split("python -m tools.download ")[1].split(" and give ")[0])
+    command, _, hub = message.split("python -m tools.download ")[1].partition("; the Hugging Face hub has another run")
+    words = shlex.split(command.split(" and give ")[0])
     assert words[0] == model_type
     target = Path(words[words.index("--to") + 1])
     if target.suffix != ".npz":
@@ -73,8 +71,14 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
         assert target.parent == (path if path.is_dir() else tmp_path)
         assert f"give --pretrained_dir {target}" in message
     target.parent.mkdir(exist_ok=True)
-    target.touch()  # what the command would leave is found the next time
+    target.touch()  # what the command would leave is taken the next time
     assert published.find(str(path if path.is_dir() else target), model_type) == str(target)
+    if hub:  # or what it would leave where only the hub gives a file
+        target.unlink()
+        run = Path(shlex.split(hub)[-1])
+        run.touch()
+        assert published.find(str(run.parent), model_type) == str(run)
+    assert bool(hub) == (target.name == "augreg_R26-ViT-S_32.npz")
 
 
 @pytest.mark.parametrize(
@@ -94,30 +98,23 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path, model
         ("imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32 --to ."),
     ],
 )
-def test_the_command_fetches_what_the_files_name_tells(path, name, command):
+def test_the_command_fetches_what_the_files_name_says(path, name, command):
     assert published.download_command(path, name) == f"python -m tools.download {command}"
-
-
-@pytest.mark.parametrize("name", ["R26-ViT-S_32.npz", "R26+ViT-S_32.npz", "augreg_R26-ViT-S_32.npz"])
-@pytest.mark.parametrize("model_type", ["R26-ViT-S_32", "R26+ViT-S_32", "R26_S_32"])
-def test_both_names_of_a_model_find_its_file(tmp_path, model_type, name):
-    (tmp_path / name).touch()
-    assert published.find(str(tmp_path), model_type) == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("model_type", "advice"),
     [
-        ("ViT-demo", "comes with it: --pretrained_dir checkpoint/ViT-demo.npz"),
+        ("ViT-demo", "this repository comes with it: --pretrained_dir checkpoint/ViT-demo.npz"),
         (
             "ViT-S_14",
-            "no file of ViT-S_14 is known here, give its path; --pretrained_dir '' starts from random weights",
+            "no file of ViT-S_14 is known here, give its path; --pretrained_dir '' starts from random",
         ),
         ("testing", "no file of testing is known here"),
     ],
 )
 def test_no_download_is_offered_for_what_google_does_not_publish(tmp_path, model_type, advice):
-    with pytest.raises(ValueError, match=f"there is no file .*{re.escape(advice)}") as e:
+    with pytest.raises(UserError, match=f"there is no file .*{re.escape(advice)}") as e:
         published.find(str(tmp_path / "weights.npz"), model_type)
     assert "tools.download" not in str(e.value)
 
@@ -128,3 +125,41 @@ def test_a_file_under_the_full_name_of_another_run_is_found(tmp_path):
     assert published.find(str(tmp_path), "ViT-S_32") == str(tmp_path / run)
     (tmp_path / "augreg_ViT-S_32.npz").touch()  # Google's recommended run goes before
     assert published.find(str(tmp_path), "ViT-S_32") == str(tmp_path / "augreg_ViT-S_32.npz")
+
+
+# ---- the hub's repositories ----
+
+
+def test_every_row_of_the_table_is_of_a_file_of_googles():
+    paths = {path for files in published.UPSTREAMS.values() for path in files.values()}
+    assert set(published.REPOSITORIES) <= paths
+    assert set(published.OTHER_RUNS) <= set(published.REPOSITORIES)
+    assert paths - set(published.REPOSITORIES) == {
+        "imagenet21k/ViT-B_8",
+        "imagenet21k/R50+ViT-L_32",
+        "imagenet21k/R26+ViT-B_32",
+    }
+    assert len(set(published.REPOSITORIES.values())) == len(published.REPOSITORIES)
+
+
+def test_the_table_is_timms():
+    timm = pytest.importorskip("timm")
+    tags = ("orig_in21k", "orig_in21k_ft_in1k", "augreg_in21k")
+    known = {name: timm.get_pretrained_cfg(name) for tag in tags for name in timm.list_pretrained(f"vit_*.{tag}")}
+    ours = {repository: path for path, repository in published.REPOSITORIES.items() if repository.startswith("timm/")}
+    assert set(ours) == {config.hf_hub_id for config in known.values()}
+    for name, config in known.items():
+        path = ours[config.hf_hub_id]
+        if name.endswith("augreg_in21k"):
+            assert config.url.endswith(f"/vit_models/{published.OTHER_RUNS.get(path, path)}.npz")
+        else:
+            upstream = "imagenet21k+imagenet2012" if name.endswith("in1k") else "imagenet21k"
+            assert path.startswith(f"{upstream}/")
+            size = 224 if upstream == "imagenet21k" or path.endswith("-224") else 384
+            assert config.input_size[-1] == size
+            assert (config.num_classes == 0) == (upstream == "imagenet21k")
+        shape = re.fullmatch(r"vit_(\w+?)_(?:patch(\d+)|r(\d*)_s(\d+)(?:_p8)?)_\d+", name.split(".")[0])
+        letter = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}[shape[1]]
+        assert f"{letter}_{shape[2] or shape[4]}" in path
+        stem = re.search(r"/R(\d*)[+_]", path)
+        assert (stem and stem[1]) == shape[3]

@@ -1,7 +1,7 @@
-"""What the tools' command lines share: flags, errors of one line, exit statuses.
+"""Flags, errors of one line and exit codes that all tools share.
 
-The habits are train.py's: 0 done, 2 the user's input is wrong, 1 anything else, 130 after Ctrl-C; one
-line says what was got, what was expected and the remedy.
+They are train.py's: 0 done, 2 the user's input is wrong, 1 anything else, 130 after Ctrl-C, 141 if the reader of the
+output has left; one line says what was got, what was expected and the remedy.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from models.commands import tool_command
-from utils import files, memory
+from utils import exits, files, memory
 from utils.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something, and the description as it is written: it holds an example."""
+    """Shows defaults other than None and False, and the text above them as it is written: it holds an example."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Returns a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -65,6 +65,8 @@ def check_output(path: str, *sources: str) -> None:
     Raises:
         UserError: the file cannot be written there, or would replace what is read.
     """
+    if not path:
+        raise UserError("--output is empty; give the name of a file")
     if os.path.realpath(path) in map(os.path.realpath, sources):
         raise UserError(f"--output {path} would replace a file that is read; give another name")
     if os.path.isdir(path):
@@ -73,28 +75,26 @@ def check_output(path: str, *sources: str) -> None:
 
 
 def fail(name: str, message: object, status: int) -> int:
-    """Says what went wrong in one line, whatever the message; returns the exit status."""
+    """Prints an error in one line, whatever the message; returns the exit code."""
     print(f"tools.{name}: error:", " ".join(str(message).split()), file=sys.stderr)
     return status
 
 
 def run(name: str, body: Callable[[], int]) -> int:
-    """Runs a tool; returns the exit status that its errors mean."""
+    """Runs a tool; returns the exit code that its errors mean."""
     logging.basicConfig(level=logging.WARNING, format=f"tools.{name}: %(levelname)s: %(message)s")
     for stream in (sys.stdout, sys.stderr):  # names of files and classes need not be printable everywhere
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        with memory.explain_out_of_memory("on this device; another --device, or less at a time, may do"):
-            status = body()
-        sys.stdout.flush()
-        return status
-    except UserError as e:
-        return fail(name, e, 2)
-    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (OSError, memory.OutOfMemory) as e:
-        return fail(name, e, 1)
-    except KeyboardInterrupt:
-        return fail(name, "interrupted", 128 + signal.SIGINT)
+
+    def guarded() -> int:
+        try:
+            with memory.explain_out_of_memory("on this device; another --device, or less at a time, may do"):
+                code = body()
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` for one, has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        return code
+
+    return exits.exit_code(f"tools.{name}", guarded)

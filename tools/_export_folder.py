@@ -1,4 +1,4 @@
-"""New folders, as other libraries save models: written whole or not at all.
+"""Writes new folders, as other libraries save models: whole or not at all.
 
 A folder is written under a hidden temporary name and renamed when its files are on the disk, so that what a killed
 export leaves is never taken for one.

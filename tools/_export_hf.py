@@ -1,4 +1,4 @@
-"""A folder for Hugging Face's transformers: weights, the model's configuration and that of its images.
+"""Writes a folder for Hugging Face's transformers: weights, the model's configuration and that of its images.
 
 Source: transformers 4.57 and 5 (``models/vit``); the hub's ``google/vit-base-patch16-224`` has the same files.
 """
@@ -40,7 +40,7 @@ def write(loaded: _finetuned.Finetuned, path: str) -> str:
 
 
 def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
-    """The config.json of a plain model; classes without names are called as transformers calls them."""
+    """Returns the config.json of a plain model; classes without names are called as transformers calls them."""
     model, config = loaded.model, loaded.model.config
     names = loaded.classes or [f"LABEL_{i}" for i in range(model.num_classes)]
     return {
@@ -66,7 +66,7 @@ def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
 
 
 def image_config(img_size: int) -> dict[str, Any]:
-    """The preprocessor_config.json: the whole image, resized to a square, in [-1, 1]."""
+    """Returns the preprocessor_config.json: the whole image, resized to a square, in [-1, 1]."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -1,4 +1,4 @@
-"""Programs that need no code of this project: ONNX and torch.export.
+"""Writes programs that need no code of this project: ONNX and torch.export.
 
 Both take any number of images (B, 3, S, S) in [-1, 1] and give logits (B, num_classes).
 Source: PyTorch (``torch.onnx``), ONNX's list of operators and their versions.
@@ -31,14 +31,14 @@ OLDEST_OPSET, TORCHS_OLDEST_OPSET = 17, 18
 
 
 class Logits(nn.Module):
-    """A model without its second output, in evaluation mode: what is traced."""
+    """The traced module: a model without its second output, in evaluation mode."""
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
         self.model = model
         self.eval()
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor) -> Tensor:  # the input's name in users' programs
         return self.model(pictures)[0]
 
 
@@ -136,7 +136,7 @@ def to_onnx(model: VisionTransformer, opset: int | None) -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps what PyTorch and onnxscript tell about conversions off the screen: what came out is looked at."""
+    """Keeps what PyTorch and onnxscript print about conversions off the screen: the program is checked itself."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

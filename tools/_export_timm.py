@@ -1,8 +1,8 @@
-"""A folder for timm, which ``timm.create_model("local-dir:...", pretrained=True)`` takes from version 1.0.16 on.
+"""Writes a folder for timm, which ``timm.create_model("local-dir:...", pretrained=True)`` takes from version 1.0.16 on.
 
 Source: timm (``models/_hub.py``, ``models/vision_transformer_hybrid.py``, ``models/resnetv2.py``).
 
-Its hybrids compute two things otherwise than Google's, which a configuration cannot tell them: they add 1e-8 to a
+Its hybrids compute two things otherwise than Google's, and no configuration changes it: they add 1e-8 to a
 kernel's variance, not 1e-5 to its deviation, and 1e-5 in group norms, not 1e-6.  The weights are scaled such that the
 answers are Google's all the same, and say so under the key ``STEM``: they are no longer those of the other formats.
 """
@@ -28,7 +28,7 @@ GROUP_NORM_EPS, TIMM_GROUP_NORM_EPS = 1e-6, 1e-5
 STANDARDISE_EPS = 1e-5  # added to the deviation, in models/modeling_resnet.py
 TIMM_STANDARDISE_EPS = 1e-8  # added to the variance, in timm's hybrids
 
-#: timm's plain models of a shape; the first stands for the others, whose shape the arguments tell.
+#: timm's plain models of a shape; the first stands for the others, whose shape is in the arguments.
 _PLAIN = {
     "ViT-B_16": "vit_base_patch16_224",
     "ViT-B_32": "vit_base_patch32_224",
@@ -40,7 +40,7 @@ _PLAIN = {
     "ViT-S_16": "vit_small_patch16_224",
     "ViT-S_32": "vit_small_patch32_224",
 }
-#: timm's hybrids by the units of their stems; the width and the rest are told by the arguments.
+#: timm's hybrids by the units of their stems; the width and the rest are in the arguments.
 _HYBRIDS = {
     (3, 4, 9): "vit_base_r50_s16_224",
     (): "vit_tiny_r_s16_p8_224",
@@ -81,7 +81,7 @@ def write(loaded: _finetuned.Finetuned, path: str) -> str:
 
 
 def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
-    """The config.json.
+    """Returns the content of config.json.
 
     Raises:
         UserError: timm has no such model.
@@ -112,12 +112,12 @@ def model_config(loaded: _finetuned.Finetuned) -> dict[str, Any]:
 
 
 def _in_backbone(config: ViTConfig, name: str) -> str:
-    """timm's name of a layer of a hybrid's root."""
+    """Returns timm's name of a layer of a hybrid's root."""
     return f"patch_embed.backbone.{'stem.' if config.resnet_units else ''}{name}"
 
 
 def architecture(model_type: str, config: ViTConfig) -> str:
-    """timm's name of a model that ``model_args`` makes this one.
+    """Returns timm's name of a model that ``model_args`` makes this one.
 
     Raises:
         UserError: there is none.
@@ -130,7 +130,7 @@ def architecture(model_type: str, config: ViTConfig) -> str:
 
 
 def model_args(config: ViTConfig, img_size: int) -> dict[str, Any]:
-    """The arguments of timm's VisionTransformer."""
+    """Returns the arguments of timm's VisionTransformer."""
     return {
         "img_size": img_size,
         "patch_size": config.patch_size,
@@ -146,12 +146,12 @@ def model_args(config: ViTConfig, img_size: int) -> dict[str, Any]:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict of timm's from one of this project's; queries, keys and values are one matrix there."""
+    """Converts a state_dict to timm's; queries, keys and values are one matrix there."""
     return layouts.from_ours({**state, **_scaled_stem(state)}, layouts.TIMM)
 
 
 def _scaled_stem(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a hybrid that timm needs in another scale; nothing of a plain model.
+    """Returns the weights of a hybrid that timm needs in another scale; none of a plain model.
 
     With f^2 the ratio of the group norms' epsilons, f * x has under timm's the norm that x has under Google's.  So
     every norm's output is f times as large, and with it every later convolution's; the patches' kernel undoes it.
@@ -168,7 +168,7 @@ def _scaled_stem(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def for_timms_standardisation(kernel: Tensor) -> Tensor:
-    """A kernel (O, I, H, W) that timm's standardisation makes what Google's makes of the given one.
+    """Returns the kernel (O, I, H, W) of which timm's standardisation makes what Google's makes of the given one.
 
     Google divides by s + 1e-5, where s is the deviation of an output channel; timm by sqrt(v + 1e-8).
     Scaling a channel to the deviation d gives d / sqrt(d * d + 1e-8) there, and the d for which that is

@@ -1,4 +1,4 @@
-"""Files of weights from the Hugging Face hub, by ``huggingface_hub``, compared with the sha256 that the hub tells.
+"""Files of weights from the Hugging Face hub, by ``huggingface_hub``, compared with the sha256 that the hub sends.
 
 ``huggingface_hub`` knows HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies, and keeps the files in its cache.
 It compares their sizes only (file_download.py of 0.36 and 2.4): a byte that was changed on the way gets through.  This
@@ -22,7 +22,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def load() -> Any:
-    """The library, imported with what its import reads from the environment.
+    """Imports the library, with what its import reads from the environment.
 
     Raises:
         SourceError: it is not installed.
@@ -48,42 +48,40 @@ def address(repository: str) -> str:
 
 
 def fetch(repository: str) -> str:
-    """Brings a repository's weights into the hub's cache, or finds them there.
+    """Brings a repository's weights into the hub's cache, once more if they are damaged, or finds them there.
 
     Returns:
-        The path of the file, whose sha256 is the one that the hub tells.
+        The path of the file, whose sha256 is the one that the hub sends.
 
     Raises:
         SourceError: it cannot be had; nothing damaged stays in the cache.
     """
     library = load()
-    path = take(library, repository)
-    fault = fault_of(library, repository, path)
-    if fault is not None and not library.constants.HF_HUB_OFFLINE:
-        print(f"{fault}; fetching it again", file=sys.stderr)
-        discard(path)
-        path = take(library, repository, force=True)
+    for is_last in (library.constants.HF_HUB_OFFLINE, True):
+        path = take(library, repository)
         fault = fault_of(library, repository, path)
-    if fault is not None:
+        if fault is None:
+            return path
         discard(path)
-        raise SourceError(f"{fault}; it was removed from the cache")
-    return path
+        if is_last:
+            break
+        print(f"{fault}; fetching it again", file=sys.stderr)
+    raise SourceError(f"{fault}; it was removed from the cache")
 
 
-def take(library: Any, repository: str, force: bool = False) -> str:
-    """The path in the cache of the best of ``FILES`` that a repository has.
+def take(library: Any, repository: str) -> str:
+    """Returns the path in the cache of the best of ``FILES`` that a repository has.
 
     Args:
         library: what ``load`` returns.
         repository: "owner/name".
-        force: fetch it whatever is in the cache.
 
     Raises:
         SourceError: the hub does not give it.
     """
     for file in FILES:
         try:
-            return library.hf_hub_download(repository, file, force_download=force)
+            return library.hf_hub_download(repository, file)
         except Exception as e:  # requests, httpx, httpx2 and xet raise errors without a common base
             missing = lacks_file(library, e)
             if missing and file != FILES[-1]:
@@ -96,7 +94,7 @@ def take(library: Any, repository: str, force: bool = False) -> str:
 
 
 def origin(error: BaseException) -> BaseException:
-    """Returns the cause of an error, which the library's own errors do not tell and requests' wrap."""
+    """Returns the cause of an error, which the library's own errors leave out and requests' wrap."""
     while True:
         inner = error.__cause__ or getattr(error, "reason", None) or next(iter(error.args), None)
         if not isinstance(inner, BaseException):
@@ -105,12 +103,12 @@ def origin(error: BaseException) -> BaseException:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status that a server answered, of an error that came of an answer."""
+    """Returns the status that a server answered, of an error that came of an answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def lacks_file(library: Any, error: BaseException) -> bool:
-    """Tells a repository that is there, or in the cache, without the file."""
+    """Returns True for the error of a repository that is there, or in the cache, without the file."""
     errors = library.errors
     if isinstance(error, errors.RepositoryNotFoundError):
         return False
@@ -134,16 +132,16 @@ def explain(library: Any, repository: str, error: BaseException, missing: bool) 
         return f"{place} has none of {', '.join(FILES)}"
     if status is not None:
         return f"the server answered {status} for {place}"
-    told = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
-    told = told.partition("\n")[0].partition(". ")[0]
-    return f"{place} could not be fetched ({told or type(cause).__name__}); the same command starts it again"
+    text = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
+    text = text.partition("\n")[0].partition(". ")[0]
+    return f"{place} could not be fetched ({text or type(cause).__name__}); the same command starts it again"
 
 
 def fault_of(library: Any, repository: str, path: str) -> str | None:
-    """Compares a file in the cache with the sha256 that the hub tells; returns what is wrong, None if nothing is."""
+    """Compares a file in the cache with the sha256 that the hub sends; returns what is wrong, None if nothing is."""
     expected = expected_sha256(library, repository, path)
     if expected is None:
-        print(f"{address(repository)} tells no sha256 of {os.path.basename(path)}: only its size is known to be right",
+        print(f"{address(repository)} sends no sha256 of {os.path.basename(path)}: only its size is known to be right",
               file=sys.stderr)  # fmt: skip
         return None
     digest = hashlib.sha256()
@@ -156,7 +154,7 @@ def fault_of(library: Any, repository: str, path: str) -> str | None:
 
 
 def expected_sha256(library: Any, repository: str, path: str) -> str | None:
-    """The sha256 of a file in the cache, as the hub told it: in the ETag, or in the list of the repository's files.
+    """Returns the sha256 of a file in the cache: in the ETag that the hub sent, or in the list of its files.
 
     The cache keeps the ETag: ``path`` is a link to a file of that name, where the system has links.
     """
@@ -164,11 +162,7 @@ def expected_sha256(library: Any, repository: str, path: str) -> str | None:
     with contextlib.suppress(OSError):
         if SHA256.fullmatch(etag := os.path.basename(os.readlink(path))):
             return etag
-    with contextlib.suppress(Exception):  # as in ``take``; whoever can tell nothing is no reason to stop
-        url = library.hf_hub_url(repository, file, revision=commit)
-        if SHA256.fullmatch(etag := library.get_hf_file_metadata(url).etag or ""):
-            return etag
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # as in ``take``; a hub without a list is no reason to stop
         for entry in library.HfApi().list_repo_tree(repository, revision=commit):
             if entry.path == file and SHA256.fullmatch(entry.lfs.sha256):
                 return entry.lfs.sha256

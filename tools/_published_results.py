@@ -1,6 +1,6 @@
-"""Trainings that others have published figures of: what tools.reproduce trains, and what came of it there.
+"""Trainings that others have published figures of: the rows that tools.reproduce trains, and the figures.
 
-None of the figures was measured by this project, but for the demo's.  The README has the same tables,
+None of the figures was measured by this project, but for the demo's.  docs/results.md has the same tables,
 with their sources; this module must not know how they are trained.
 """
 
@@ -13,7 +13,7 @@ from models.configs import DEMO
 
 #: Who published a figure, by the beginning of its row's name.
 SOURCES = {
-    "demo": "this project's README, measured on two cores",
+    "demo": "this project, measured on two cores",
     "predecessor": "the script this project replaces, as its users measured it",
     "reference": "github.com/jeonsworld/ViT-pytorch, README (apex O2)",
     "google": "github.com/google-research/vision_transformer, README",
@@ -22,7 +22,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One training of somebody's, and what came of it.
+    """One training of somebody's, and its result.
 
     Attributes:
         name: of the row, which begins with a key of ``SOURCES``.
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def source(self) -> str:
-        """Who published it."""
+        """Returns the name of its publisher."""
         return SOURCES[self.name.split("-")[0]]
 
 
@@ -96,8 +96,8 @@ def _published() -> Iterator[Row]:
     yield DEMO_ROW
     for model, data, px, steps, accuracy, secs, batch in _PREDECESSOR:
         yield Row(f"predecessor-{data}-{model}-{px}-{steps}", model, data, px, steps, batch, accuracy, secs)
-    for model, data, px, steps, warmup, accuracy, time_taken in _REFERENCE:
-        name, flags = f"reference-{data}-{model}-{px}-{steps}", ("--warmup_steps", str(warmup))
+    for model, data, px, steps, warmup_steps, accuracy, time_taken in _REFERENCE:
+        name, flags = f"reference-{data}-{model}-{px}-{steps}", ("--warmup_steps", str(warmup_steps))
         yield Row(name, model, data, px, steps, 512, accuracy, time_taken, flags)
     for model, *accuracies in _GOOGLE:
         kinds = [(data, dropout) for data in ("cifar10", "cifar100") for dropout in ("0", "0.1")]

@@ -1,4 +1,4 @@
-"""Sources of the files of tools.download: Google's bucket, the Hugging Face hub, or an address of the user's.
+"""Asks the sources of tools.download: Google's bucket, the Hugging Face hub, or an address of the user's.
 
 What comes in another layout is converted to Google's .npz.  This module must not know flags.
 """
@@ -39,17 +39,17 @@ class Wanted:
 
     @property
     def google(self) -> str:
-        """Google's name of it."""
+        """Returns Google's name of it."""
         return UPSTREAMS[self.upstream][self.name]
 
     @property
     def model_type(self) -> str:
-        """The model that it is of."""
+        """Returns the model that it is of."""
         return self.name.removesuffix("-224")
 
     @property
     def hub_path(self) -> str:
-        """The path of what the hub has in its place: another AugReg run keeps its own name.
+        """Returns the path of the hub's file in its place: another AugReg run keeps its own name.
 
         Raises:
             SourceError: the user named the file as this project calls the run that the hub does not have.
@@ -70,30 +70,18 @@ def google_url(base_url: str, wanted: Wanted) -> str:
 
 
 def fetch(file: Download) -> None:
-    """Fetches a file as far as it goes, and says what stays of it if that is not the end."""
+    """Fetches a file as far as it goes, and says what stays of it if it is interrupted."""
     try:
         file.fetch()
     except KeyboardInterrupt:
-        if file.offset():
-            print(f"{file.part} stays; the same command goes on with it", file=sys.stderr)
+        if stays := left_over(file):
+            print(stays.removeprefix("; "), file=sys.stderr)
         raise
 
 
 def left_over(file: Download) -> str:
     """Says what stays of a file that could not be fetched, as the end of a message."""
-    return f"; {file.part} stays, and the same command goes on with it" if file.offset() else ""
-
-
-def from_google(file: Download) -> None:
-    """Brings a file from Google's bucket or a mirror of it.
-
-    Raises:
-        SourceError: the server does not give it.
-        OSError: it cannot be written.
-    """
-    fetch(file)
-    file.finish()
-    print(f"{file.path}: {os.path.getsize(file.path):,} bytes")
+    return f"; {file.part} stays, and the same command resumes it" if file.offset() else ""
 
 
 def from_hub(wanted: Wanted) -> None:
@@ -146,8 +134,8 @@ def convert(source: str, path: str, model_type: str) -> list[str]:
         OSError: it cannot be written.
     """
     config = CONFIGS[model_type]
-    found = layouts.to_google(weights.read(source).arrays, config)
-    arrays = npz.match(found, config, npz.num_classes(found))
+    google = layouts.to_google(weights.read(source).arrays, config)
+    arrays = npz.match(google, config, npz.num_classes(google))
     _npz_file.write(path, arrays)
     return [name for name in ("head", "pre_logits") if f"{name}/kernel" not in arrays]
 
@@ -222,7 +210,8 @@ class Sources:
         reasons = [] if self.refusal is None else [self.refusal]
         if self.source != "hub" and self.refusal is None:
             try:
-                return from_google(file)
+                fetch(file)
+                file.finish()
             except SourceError as e:
                 reasons.append(str(e))
                 if self.source == "auto":
@@ -230,10 +219,14 @@ class Sources:
                     print(f"{self.refusal}: the Hugging Face hub is taken from here on", file=sys.stderr)
             except OSError as e:
                 raise OSError(f"{e}{left_over(file)}") from e
+            else:
+                print(f"{file.path}: {os.path.getsize(file.path):,} bytes")
+                return
         if self.source != "google":
             try:
-                return from_hub(wanted)
+                from_hub(wanted)
+                return
             except SourceError as e:
                 reasons.append(str(e))
-        remedy = "" if self.source == "google" and self.base_url != BUCKET else f"; {by_hand(wanted, file.remote.url)}"
+        remedy = "" if self.source == "google" and self.base_url != BUCKET else f"; {by_hand(wanted, file.url)}"
         raise OSError(f"{'; '.join(reasons)}{left_over(file)}{remedy}")

@@ -5,7 +5,7 @@
 
 Reads .npz, .safetensors and PyTorch files in the names of Google, timm, transformers, big_vision or this project, and
 folders with one.  The numbers stay the same; half precision becomes float32, but for an .npz's.  A head is kept, and
-where files beside the weights tell the names of its classes they are written to a .json beside the .npz.
+where files beside the weights name its classes, so does a .json beside the .npz.
 """
 
 from __future__ import annotations
@@ -14,34 +14,33 @@ import argparse
 import os
 import sys
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models import npz, pretrained
 from models.configs import CONFIGS
 from tools import _cli, _npz_file
-from utils import checkpoint
-from utils.metadata import Metadata
+from utils import checkpoint, metadata
+from utils.errors import UserError
 
 
-def describe(source: pretrained.Source) -> checkpoint.CheckpointMetadata | None:
-    """Collects what files beside the weights tell; returns None if they do not name the classes."""
-    told = source.told or Metadata("")
-    if told.description is not None:
-        return told.description
-    if told.classes is None or len(told.classes) != source.num_classes or len(set(told.classes)) < len(told.classes):
+def metadata_of(source: pretrained.Source) -> checkpoint.CheckpointMetadata | None:
+    """Returns the metadata to write beside the .npz; None if no file names the classes."""
+    known = source.metadata or metadata.Metadata("")
+    if known.own is not None:
+        return known.own
+    names = known.classes
+    if names is None or not len(set(names)) == len(names) == source.num_classes:
         return None
     config = CONFIGS[source.model_type]
     trained_for = config.size_of(source.arrays[npz.POSITIONS].shape[1])
     return checkpoint.CheckpointMetadata(
-        source.model_type, told.img_size or trained_for, told.classes, told.gelu or config.gelu, "", 0, -1.0
+        source.model_type, known.img_size or trained_for, names, known.gelu or config.gelu, "", 0, -1.0
     )
 
 
 def make_parser() -> _cli.Parser:
-    """Every flag of the command line."""
+    """Returns the parser, with every flag."""
     p = _cli.Parser("convert", __doc__)
     p.add_argument("file", metavar="FILE", help="the weights: a file, or a folder with one")
     p.add_argument("--model_type", choices=CONFIGS, metavar="MODEL", help="such as ViT-B_16; by default what the file "
@@ -51,7 +50,7 @@ def make_parser() -> _cli.Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts what the flags name; returns the exit status.
+    """Converts what the flags name; returns the exit code.
 
     Raises:
         UserError: the user got something wrong.
@@ -61,18 +60,18 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"there is no file {args.file}")
     if not args.output.endswith(".npz"):
         raise UserError(f"--output {args.output} does not end in .npz, which is what is written")
-    source = pretrained.load(args.file, args.model_type)
-    description = describe(source)
+    source = pretrained.load(metadata.open_weights(args.file, strict=True), args.model_type)
+    written = metadata_of(source)
     beside = checkpoint.metadata_path(source.path)
-    _npz_file.check_output(args.output, source.path, beside, described=description is not None)
-    _npz_file.write(args.output, source.arrays, description)
+    _npz_file.check_output(args.output, source.path, beside, described=written is not None)
+    _npz_file.write(args.output, source.arrays, written)
     head = "no head" if source.num_classes is None else f"a head of {source.num_classes} classes"
     print(f"{args.output}: {source.model_type}, {head}, {os.path.getsize(args.output):,} bytes")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     return _cli.run("convert", lambda: run(args))
 

@@ -5,8 +5,8 @@
 
 A file comes from Google's bucket or, where that does not give it, from the Hugging Face hub, where timm and
 transformers keep the same weights: those are converted to Google's .npz, every number as it is.  Files are verified by
-the size and the md5 or sha256 that the server sends, and appear whole or not at all.  A download from the bucket that
-stops leaves a .part file, with which the same command goes on; one from the hub starts again.
+the md5 or sha256 that the server sends, and appear whole or not at all.  A download from the bucket that stops leaves a
+.part file, and the same command resumes it; one from the hub starts again.
 
 The names are Google's (github.com/google-research/vision_transformer); this tool must not fetch anything that it is not
 asked for.
@@ -19,8 +19,6 @@ import os
 import sys
 import urllib.parse
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
@@ -30,6 +28,7 @@ from models.published import BUCKET, UPSTREAMS, file_name, upstreams
 from tools import _cli
 from tools._sources import KINDS, Sources, Wanted, from_url
 from utils import files
+from utils.errors import UserError
 
 # ---- which file ----
 
@@ -42,11 +41,11 @@ def check_address(flag: str, url: str) -> None:
     except ValueError:  # of the port
         fits = False
     if not fits or not all("!" <= letter <= "~" for letter in url):
-        raise UserError(f"{flag} {url} is no address; expected https://HOST/PATH, or http://")
+        raise UserError(f"{flag} {url or repr(url)} is no address; expected https://HOST/PATH, or http://")
 
 
 def choose(name: str, upstream: str | None) -> tuple[str, str]:
-    """The upstream and the name in ``UPSTREAMS`` of a model's file.
+    """Returns the upstream and the name in ``UPSTREAMS`` of a model's file.
 
     Raises:
         UserError: there is none.
@@ -64,12 +63,12 @@ def choose(name: str, upstream: str | None) -> tuple[str, str]:
 
 
 def path_in(to: str, file: str) -> str:
-    """The path of the file that is written: ``to`` itself if it ends in .npz, else ``file`` in the folder ``to``."""
+    """Returns the path that is written: ``to`` itself if it ends in .npz, else ``file`` in the folder ``to``."""
     return to if to.endswith(".npz") and not os.path.isdir(to) else os.path.join(to, file)
 
 
 def destination(to: str, upstream: str, name: str) -> str:
-    """The path of a file of ``UPSTREAMS``."""
+    """Returns the path of a file of ``UPSTREAMS``."""
     return path_in(to, file_name(upstream, name))
 
 
@@ -93,7 +92,7 @@ def print_list(to: str) -> None:
 
 
 def make_parser() -> _cli.Parser:
-    """Every flag of the command line."""
+    """Returns the parser, with every flag."""
     p = _cli.Parser("download", __doc__)
     p.add_argument("models", nargs="*", metavar="MODEL", help="names of --list, such as ViT-B_32")
     p.add_argument("--list", action="store_true", help="print what there is, without the network")
@@ -110,21 +109,23 @@ def make_parser() -> _cli.Parser:
 
 
 def settings(args: argparse.Namespace) -> Sources:
-    """The sources that the flags name.
+    """Returns the sources that the flags and HF_ENDPOINT name.
 
     Raises:
         UserError: they contradict each other, or name no address.
     """
-    if args.base_url is None:
-        return Sources(args.source or "auto", BUCKET)
-    check_address("--base_url", args.base_url)
-    if args.source == "hub":
+    if args.base_url is not None:
+        check_address("--base_url", args.base_url)
+    if args.base_url is not None and args.source == "hub":
         raise UserError("--base_url has no effect with --source hub, whose mirror HF_ENDPOINT names; leave one out")
-    return Sources(args.source or "google", args.base_url)
+    source = args.source or ("auto" if args.base_url is None else "google")
+    if source != "google" and "HF_ENDPOINT" in os.environ:
+        check_address("HF_ENDPOINT", os.environ["HF_ENDPOINT"])
+    return Sources(source, args.base_url or BUCKET)
 
 
 def download_url(url: str, name: str, to: str) -> int:
-    """Fetches the file of ``--url``; returns the exit status.
+    """Fetches the file of ``--url``; returns the exit code.
 
     Raises:
         UserError: the model is not known, or the file is something else than its weights.
@@ -144,11 +145,10 @@ def download_url(url: str, name: str, to: str) -> int:
 
 
 def download(args: argparse.Namespace) -> int:
-    """Fetches what the flags name; returns the exit status.
+    """Fetches what the flags name; returns the exit code: 1 if a file could not be fetched or written.
 
     Raises:
         UserError: the user got something wrong.
-        OSError: a file could not be fetched or written.
     """
     if args.list:
         print_list(args.to)
@@ -167,6 +167,7 @@ def download(args: argparse.Namespace) -> int:
     is_folder = destination(args.to, "", "") != args.to
     if len(chosen) > 1 and not is_folder:
         raise UserError(f"--to {args.to} is one file, for {len(chosen)} models; give a folder")
+    status = 0
     for upstream, name in chosen:
         wanted = Wanted(upstream, name, destination(args.to, upstream, name), is_folder)
         if os.path.isfile(wanted.path):
@@ -178,13 +179,15 @@ def download(args: argparse.Namespace) -> int:
                 continue
             try:
                 sources.bring(wanted)
-            except OSError as e:
-                raise OSError(f"{wanted.path} could not be downloaded: {e}") from e
-    return 0
+            except BrokenPipeError:  # of what is printed
+                raise
+            except OSError as e:  # the other files may come
+                status = _cli.fail("download", f"{wanted.path} could not be downloaded: {e}", 1)
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     return _cli.run("download", lambda: download(args))
 

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from utils.errors import UserError
-
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from models import commands, npz
 from tools import _cli, _export_folder, _export_hf, _export_programs, _export_timm, _finetuned, _npz_file
 from utils import checkpoint
+from utils.errors import UserError
 
 FOLDERS = {"timm": _export_timm.write, "hf": _export_hf.write}
 FORMATS = ("npz", "onnx", "pt2", *FOLDERS)
@@ -34,11 +33,11 @@ def write_npz(loaded: _finetuned.Finetuned, path: str) -> str:
     """Writes Google's layout, head included, and a .json beside it if the classes have names; returns what uses it."""
     model = loaded.model
     arrays = npz.from_state_dict(model.state_dict(), model.config, model.img_size)
-    description = describe(loaded)
-    _npz_file.write(path, arrays, description)
-    note = "" if description is not None else (
+    metadata = metadata_of(loaded)
+    _npz_file.write(path, arrays, metadata)
+    note = "" if metadata is not None else (
         "# its classes have no names, or share one (--classes gives them), so there is no .json: "
-        "a training that goes on from it starts with a head of zeros\n"
+        "a training that starts from it has a head of zeros\n"
     )  # fmt: skip
     command = ["--name", "NAME", "--dataset", "DATASET", "--model_type", loaded.model_type]
     command += ["--img_size", str(model.img_size), "--gelu", model.config.gelu, "--pretrained_dir", path]
@@ -53,12 +52,12 @@ def write_npz(loaded: _finetuned.Finetuned, path: str) -> str:
     )
 
 
-def describe(loaded: _finetuned.Finetuned) -> checkpoint.CheckpointMetadata | None:
-    """The description of a model as it was loaded; None if its classes have no names, or share one."""
+def metadata_of(loaded: _finetuned.Finetuned) -> checkpoint.CheckpointMetadata | None:
+    """Returns the metadata of a model as it was loaded; None if its classes have no names, or share one."""
     if loaded.classes is None or len(set(loaded.classes)) < len(loaded.classes):
         return None
     model = loaded.model
-    known = loaded.description or checkpoint.CheckpointMetadata(
+    known = loaded.metadata or checkpoint.CheckpointMetadata(
         "", 1, loaded.classes, "", dataset="", step=0, accuracy=-1.0
     )
     return replace(
@@ -70,7 +69,7 @@ def describe(loaded: _finetuned.Finetuned) -> checkpoint.CheckpointMetadata | No
 
 
 def make_parser() -> _cli.Parser:
-    """Every flag of the command line."""
+    """Returns the parser, with every flag."""
     p = _cli.Parser("export", __doc__)
     p.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     p.add_argument("--output", required=True, metavar="PATH", help="where to write it: a file, for timm and hf a new "
@@ -100,7 +99,7 @@ def check_output(args: argparse.Namespace, described: bool) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes what the flags name; returns the exit status.
+    """Writes what the flags name; returns the exit code.
 
     Raises:
         UserError: the user got something wrong.
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.opset is not None and args.format != "onnx":
         raise UserError(f"--opset is of --format onnx, not {args.format}; leave it out")
     loaded = _finetuned.load(args)
-    check_output(args, described=describe(loaded) is not None)
+    check_output(args, described=metadata_of(loaded) is not None)
     writers: dict[str, Callable[[_finetuned.Finetuned, str], str]] = {
         "npz": write_npz,
         "onnx": partial(_export_programs.write_onnx, opset=args.opset),
@@ -122,14 +121,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file or of a folder's files."""
+    """Returns the bytes of a file or of a folder's files."""
     if os.path.isdir(path):
         return sum(entry.stat().st_size for entry in os.scandir(path))
     return os.path.getsize(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     return _cli.run("export", lambda: run(args))
 

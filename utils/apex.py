@@ -106,3 +106,18 @@ def import_apex_amp(device: torch.device) -> ModuleType:
             "--amp_backend native does the same"
         ) from e
     return amp
+
+
+def make_precision(device: torch.device, opt_level: str, amp_dtype: str, loss_scale: float, backend: str) -> Precision:
+    """Returns the number formats of a run; see ``Precision``.
+
+    Args:
+        device, opt_level, amp_dtype, loss_scale: as for ``Precision``.
+        backend: native or apex, which level O0 does not need.
+
+    Raises:
+        UserError: there is no apex.
+    """
+    if backend == "apex" and opt_level != "O0":
+        return ApexPrecision(import_apex_amp(device), device, opt_level, loss_scale)
+    return Precision(device, opt_level, amp_dtype, loss_scale)

@@ -1,15 +1,21 @@
-"""The command line: every flag, what is wrong with their values, and the files that they name.
+"""The command line: one table of flags, from which the parser, the checks and docs/flags.md follow.
 
-The flags and their defaults are the reference script's (github.com/jeonsworld/ViT-pytorch), and this
-project's own.  This module must not know what the flags do.
+Names and defaults are those of the reference script (github.com/jeonsworld/ViT-pytorch) where it has the flag.
+This module must not know how a flag takes effect.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
+import operator
 import os
-from typing import Any, NoReturn
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -22,15 +28,8 @@ from utils.scheduler import DECAY_TYPES
 logger = logging.getLogger("train")
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, once a machine: each has its own command line; the flags are for ``--help``."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_first_of_machine() else None)
-
-
 def parse_bool(text: str) -> bool:
-    """true/false in the usual spellings."""
+    """Returns true/false in the usual spellings as a bool."""
     if text.lower() in ("true", "t", "yes", "y", "1"):
         return True
     if text.lower() in ("false", "f", "no", "n", "0"):
@@ -38,87 +37,194 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        options: how it is spelled, separated by spaces.
+        default: its value where it is not given.
+        help: what it does, for ``--help`` and docs/flags.md.
+        decides: on what its value decides.  A run resumes only under the flags that decide on its result; another value
+            of one that decides on the last digits is a warning.
+        composed: the value enters ``settings`` or ``environment`` only together with other facts, such as the number of
+            ranks.
+        per_rank: ranks may have different values.
+        least, above, below: the value must be at least ``least``, more than ``above`` and less than ``below``.
+        parse: makes the value from text; by default the type of ``default``, or str.
+        unset: what a default of None means; "" for a flag that must be given.
+    """
+
+    options: str
+    default: Any
+    help: str
+    decides: Literal["result", "last digits", ""] = ""
+    composed: bool = False
+    per_rank: bool = False
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    parse: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    unset: str = ""
+
+    @property
+    def name(self) -> str:
+        """The flag's first long spelling without dashes: its name in ``args`` and, after ``--``, in saved states."""
+        return next(x for x in self.options.split() if x.startswith("--")).removeprefix("--")
+
+    def for_argparse(self) -> dict[str, Any]:
+        """Returns what ``add_argument`` takes besides the spellings."""
+        if self.default is False and self.parse is None:
+            return {"action": "store_true", "help": self.help}
+        common = {"default": self.default, "choices": self.choices, "metavar": self.metavar, "help": self.help}
+        if self.parse is parse_bool:  # may be bare
+            return common | {"type": parse_bool, "nargs": "?", "const": True}
+        if self.default is not None:
+            return common | {"type": self.parse or type(self.default)}
+        default = f"default: {self.unset}" if self.unset else "required"
+        return common | {"type": self.parse, "required": not self.unset, "help": f"{self.help} ({default})"}
+
+    def check(self, value: Any) -> None:
+        """Raises UserError if the value is out of bounds, as NaN always is."""
+        bounds = [
+            (words, bound, holds)
+            for words, bound, holds in (
+                ("at least", self.least, operator.ge),
+                ("more than", self.above, operator.gt),
+                ("less than", self.below, operator.lt),
+            )
+            if bound is not None
+        ]
+        if value is not None and not all(holds(value, bound) for _, bound, holds in bounds):
+            expected = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
+            raise UserError(f"--{self.name} is {value}, expected {expected}")
+
+
+#: The names of architectures that ``--help`` lists: neither Google's for them nor those of the tests.
+MODELS = [name for name in CONFIGS if name == canonical_name(name) and not name.startswith("testing")]
+
+#: The flags by groups, which are the headings of ``--help`` and of docs/flags.md (``make flags`` writes it).
+GROUPS: dict[str, tuple[Flag, ...]] = {
+    "The run and its files": (
+        Flag("--name", None, "name of the run, its checkpoint and its logs"),
+        Flag("--output_dir", "output", "folder for checkpoints, saved states and reports", per_rank=True),
+        Flag("--resume", "auto", "auto: resume from the run's last saved state, if there is one; none: start over; "
+             "PATH: resume from that NAME_last.pt, which may be another run's", metavar="auto|none|PATH"),
+        Flag("--save_every", None, "steps between two saved states", parse=int, least=1, unset="that of --eval_every"),
+        Flag("--log_every", 10, "steps between two lines of metrics", least=1),
+    ),
+    "Data": (
+        Flag("--dataset", "cifar10", "cifar10, cifar100, digits, or a folder of images: train/CLASS/ and test/CLASS/ "
+             "or val/CLASS/", "result", composed=True, per_rank=True),
+        Flag("--data_dir", "./data", "folder that cifar10 and cifar100 are downloaded to", per_rank=True),
+        Flag("--img_size", 224, "side of the images that the model sees, in pixels; a multiple of the patch, any for "
+             "R50 and R26 hybrids", "result", least=1),
+        Flag("--hflip", False, "mirror half of the training images", "result"),
+        Flag("--num_workers", None, "processes of each rank that decode images, for folders of large images; "
+             "0: the rank decodes them itself", per_rank=True, parse=int, least=0, unset="the rank's CPUs, at most 8"),
+    ),
+    "Model": (
+        Flag("--model_type", "ViT-B_16", ", ".join(MODELS) + ", or Google's name of one", "result", composed=True,
+             choices=tuple(CONFIGS), metavar="MODEL"),
+        Flag("--pretrained_dir", None, "weights to start from: Google's .npz, a .safetensors or PyTorch file with the "
+             "names of timm, transformers or this project, or a folder with one; '' trains from random weights",
+             "result", composed=True, per_rank=True, metavar="PATH", unset="MODEL's file in checkpoint/"),
+        Flag("--zero_head", False, "start from a head of zeros, even if the pretrained head has the data set's classes",
+             "result"),
+        Flag("--dropout", None, "dropout rate", "result", composed=True, parse=float, least=0, below=1,
+             unset="MODEL's own, 0.1 or 0"),
+        Flag("--gelu", "erf", "erf: the exact GELU; tanh: the approximation that Google's code computes", "result",
+             choices=("erf", "tanh")),
+    ),
+    "Training": (
+        Flag("--num_steps", 10000, "steps in all", "result", least=1),
+        Flag("--train_batch_size", 512, "training images per step and rank", "result", composed=True, least=1),
+        Flag("--gradient_accumulation_steps", 1, "micro-batches into which each rank's batch is split, to need less "
+             "memory", "last digits", least=1),
+        Flag("--learning_rate", 3e-2, "peak learning rate of SGD", "result", least=0, below=math.inf),
+        Flag("--warmup_steps", 500, "warm-up: steps over which the learning rate rises to its peak", "result", least=0),
+        Flag("--decay_type", "cosine", "how the learning rate falls to 0 after the warm-up", "result",
+             choices=DECAY_TYPES),
+        Flag("--weight_decay", 0.0, "weight decay of SGD, on all weights", "result", least=0, below=math.inf),
+        Flag("--max_grad_norm", 1.0, "norm to which gradients are clipped; inf never clips", "result", above=0),
+        Flag("--seed", 42, "seed of the data order, crops, dropout and initial weights", "result", least=0,
+             below=2**63),
+    ),
+    "Evaluation": (
+        Flag("--eval_every", 100, "steps between two evaluations", "result", least=1),
+        Flag("--eval_batch_size", 64, "images evaluated at once, per rank", "last digits", least=1),
+        Flag("-v --eval_only", False, "evaluate a fine-tuned checkpoint instead of training; bare, or with true or "
+             "false", parse=parse_bool, metavar="BOOL"),
+        Flag("--load_model_dir", None, "checkpoint to evaluate: a file or folder as for --pretrained_dir, with its "
+             "head", per_rank=True, metavar="PATH", unset="the run's own, OUTPUT_DIR/NAME_checkpoint.bin"),
+    ),
+    "Mixed precision": (
+        Flag("--fp16", False, "mixed precision; the other flags of this group need it", "result", composed=True),
+        Flag("--fp16_opt_level", "O2", "apex's level: O0 float32, O1 autocast, O2 half-precision weights with float32 "
+             "masters, O3 half precision throughout", "result", composed=True, choices=OPT_LEVELS),
+        Flag("--amp_dtype", "auto", "half-precision type; auto: float16 on CUDA, else bfloat16", "result",
+             composed=True, choices=AMP_DTYPES),
+        Flag("--loss_scale", 0, "fixed loss scale; 0: a dynamic one where float16 needs it", "result", parse=float,
+             least=0, below=math.inf),
+        Flag("--amp_backend", "native", "native: PyTorch's own; apex: NVIDIA's, in a version that still has amp",
+             "result", composed=True, choices=AMP_BACKENDS),
+    ),
+    "Hardware": (
+        Flag("--device", "auto", "what computes; auto: the GPU if there is one", "last digits", composed=True,
+             choices=("auto", "cpu", "cuda", "mps")),
+        Flag("--compile", False, "torch.compile the model; pays off in long runs", "last digits"),
+        Flag("--deterministic", False, "the same bits in every run on CUDA, too; slower, no effect elsewhere",
+             "last digits"),
+        Flag("--local_rank --local-rank", -1, "set by launchers such as torch.distributed.launch", per_rank=True),
+    ),
+}  # fmt: skip
+FLAGS = tuple(flag for flags in GROUPS.values() for flag in flags)
+
+
+def deciding(on: Literal["result", "last digits"]) -> tuple[str, ...]:
+    """Returns the names of the flags whose values, as they stand in ``args``, decide on it."""
+    return tuple(flag.name for flag in FLAGS if flag.decides == on and not flag.composed)
+
+
+def per_rank() -> frozenset[str]:
+    """Returns the names of the flags that may differ between ranks."""
+    return frozenset(flag.name for flag in FLAGS if flag.per_rank)
+
+
+def default_of(name: str) -> Any:
+    """Returns the default of the flag of that name; None for a name that is no flag's, such as "precision"."""
+    return next((flag.default for flag in FLAGS if flag.name == name), None)
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends at a wrong command line with one line, once a machine; the flags are for ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n" if dist_util.is_first_of_machine() else None)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        untold = action.default is None or action.default is False
+        return action.help if untold else super()._get_help_string(action)
+
+
 def make_parser() -> Parser:
-    """Every flag of the command line."""
-    p = Parser(
-        prog="train.py",
-        description="Fine-tune a Vision Transformer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--name", required=True, help="name of this run: of its checkpoint and its logs")
-    p.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, digits, or a folder of pictures")
-    p.add_argument("--data_dir", default="./data", help="where cifar10 and cifar100 are downloaded to")
-    p.add_argument("--model_type", choices=CONFIGS, default="ViT-B_16", metavar="MODEL", help=", ".join(CONFIGS))
-    p.add_argument(
-        "--pretrained_dir",
-        default=None,
-        metavar="PATH",
-        help="weights to start from: Google's .npz, a .safetensors or PyTorch file in the names of timm, transformers "
-        "or this project, or a folder with one; by default MODEL's in checkpoint/; '' trains from random weights",
-    )
-    p.add_argument("--zero_head", action="store_true", help="start from a head of zeros, also where the classes of "
-                   "--pretrained_dir are the data set's")  # fmt: skip
-    p.add_argument("--output_dir", default="output", help="where checkpoints are written")
-    p.add_argument("--img_size", type=int, default=224, help="side of the pictures the model sees, in pixels")
-    p.add_argument("--train_batch_size", type=int, default=512, help="pictures of one update, per process")
-    p.add_argument("--eval_batch_size", type=int, default=64, help="pictures evaluated at once")
-    p.add_argument("--eval_every", type=int, default=100, help="updates between two evaluations")
-    p.add_argument("--log_every", type=int, default=10, help="updates between two lines of metrics")
-    p.add_argument("--learning_rate", type=float, default=3e-2, help="of SGD, at its highest")
-    p.add_argument("--weight_decay", type=float, default=0.0, help="of SGD, on all weights")
-    p.add_argument("--num_steps", type=int, default=10000, help="updates")
-    p.add_argument("--decay_type", choices=DECAY_TYPES, default="cosine", help="how the learning rate falls")
-    p.add_argument("--warmup_steps", type=int, default=500, help="updates over which the learning rate rises")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped")
-    p.add_argument("--dropout", type=float, default=None, help="dropout rate, instead of the model's own")
-    p.add_argument("--gelu", choices=("erf", "tanh"), default="erf", help="tanh is what Google's code computes")
-    p.add_argument("--hflip", action="store_true", help="mirror half of the training pictures")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what computes")
-    p.add_argument("--num_workers", type=int, default=None, help="decoding processes, for folders of large pictures")
-    p.add_argument(
-        "--resume", default="auto", metavar="auto|none|PATH",
-        help="auto: go on where a run of this name was stopped; none: start over; or a <name>_last.pt",
-    )  # fmt: skip
-    p.add_argument(
-        "--save_every", type=int, default=None, help="updates between two saved states; default: at each evaluation"
-    )
-    p.add_argument("--deterministic", action="store_true", help="the same bits in each run on CUDA, too; costs speed")
-    p.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by torch.distributed.launch")
-    p.add_argument("--seed", type=int, default=42, help="of the data order, crops, dropout and initial weights")
-    p.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="parts into which the batch of an update is split"
-    )
-    p.add_argument("--fp16", action="store_true", help="mixed precision")
-    p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="how much of it, as apex counts")
-    p.add_argument("--amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: float16 on CUDA, else bfloat16")
-    p.add_argument("--amp_backend", choices=AMP_BACKENDS, default="native", help="apex needs one that still has amp")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model, for long runs")
-    p.add_argument("--loss_scale", type=float, default=0, help="fixed loss scale for --fp16; 0: dynamic if needed")
-    p.add_argument(
-        "-v", "--eval_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
-        help="evaluate a fine-tuned checkpoint instead of training",
-    )  # fmt: skip
-    p.add_argument("--load_model_dir", default=None, help="what -v evaluates, if not OUTPUT_DIR/NAME_checkpoint.bin: a "
-                   "file or folder as for --pretrained_dir, with its head")  # fmt: skip
-    return p
+    """Returns the parser of the command line."""
+    parser = Parser(prog="train.py", description="Fine-tune a Vision Transformer.", formatter_class=_HelpFormatter)
+    for title, flags in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            group.add_argument(*flag.options.split(), **flag.for_argparse())
+    return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises UserError for what the types of the flags let through; fills in the defaults that depend on others."""
-    at_least_one = (
-        "img_size", "train_batch_size", "eval_batch_size", "eval_every", "log_every", "num_steps",
-        "gradient_accumulation_steps", "save_every",
-    )  # fmt: skip
-    for name in at_least_one:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "seed", "loss_scale"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise UserError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    if not args.max_grad_norm > 0:
-        raise UserError(f"--max_grad_norm is {args.max_grad_norm}, expected more than 0 (inf never clips)")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout is {args.dropout}, expected at least 0 and less than 1")
+    """Raises UserError for what the types of the flags let through, and warns of flags without effect."""
+    for flag in FLAGS:
+        flag.check(getattr(args, flag.name))
     if os.path.basename(args.name) != args.name or args.name in ("", ".", "..") or not args.name.isprintable():
         raise UserError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
     if len(os.fsencode(args.name)) > 200:
@@ -128,57 +234,52 @@ def check_args(args: argparse.Namespace) -> None:
             f"--train_batch_size {args.train_batch_size} is not a multiple of "
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
         )
-    if args.seed >= 2**63:
-        raise UserError(f"--seed is {args.seed}, expected less than 2**63")
+    if args.fp16 and args.amp_backend == "apex" and args.amp_dtype == "bfloat16":
+        raise UserError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
+    if args.load_model_dir is not None and not args.eval_only:
+        raise UserError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
+    _warn_of_flags_without_effect(args)
+
+
+def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     if args.warmup_steps >= args.num_steps and not args.eval_only:
         logger.warning(
             "--warmup_steps %d of --num_steps %d: the learning rate does not get to fall",
             args.warmup_steps,
             args.num_steps,
         )
-    half = (args.fp16_opt_level, args.amp_dtype, args.amp_backend, args.loss_scale) != ("O2", "auto", "native", 0)
-    if half and not args.fp16:
+    need_fp16 = ("fp16_opt_level", "amp_dtype", "amp_backend", "loss_scale")
+    if not args.fp16 and any(getattr(args, name) != default_of(name) for name in need_fp16):
         logger.warning("--fp16_opt_level, --amp_dtype, --amp_backend and --loss_scale have no effect without --fp16")
-    if args.fp16 and args.amp_backend == "apex" and args.amp_dtype == "bfloat16":
-        raise UserError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
-    if args.load_model_dir is not None and not args.eval_only:
-        raise UserError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
     if args.zero_head and (args.eval_only or args.pretrained_dir == ""):
         logger.warning("--zero_head has no effect without weights to train on from")
-    if args.num_workers is not None and args.num_workers < 0:
-        raise UserError(f"--num_workers is {args.num_workers}, expected 0 or more")
-
-
-#: TEMPORARY
-RESULT_FLAGS = (
-    "zero_head", "img_size", "learning_rate", "weight_decay", "num_steps", "decay_type", "warmup_steps",
-    "max_grad_norm", "gelu", "hflip", "seed", "eval_every", "loss_scale",
-)  # fmt: skip
-OWN_FLAGS = ("local_rank", "dataset", "data_dir", "pretrained_dir", "output_dir", "load_model_dir", "num_workers")
 
 
 def decoding_workers(args: argparse.Namespace) -> int:
-    """Returns how many processes decode images."""
+    """Returns the number of processes that decode this rank's images."""
     return min(8, hardware.num_cpus()) if args.num_workers is None else args.num_workers
 
 
 def settings(
-    args: argparse.Namespace, pretrained: str, dataset_checksum: str, dropout_rate: float, batch: int, precision: str
+    args: argparse.Namespace, pretrained: str, dataset: str, dropout_rate: float, batch: int, precision: str
 ) -> dict[str, Any]:
     """Returns what decides on a run's result, by the names of the flags: a run resumes only under the same.
+
+    The names are those of saved states, which are read for ever.
 
     Args:
         args: the flags.
         pretrained: path of the weights that the run starts from, given or found.
-        dataset_checksum, dropout_rate, precision: of the images, of the model, and the name of the number formats.
+        dataset: the data set's name, "folder" for any folder, and the checksum of its images.
+        dropout_rate: the model's.
         batch: images of one step on all ranks.
+        precision: name of the number formats.
     """
-    is_folder = os.path.isdir(args.dataset) and args.dataset not in ("cifar10", "cifar100", "digits")
     return {
         "--pretrained_dir": pretrained,
         "--model_type": canonical_name(args.model_type),
-        "--dataset": f"{'folder' if is_folder else args.dataset} {dataset_checksum}",
-        **{f"--{name}": getattr(args, name) for name in RESULT_FLAGS},
+        "--dataset": dataset,
+        **{f"--{name}": getattr(args, name) for name in deciding("result")},
         "--dropout": dropout_rate,
         "--train_batch_size of all processes": batch,
         "precision": precision,
@@ -186,7 +287,7 @@ def settings(
 
 
 def environment(args: argparse.Namespace, batch: int, num_micro_batches: int, device: str) -> dict[str, Any]:
-    """Returns what may change the last digits of a run's result.
+    """Returns what may change the last digits of a run's result, by the names of saved states.
 
     Args:
         args: the flags.
@@ -195,11 +296,9 @@ def environment(args: argparse.Namespace, batch: int, num_micro_batches: int, de
     """
     return {
         "--device": device,
+        **{f"--{name}": getattr(args, name) for name in deciding("last digits")},
         "--train_batch_size": batch,
         "--gradient_accumulation_steps": num_micro_batches,
-        "--eval_batch_size": args.eval_batch_size,
-        "--compile": args.compile,
-        "--deterministic": args.deterministic,
         "processes": dist_util.world_size(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -207,11 +306,49 @@ def environment(args: argparse.Namespace, batch: int, num_micro_batches: int, de
 
 
 def defaults() -> dict[str, Any]:
-    """Returns the default of every flag that has one, by its name: what a setting counts as that a state lacks."""
-    parser = make_parser()
-    return {f"--{a.dest}": a.default for a in parser._actions if a.default is not None}
+    """Returns the default of every flag that has one: what a setting counts as that a saved state lacks."""
+    return {f"--{flag.name}": flag.default for flag in FLAGS if flag.default is not None}
+
+
+def with_defaults(args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """Returns every flag as it is typed, with its value and its default."""
+    return {f"--{name}": (value, default_of(name)) for name, value in vars(args).items()}
+
+
+def changed(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags whose values are not their defaults, without dashes."""
+    return {name: value for name, value in vars(args).items() if value != default_of(name)}
 
 
 def same_on_all_ranks(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags that must be the same on all ranks."""
-    return {f"--{name}": value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    return {f"--{name}": value for name, value in vars(args).items() if name not in per_rank()}
+
+
+def flags_page() -> str:
+    """Returns the text of docs/flags.md."""
+    intro = (
+        "The last column says on what a flag's value decides. A run resumes only under the same values of those that "
+        "decide on its **result**; only --num_steps may grow, and of --train_batch_size the sum over all ranks counts. "
+        "Another value of one that decides on the **last digits** is a warning. The others may change freely. "
+        f"Every rank needs the same flags, except for {', '.join(f'--{flag.name}' for flag in FLAGS if flag.per_rank)}."
+    )
+    lines = ["# The flags of train.py", "", "<!-- Written by `make flags` from the table in utils/args.py. -->", ""]
+    lines += textwrap.wrap(_as_code(intro), 120, break_on_hyphens=False)
+    for title, flags in GROUPS.items():
+        lines += ["", f"## {title}", "", "| flag | default | what it does | decides on |", "| --- | --- | --- | --- |"]
+        for flag in flags:
+            default = "off" if flag.default is False else f"`{flag.default}`"
+            if flag.default is None:
+                default = _as_code(flag.unset) or "required"
+            help = flag.help
+            if flag.choices and not flag.metavar and not all(choice in help for choice in flag.choices):
+                help += f" ({', '.join(flag.choices)})"
+            cells = (", ".join(f"`{option}`" for option in flag.options.split()), default, _as_code(help), flag.decides)
+            lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
+    return "\n".join(lines) + "\n"
+
+
+def _as_code(text: str) -> str:
+    """Marks flags and names with underscores as code."""
+    return re.sub(r"--\w+|[\w./+-]*_[\w./+-]*\w", r"`\g<0>`", text)

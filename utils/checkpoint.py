@@ -1,8 +1,8 @@
 """Files of weights: written whole or not at all, read without running anything in them.
 
-Beside fine-tuned weights, ``<name>_checkpoint.bin``, stands a description, ``<name>_checkpoint.json``:
-what a program needs to use them.  Source of the habits: timm (safe loading with an explanation).  This
-module does not know models: it keeps what it is told.
+Beside fine-tuned weights, ``<name>_checkpoint.bin``, stand their metadata, ``<name>_checkpoint.json``: what a
+program needs to use them.  A training state, ``<name>_last.pt``, is what a run needs to resume.  Source of the
+habits: timm (safe loading with an explanation).  This module must not know models.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ STATE_FORMAT = 2
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What fine-tuned weights are of.
+    """Metadata of fine-tuned weights.
 
     Attributes:
         model_type, img_size, gelu: as the flags of the training.
         classes: their names, in the order of the head's outputs.
-        dataset: what they were trained on; empty where nothing tells it.
-        step: updates they had; 0 where nothing tells it.
-        accuracy: on the test pictures, 0 to 1; -1 where nothing tells it.
+        dataset: what they were trained on; empty where it is not known.
+        step: steps of their training; 0 where it is not known.
+        accuracy: on the test images, 0 to 1; -1 where it is not known.
     """
 
     model_type: str
@@ -52,66 +52,53 @@ class CheckpointMetadata:
     accuracy: float
 
     def __post_init__(self) -> None:
-        wrong = [
-            name
-            for name, kinds in _KINDS.items()
-            if not isinstance(value := getattr(self, name), kinds) or isinstance(value, bool)
-        ]
+        kinds: tuple[Any, ...] = (str, int, list, str, str, int, (int, float))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        wrong = [n for (n, x), kind in zip(values.items(), kinds) if not isinstance(x, kind) or isinstance(x, bool)]
         if wrong or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
         if self.img_size < 1 or not self.classes or len(set(self.classes)) < len(self.classes):
             raise UserError("img_size or classes: impossible values")
 
 
-_KINDS: dict[str, Any] = {
-    "model_type": str,
-    "img_size": int,
-    "classes": list,
-    "gelu": str,
-    "dataset": str,
-    "step": int,
-    "accuracy": (int, float),
-}
-
-
-def save_weights(path: str, state: Mapping[str, Tensor], description: CheckpointMetadata | None = None) -> int:
-    """Writes a plain state_dict, its tensors on the CPU, and its description beside it; see ``write_with_metadata``.
+def save_weights(path: str, state: Mapping[str, Tensor], metadata: CheckpointMetadata | None = None) -> int:
+    """Writes a plain state_dict, its tensors on the CPU, and their metadata beside it; see ``write_with_metadata``.
 
     Returns:
         The checksum of the weights.
     """
     tensors = {name: x.detach().cpu() for name, x in state.items()}
     crc32 = checksum(tensors)
-    with write_with_metadata(path, crc32, description) as f:
+    with write_with_metadata(path, crc32, metadata) as f:
         torch.save(tensors, f)
     return crc32
 
 
 @contextlib.contextmanager
-def write_with_metadata(path: str, crc32: int, description: CheckpointMetadata | None = None) -> Iterator[IO[bytes]]:
-    """Opens a file for weights, as ``files.atomic_write`` does, and writes their description beside it.
+def write_with_metadata(path: str, crc32: int, metadata: CheckpointMetadata | None = None) -> Iterator[IO[bytes]]:
+    """Opens a file for weights, as ``files.atomic_write`` does, and writes their metadata beside it.
 
-    The weights are on the disk under a temporary name when the description takes its place, and take
+    The weights are on the disk under a temporary name when the metadata take their place, and take
     their own at once after it: a full disk leaves the old pair as it was.  For a kill between the two,
-    the description holds a checksum of its weights, by which ``read_metadata`` knows them.
+    the metadata hold a checksum of their weights, by which ``read_metadata`` knows them.
 
     Args:
         path: of the weights.
         crc32: ``checksum`` of what the block writes, by the names that the file has.
-        description: of the weights; None to write none.
+        metadata: of the weights; None to write none.
     """
     with files.atomic_write(path) as f:
         yield f
-        if description is not None:
+        if metadata is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(description), "crc32": crc32}, indent=1, allow_nan=False)
+            text = json.dumps({**asdict(metadata), "crc32": crc32}, indent=1, allow_nan=False)
             with files.atomic_write(metadata_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 
 
 def keep_earlier(path: str) -> str:
-    """Gives weights, and the description beside them, a second name, ``<path>.earlier-N``, under which they stay.
+    """Gives weights, and the metadata beside them, a second name, ``<path>.earlier-N``, under which they stay.
 
     Whoever writes ``path`` afterwards replaces only the first name.  A kill at any point leaves both files under the
     first name or both under the second, and trying again takes the second name that is there already.
@@ -163,16 +150,16 @@ def checksum(state: Mapping[str, Tensor]) -> int:
 
 
 class Unmatched(UserError):
-    """A description is of other weights than those it stands beside."""
+    """Metadata are of other weights than those that they stand beside."""
 
 
 def metadata_path(path: str) -> str:
-    """Where the description of the weights ``path`` is: a .json of the same name."""
+    """Returns the path of the metadata of weights: a .json of the same name."""
     return os.path.splitext(path)[0] + ".json"
 
 
 def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata | None:
-    """The description beside the weights ``path``, which hold ``state``; None if there is none.
+    """Reads the metadata beside the weights ``path``, which hold ``state``; None if there are none.
 
     Raises:
         UserError: it cannot be read, or it is of other weights.
@@ -183,7 +170,7 @@ def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata 
     try:
         with open(beside, encoding="utf-8") as f:
             found = json.load(f)
-        description = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
+        metadata = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
     except KeyError as e:
         raise UserError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e
     except (OSError, ValueError, TypeError, RecursionError) as e:
@@ -193,7 +180,7 @@ def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata 
             f"{beside} describes other weights than {path} holds: one was copied without the other, "
             "or a run was stopped between writing the two; remove it"
         )
-    return description
+    return metadata
 
 
 def _check_archive(path: str) -> None:

@@ -1,7 +1,7 @@
-"""The names of CIFAR's classes in the order of their labels, for whoever has no copy of the pictures.
+"""The names of CIFAR's classes in the order of their labels, known without a copy of the images.
 
 Source: ``label_names`` of cifar-10-batches-py/batches.meta and ``fine_label_names`` of cifar-100-python/meta, of
-cs.toronto.edu/~kriz/cifar.html.  tests/test_datasets.py rebuilds both files from these names and compares their md5.
+cs.toronto.edu/~kriz/cifar.html.  tests/test_cifar.py rebuilds both files from these names and compares their md5.
 """
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

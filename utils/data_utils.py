@@ -1,12 +1,11 @@
-"""The batches that each update and each evaluation takes from a data set (utils/datasets.py has those).
+"""Batches of a data set (utils/datasets.py) for each step and each evaluation.
 
 Images in memory are transformed a batch at a time on the device that trains; those in files are decoded
-by worker processes.  Which pictures an update takes, and every random number of their crops, is a function
-of the seed and the update's number (``StepSampler``): nothing is carried along that a resumed run would
-have to restore.
+by worker processes.  The images of a step and all random numbers of their crops are a function of the seed
+and the step (``StepSampler``): a resumed run has nothing to restore.
 
-What is done to a picture is the caller's ``Transform`` (utils/augment.py has them).  This module must
-not know models, and reads flags from nobody: functions take the values they need.
+The caller's ``Transform`` (utils/augment.py) turns images into the model's input.  This module must not know
+models, and reads no flags: functions take the values they need.
 """
 
 from __future__ import annotations
@@ -29,52 +28,52 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils.datasets import FileImages, ImageError, Images, MemoryImages, read_image
 from utils.hardware import to_device
 
-#: How often a process that decodes looks whether its run is still there.
+#: Seconds between a worker's looks at its run, which may have ended.
 LOOK_SECS = 0.5
 
 
 class Transform(Protocol):
-    """Makes the model's input of pictures; ``augment.EvalTransform`` says what each method does."""
+    """Makes the model's input of images; ``augment.EvalTransform`` explains each method."""
 
     @property
     def num_draws(self) -> int: ...
 
-    def batch(self, pictures: Tensor, draws: Tensor) -> Tensor: ...
+    def batch(self, images: Tensor, draws: Tensor) -> Tensor: ...
 
-    def picture(self, picture: Image.Image, draws: Tensor) -> Tensor: ...
+    def image(self, image: Image.Image, draws: Tensor) -> Tensor: ...
 
-    def complete(self, pictures: Tensor) -> Tensor: ...
+    def complete(self, images: Tensor) -> Tensor: ...
 
 
-Batch = tuple[Tensor, Tensor]  # pictures (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
+Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
 
-#: What random numbers are for: the first number after the run's seed in ``derive_seed``.
+#: Purposes of random numbers: the first number after the run's seed in ``derive_seed``.
 ORDER, DRAWS, DROPOUT = range(3)
 
 
 def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers, such as (seed, step): close numbers give unrelated seeds."""
+    """Returns one seed from several numbers, such as (seed, step): close numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class StepSampler:
-    """What each update takes: a pure function of the seed and the update's number.
+    """Chooses the images of each step: a pure function of the seed and the step.
 
     The order is a fresh permutation per epoch, read as one endless stream, so that every batch is
-    full.  Each process takes its slice of the global batch: one process and two see the same pictures.
+    full.  Each rank takes its slice of the global batch: one rank and two see the same images.
 
     Args:
-        num_pictures: in the training split.
-        batch_size: pictures of one update on this process.
-        num_draws: random numbers that one picture takes.
+        num_images: in the training split.
+        batch_size: images of one step on this rank.
+        num_draws: random numbers that one image takes.
         seed: of the run.
-        rank, world_size: this process among all.
+        rank, world_size: this rank among all.
     """
 
     def __init__(
-        self, num_pictures: int, batch_size: int, num_draws: int, seed: int, rank: int = 0, world_size: int = 1
+        self, num_images: int, batch_size: int, num_draws: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.num_pictures = num_pictures
+        self.num_images = num_images
         self.batch_size = batch_size
         self.num_draws = num_draws
         self.seed = seed
@@ -86,11 +85,11 @@ class StepSampler:
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = torch.randperm(self.num_pictures, generator=generator)
+            self._orders[epoch] = torch.randperm(self.num_images, generator=generator)
         return self._orders[epoch]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """The pictures' indices (batch_size,) and their random numbers (batch_size, num_draws) in update ``step``."""
+        """Returns the step's images as indices (batch_size,), and their random numbers (batch_size, num_draws)."""
         total = self.batch_size * self.world_size
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, DRAWS, step))
@@ -99,18 +98,18 @@ class StepSampler:
         return self._stream(start, start + self.batch_size), draws
 
     def _stream(self, start: int, stop: int) -> Tensor:
-        """The pictures at positions start..stop of the endless stream of epochs."""
-        parts = []
+        """Returns the images at positions start..stop of the endless stream of epochs."""
+        pieces = []
         while start < stop:
-            epoch, offset = divmod(start, self.num_pictures)
-            part = self._order(epoch)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return torch.cat(parts)
+            epoch, offset = divmod(start, self.num_images)
+            piece = self._order(epoch)[offset : offset + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+        return torch.cat(pieces)
 
 
 def train_batches(
-    pictures: Images,
+    images: Images,
     sampler: StepSampler,
     steps: Iterable[int],
     micro_batch_size: int,
@@ -118,16 +117,21 @@ def train_batches(
     device: torch.device,
     num_workers: int,
 ) -> Iterator[Batch]:
-    """The training's batches: for each of ``steps`` in turn, its pictures in parts of ``micro_batch_size``.
+    """Yields the training's micro-batches: for each of ``steps`` in turn, its images, ``micro_batch_size`` at a time.
 
     Raises:
-        ImageError: a picture cannot be decoded.
+        ImageError: an image cannot be decoded.
     """
-    return _batches(pictures, _train_parts(sampler, steps, micro_batch_size), transform, device, num_workers)
+    micro_batches = (
+        pair
+        for indices, draws in map(sampler, steps)
+        for pair in zip(indices.split(micro_batch_size), draws.split(micro_batch_size))
+    )
+    return _batches(images, micro_batches, transform, device, num_workers)
 
 
 def eval_batches(
-    pictures: Images,
+    images: Images,
     batch_size: int,
     transform: Transform,
     device: torch.device,
@@ -135,44 +139,38 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """This process's share of all pictures, each once, in order; the last batch may be smaller.
+    """Yields this rank's share of all images, each once, in order; the last batch may be smaller.
 
     Raises:
-        ImageError: a picture cannot be decoded.
+        ImageError: an image cannot be decoded.
     """
-    mine = torch.arange(len(pictures))[rank::world_size]
-    parts = [(indices, torch.empty(len(indices), 0)) for indices in mine.split(batch_size) if len(indices)]
-    return _batches(pictures, parts, transform, device, num_workers)
+    mine = torch.arange(len(images))[rank::world_size]
+    batches = [(indices, torch.empty(len(indices), 0)) for indices in mine.split(batch_size) if len(indices)]
+    return _batches(images, batches, transform, device, num_workers)
 
 
-def num_eval_batches(pictures: Images, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
-    """How many batches ``eval_batches`` gives."""
-    return math.ceil(len(range(rank, len(pictures), world_size)) / batch_size)
-
-
-#: The indices (B,) and random numbers (B, num_draws) of one batch after the other.
-Parts = Iterable[tuple[Tensor, Tensor]]
-
-
-def _train_parts(sampler: StepSampler, steps: Iterable[int], micro_batch_size: int) -> Parts:
-    """The micro-batches of ``steps``."""
-    for step in steps:
-        indices, draws = sampler(step)
-        yield from zip(indices.split(micro_batch_size), draws.split(micro_batch_size))
+def num_eval_batches(images: Images, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
+    """Returns the number of batches that ``eval_batches`` yields."""
+    return math.ceil(len(range(rank, len(images), world_size)) / batch_size)
 
 
 def _batches(
-    pictures: Images, parts: Parts, transform: Transform, device: torch.device, num_workers: int
+    images: Images,
+    choices: Iterable[tuple[Tensor, Tensor]],
+    transform: Transform,
+    device: torch.device,
+    num_workers: int,
 ) -> Iterator[Batch]:
-    if isinstance(pictures, MemoryImages):
-        here = pictures.to(device)
-        for indices, draws in parts:
+    """Yields a batch for each of ``choices``: indices (B,) of images and their random numbers (B, num_draws)."""
+    if isinstance(images, MemoryImages):
+        here = images.to(device)
+        for indices, draws in choices:
             at = to_device(indices, device)
             yield transform.batch(here.images[at], draws), here.labels[at]
         return
-    items = (list(zip(indices.tolist(), draws)) for indices, draws in parts)
+    items = (list(zip(indices.tolist(), draws)) for indices, draws in choices)
     loader = DataLoader(
-        _DecodeTask(pictures, transform),
+        _DecodeTask(images, transform),
         batch_sampler=cast(Sampler, items),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -189,7 +187,7 @@ def _batches(
 
 @contextlib.contextmanager
 def _signals_later() -> Iterator[None]:
-    """Holds back what stops a run while worker processes start: they inherit that, and would die of it until ready."""
+    """Holds back signals while workers start: they inherit that, and would die of one until they are ready."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -201,7 +199,7 @@ def _signals_later() -> Iterator[None]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ctrl-C, and many a scheduler's SIGTERM, reach every process; the update in hand still needs its pictures."""
+    """Keeps a worker alive on Ctrl-C and SIGTERM, which may reach all processes: the current step needs its images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -209,7 +207,7 @@ def _outlive_signals(worker: int) -> None:
 
 
 def _end_with_the_run() -> None:
-    """Ends this process when the run's asks for it, and soon after that one's end: torch looks every five seconds."""
+    """Ends this worker when its run asks for it, or soon after the run ended (torch looks every five seconds)."""
     run, parent = multiprocessing.parent_process(), os.getppid()  # these differ where a server forks the workers
     while os.getppid() == parent:
         asked = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECS)
@@ -219,11 +217,11 @@ def _end_with_the_run() -> None:
 
 
 def worker_died(error: RuntimeError) -> bool:
-    """Whether this tells that a process that decodes was killed: torch raises it wherever the program is then."""
+    """Recognises the death of a worker, which torch raises wherever the program is then."""
     return "DataLoader worker" in str(error)
 
 
-WORKER_DIED = "a process that decodes pictures was killed, perhaps for lack of memory; fewer --num_workers need less"
+WORKER_DIED = "a process that decodes images was killed, perhaps for lack of memory; fewer --num_workers need less"
 
 
 def _worker_errors(loader: DataLoader) -> Iterator[Any]:
@@ -235,26 +233,28 @@ def _worker_errors(loader: DataLoader) -> Iterator[Any]:
         if not worker_died(e):
             raise
         raise ChildProcessError(WORKER_DIED) from e
+    except (ConnectionError, EOFError) as e:  # one that dies while it hands over a tensor, before torch sees its end
+        raise ChildProcessError(WORKER_DIED) from e
 
 
 class _DecodeTask(Dataset):
-    """Decodes and transforms one picture in a worker process.
+    """Decodes and transforms one image in a worker process.
 
-    An unreadable picture comes back as its error's text: raised in a worker, it would reach the user
+    An unreadable image comes back as its error's text: raised in a worker, it would reach the user
     as a stack.
     """
 
-    def __init__(self, pictures: FileImages, transform: Transform) -> None:
-        self.pictures = pictures
+    def __init__(self, images: FileImages, transform: Transform) -> None:
+        self.images = images
         self.transform = transform
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | str:
         index, draws = item
         try:
-            picture = read_image(self.pictures.paths[index])
+            image = read_image(self.images.paths[index])
         except ImageError as e:
             return str(e)
-        return self.transform.picture(picture, draws), self.pictures.labels[index]
+        return self.transform.image(image, draws), self.images.labels[index]
 
 
 def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:

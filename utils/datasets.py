@@ -1,7 +1,7 @@
-"""Data sets: which pictures there are, and what they show.
+"""Data sets: their images and labels.
 
-Small pictures sit in memory as uint8, large ones stay in their files.  Images of any mode become RGB here.
-This module must not know models, nor what becomes of a picture (utils/data_utils.py makes the batches).
+Small images sit in memory as uint8, large ones stay in their files.  Images of any mode become RGB here.
+This module must not know models or transforms (utils/data_utils.py makes the batches).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from utils.errors import UserError
 CLASS_NAMES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100, "digits": tuple("0123456789")}
 NAMED_DATASETS = tuple(CLASS_NAMES)
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-#: A folder's split is decoded once, into memory, if its pictures have one size and are this small.
+#: A folder's split is decoded once, into memory, if its images have one size and are this small.
 MEMORY_IMAGE_PX = 256 * 256
 MEMORY_LIMIT_BYTES = 2**30
 DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
 
 
 class ImageError(UserError):
-    """A picture of the user's cannot be read; the message names its path."""
+    """An image of the user's cannot be read; the message names its path."""
 
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Pictures in memory: (N, 3, H, W) uint8, labels (N,) int64."""
+    """Images in memory: (N, 3, H, W) uint8, labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -47,17 +47,17 @@ class MemoryImages:
         return len(self.labels)
 
     def checksum(self) -> int:
-        """CRC-32 of the pictures and labels."""
+        """Returns the CRC-32 of the images and labels."""
         return zlib.crc32(self.labels.numpy().data, zlib.crc32(self.images.contiguous().numpy().data))
 
     def to(self, device: torch.device) -> MemoryImages:
-        """The same on a device, once for all updates and evaluations."""
+        """Moves both to a device, once for all steps and evaluations."""
         return MemoryImages(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Pictures that are decoded when they are needed; labels (N,) int64."""
+    """Images that are decoded when they are needed; labels (N,) int64."""
 
     paths: list[str]
     labels: Tensor
@@ -66,12 +66,12 @@ class FileImages:
         return len(self.labels)
 
     def checksum(self) -> int:
-        """CRC-32 of the files' names, their folders' and the labels."""
+        """Returns the CRC-32 of the files' names, their folders' and the labels."""
         names = "\n".join("/".join(os.path.normpath(path).split(os.sep)[-3:]) for path in self.paths)
         return zlib.crc32(self.labels.numpy().data, zlib.crc32(names.encode("utf-8", "surrogateescape")))
 
     def to(self, device: torch.device) -> FileImages:
-        """Themselves: what is decoded moves with its batch."""
+        """Returns itself: decoded images move with their batch."""
         return self
 
 
@@ -80,24 +80,24 @@ Images = MemoryImages | FileImages
 
 @dataclass(frozen=True)
 class DataSets:
-    """What a run learns from and is measured on; ``classes`` are the labels' names."""
+    """The images to train on and to evaluate; ``classes`` are the labels' names."""
 
     train: Images
     test: Images
     classes: list[str]
 
     def checksum(self) -> str:
-        """Changes with the pictures, their order and their classes."""
+        """Returns a text that changes with the images, their order and their classes."""
         names = "\n".join(self.classes).encode("utf-8", "surrogateescape")
         return "-".join(f"{crc:08x}" for crc in (self.train.checksum(), self.test.checksum(), zlib.crc32(names)))
 
     def to(self, device: torch.device) -> DataSets:
-        """The same, with pictures in memory moved to a device."""
+        """Moves the images that are in memory to a device."""
         return DataSets(self.train.to(device), self.test.to(device), self.classes)
 
 
 def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
-    """Finds, downloads if need be, and where they are small decodes the pictures of a data set.
+    """Finds, downloads if need be, and where they are small decodes the images of a data set.
 
     Args:
         name: one of ``NAMED_DATASETS``, or a folder with train/<class>/* and test/<class>/* (or val/).
@@ -118,9 +118,9 @@ def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
 
 
 def check_layout(name: str) -> None:
-    """Raises UserError unless ``name`` is a data set's, or a folder's whose every class has pictures in both splits.
+    """Raises UserError unless ``name`` is a data set's, or a folder's whose every class has images in both splits.
 
-    Lists folders and reads no picture, so that it can come before anything that takes long: 100,000 files on a
+    Lists folders and reads no image, so that it can come before anything that takes long: 100,000 files on a
     local disk take 0.1 s.
     """
     _check_name(name)
@@ -172,14 +172,14 @@ def _load_digits() -> DataSets:
 
 
 def _layout(root: str) -> tuple[str, str, list[str]]:
-    """A folder's two splits and the names of its classes; raises UserError if it lacks them."""
+    """Returns a folder's two splits and the names of its classes; raises UserError if it lacks them."""
     train_dir = os.path.join(root, "train")
     test_dir = next((d for d in (os.path.join(root, s) for s in ("test", "val")) if os.path.isdir(d)), None)
     if not os.path.isdir(train_dir) or test_dir is None:
         raise UserError(f"--dataset {root} needs the folders train/<class>/ and test/<class>/ (or val/<class>/)")
     classes = _subfolders(train_dir)
     if not classes:
-        raise UserError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<picture>")
+        raise UserError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<image>")
     if unknown := sorted(set(_subfolders(test_dir)) - set(classes)):
         raise UserError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
     return train_dir, test_dir, classes
@@ -201,30 +201,30 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def _list_images(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
-    """Paths and labels, in the order of the classes and of the names in them."""
+    """Returns paths and labels, in the order of the classes and of the names in them."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = images_below(os.path.join(folder, name))
-        if not found:
+        images = images_below(os.path.join(folder, name))
+        if not images:
             raise _empty_class(os.path.join(folder, name))
-        paths += found
-        labels += [label] * len(found)
+        paths += images
+        labels += [label] * len(images)
     return paths, labels
 
 
 def _empty_class(folder: str) -> UserError:
     kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
-    return UserError(f"{folder} holds no picture ({kinds}); fill the folder or remove the class")
+    return UserError(f"{folder} holds no image ({kinds}); fill the folder or remove the class")
 
 
 def images_below(folder: str) -> list[str]:
-    """The pictures of a folder and of those in it, sorted; hidden ones are left out."""
+    """Returns the images of a folder and of those in it, sorted; hidden ones are left out."""
     return sorted(_each_image(folder))
 
 
 def _each_image(folder: str) -> Iterator[str]:
-    """The pictures of a folder, then those of the folders in it, which are not listed before."""
+    """Yields the images of a folder, then those of the folders in it, which are not listed before."""
     seen: set[str] = set()  # a link may lead back up
     for parent, subfolders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(parent))
@@ -235,7 +235,7 @@ def _each_image(folder: str) -> Iterator[str]:
 
 
 def class_names(name: str) -> list[str]:
-    """The names of a data set's classes, as ``load_datasets`` has them; neither its pictures nor a copy are needed.
+    """Returns the names of a data set's classes, as ``load_datasets`` has them; reads and downloads no image.
 
     Raises:
         UserError: no such data set, or a folder without class folders.
@@ -245,58 +245,58 @@ def class_names(name: str) -> list[str]:
     _check_name(name)
     train_dir = os.path.join(name, "train")
     if not os.path.isdir(train_dir) or not (classes := _subfolders(train_dir)):
-        raise UserError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<picture>")
+        raise UserError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<image>")
     return classes
 
 
 def read_image(path: str) -> Image.Image:
-    """Decodes a picture of any mode as RGB.
+    """Decodes an image of any mode as RGB.
 
     Raises:
         ImageError: it cannot be decoded.
     """
     try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
-                grey = np.asarray(picture).clip(0, 65535) >> 8  # Pillow would cut 16 bits off at 255
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+                grey = np.asarray(image).clip(0, 65535) >> 8  # Pillow would cut 16 bits off at 255
                 return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            return picture.convert("RGB")
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        raise ImageError(f"{path} cannot be read as a picture ({e}); repair or remove it") from e
+        raise ImageError(f"{path} cannot be read as an image ({e}); repair or remove it") from e
 
 
-def image_at(pictures: Images, index: int) -> tuple[str, Image.Image]:
-    """One picture as the data set has it, and what to call it: its path, or its number.
+def image_at(images: Images, index: int) -> tuple[str, Image.Image]:
+    """Returns a name for an image, its path or its number, and the image as the data set has it.
 
     Raises:
         ImageError: it cannot be decoded.
     """
-    if isinstance(pictures, FileImages):
-        return pictures.paths[index], read_image(pictures.paths[index])
-    return f"picture {index}", Image.fromarray(pictures.images[index].permute(1, 2, 0).cpu().numpy())
+    if isinstance(images, FileImages):
+        return images.paths[index], read_image(images.paths[index])
+    return f"image {index}", Image.fromarray(images.images[index].permute(1, 2, 0).cpu().numpy())
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W) uint8
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W) uint8
 
 
 def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
-    """All pictures as (N, 3, H, W) uint8, or None if they differ in size or take too much memory."""
+    """Decodes all images to (N, 3, H, W) uint8, or returns None if they differ in size or take too much memory."""
     first = _to_tensor(read_image(paths[0]))
     if first[0].numel() > MEMORY_IMAGE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
         return None
     images = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
 
     def decode(i: int) -> bool:
-        picture = _to_tensor(read_image(paths[i]))
-        if picture.shape != first.shape:
+        image = _to_tensor(read_image(paths[i]))
+        if image.shape != first.shape:
             return False
-        images[i] = picture
+        images[i] = image
         return True
 
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         done = pool.map(decode, range(len(paths)))
-        for same_size in tqdm(done, "Decoding", len(paths), unit="picture", leave=False, **dist_util.bar_options()):
+        for same_size in tqdm(done, "Decoding", len(paths), unit="image", leave=False, **dist_util.bar_options()):
             if not same_size:
                 pool.shutdown(cancel_futures=True)
                 return None

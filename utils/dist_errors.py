@@ -1,4 +1,4 @@
-"""Explains the end of a run of several ranks: which are gone, and which one tells the user."""
+"""Explains the end of a run of several ranks: which of them are gone, and which one prints the error."""
 
 from __future__ import annotations
 
@@ -15,40 +15,45 @@ from utils import dist_util
 
 T = TypeVar("T")
 
-
-#: A process that ends for want of another is gone after so many seconds, whatever a library still waits for.
+#: A rank that ends because it lost another is gone after so many seconds, whatever a library still waits for.
 GRACE_SECS = 20
+#: How long the store may take to answer.
+STORE_SECS = 3
 
 
 def is_error_reporter() -> bool:
-    """Whether this process is the one that tells the user how the run ended: the first of all that asks."""
+    """Asks to be the rank that prints the error; returns true on one rank of the run, the first that asks.
+
+    An action, not a getter: whoever asked and got true is expected to print.  Waits for the store at most
+    ``STORE_SECS``; a rank whose store is gone returns true if it is the first of its machine.
+    """
     group = dist_util.group()
-    if group is None:  # alone, or it met nobody
+    if group is None:  # alone, or it met no other
         return dist_util.is_first_of_machine()
-    if group.tells is None:
+    if group.error_reporter is None:
         store = group.store
-        group.tells = _within(3, lambda: store.add("told", 1) == 1, dist_util.is_first_of_machine())
-    return group.tells
+        group.error_reporter = _ask(lambda: store.add("error reporters", 1) == 1, dist_util.is_first_of_machine())
+    return group.error_reporter
 
 
-def _within(secs: float, ask: Callable[[], T], otherwise: T) -> T:
-    """What a question to the store gives; whoever keeps the store may be gone, or cut off and silent."""
+def _ask(question: Callable[[], T], default: T) -> T:
+    """Returns the store's answer, or the default: whoever keeps the store may be gone, or cut off and silent."""
     answers: list[T] = []
 
     def work() -> None:
         with contextlib.suppress(RuntimeError):
-            answers.append(ask())
+            answers.append(question())
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(secs)
-    return answers[0] if answers else otherwise
+    thread.join(STORE_SECS)
+    return answers[0] if answers else default
 
 
 def lost_contact(error: BaseException) -> str:
-    """Explains a loss that ``is_lost_contact`` found, and names the processes that do not notice it themselves.
+    """Explains a loss that ``is_lost_contact`` found, and names the ranks that do not notice it themselves.
 
-    From here on this process has ``GRACE_SECS`` to end.
+    From here on this rank has ``GRACE_SECS`` to end.
     """
     watchdog = threading.Timer(GRACE_SECS, os._exit, [1])
     watchdog.daemon = True
@@ -57,27 +62,30 @@ def lost_contact(error: BaseException) -> str:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as it has seen the death, too
     # Without the place in Gloo's source, and its advice.
     reason = re.sub(r"^\[\S*\] ?", "", str(error).strip().splitlines()[0]).split(". ")[0]
+    group = dist_util.group()
+    if group is None:
+        return f"lost contact with another rank ({reason})"
     return (
-        f"lost contact with {_who_is_lost()}: ended, cut off, or without an answer "
-        f"for {dist_util.timeout().total_seconds():.0f} s ({reason})"
+        f"lost contact with {_lost_ranks(group)}: ended, cut off, or without an answer "
+        f"for {group.timeout.total_seconds():.0f} s ({reason})"
     )
 
 
-def _who_is_lost() -> str:
-    group = dist_util.group()
-    if group is None:
-        return "another process"
+def _lost_ranks(group: dist_util.Group) -> str:
+    """Names the ranks that do not notice the loss themselves; only the error reporter, which prints them, waits."""
     store, others = group.store, set(range(dist_util.world_size())) - {dist_util.rank()}
     missing: set[int] = set()
-    here = _within(3, lambda: store.add(f"left/{dist_util.rank()}", 1), 0)
-    if not here:  # it went with the others
-        group.tells, missing = dist_util.is_first_of_machine() if group.tells is None else group.tells, others
+    has_store = _ask(lambda: store.add(f"left/{dist_util.rank()}", 1), 0)
+    if not has_store:  # it went with the others
+        missing = others
+        if group.error_reporter is None:
+            group.error_reporter = dist_util.is_first_of_machine()
     if not is_error_reporter():
         return ""
-    if here:
+    if has_store:
         time.sleep(1)  # those of the others that live notice at about the same time
-        missing = _within(3, lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
-    names = [dist_util.place(i) for i in sorted(missing)]
+        missing = _ask(lambda: {i for i in others if not store.check([f"left/{i}"])}, others)
+    names = [dist_util.describe(i) for i in sorted(missing)]
     if not names or len(names) == len(others) > 1:
-        return "the other processes"
+        return "the other ranks"
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

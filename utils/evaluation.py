@@ -1,8 +1,8 @@
-"""What an evaluation finds: the class of every test picture, and what follows from it.
+"""Results of an evaluation: the predicted class of every test image, and what follows from it.
 
-Every process predicts its share of the pictures; afterwards all know all predictions, so that the
-confusion matrix and the worst mistakes do not depend on the number of processes.  This module must not
-know models or files of pictures: it sees logits and labels.
+Every rank predicts its share of the images; afterwards all know all predictions, so that the confusion
+matrix and the worst mistakes do not depend on the number of ranks.  This module must not know models or
+image files: it sees logits and labels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class EvalResult:
     """All predictions of one evaluation, on the CPU.
 
     Attributes:
-        loss: the mean over the pictures.
+        loss: the mean over the images.
         truth, predicted: (N,) int64 numbers of classes.
         confidence: (N,) float32, the probability that the predicted class was given.
     """
@@ -33,42 +33,42 @@ class EvalResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of the pictures whose class was predicted, 0 to 1."""
+        """Share of the images whose class was predicted, 0 to 1."""
         return int((self.predicted == self.truth).sum()) / len(self.truth)
 
     def confusion(self, num_classes: int) -> np.ndarray:
-        """How often each class (row) was taken for each (column): (num_classes, num_classes) int64."""
+        """Counts how often each class (row) was taken for each (column): (num_classes, num_classes) int64."""
         pairs = self.truth * num_classes + self.predicted
         counts = torch.bincount(pairs, minlength=num_classes**2)
         return counts.view(num_classes, num_classes).numpy()
 
     def worst_mistakes(self, count: int) -> list[int]:
-        """The pictures whose wrong class was given the highest probability, the worst first."""
+        """Returns the images whose wrong class was given the highest probability, the worst first."""
         score = torch.where(self.predicted == self.truth, -1.0, self.confidence)
         best, order = score.sort(descending=True, stable=True)
         return order[:count][best[:count] >= 0].tolist()
 
 
 class Predictions:
-    """Collects this process's predictions, batch after batch; nothing leaves the device before the end."""
+    """Collects this rank's predictions, batch after batch; nothing leaves the device before the end."""
 
     def __init__(self) -> None:
         self._predicted: list[Tensor] = []
         self._confidence: list[Tensor] = []
 
     def add(self, logits: Tensor) -> None:
-        """One batch's logits (B, num_classes), float32."""
+        """Adds one batch's logits (B, num_classes), float32."""
         predicted = logits.argmax(dim=1)
         self._predicted.append(predicted)
         self._confidence.append(logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0])
 
-    def evaluation(self, labels: Tensor, loss_sum: Tensor, rank: int = 0, world_size: int = 1) -> EvalResult:
-        """What all processes found together; each must take part.
+    def result(self, labels: Tensor, loss_sum: Tensor, rank: int = 0, world_size: int = 1) -> EvalResult:
+        """Gathers the predictions of all ranks; each must take part.
 
         Args:
-            labels: (N,) of all pictures, of which this process saw every ``world_size``-th from ``rank`` on.
-            loss_sum: over all pictures.
-            rank, world_size: this process among all.
+            labels: (N,) of all images, of which this rank saw every ``world_size``-th from ``rank`` on.
+            loss_sum: over all images.
+            rank, world_size: this rank among all.
         """
         both = torch.zeros(2, len(labels), device=loss_sum.device)  # float32 holds classes up to 2**24
         if self._predicted:

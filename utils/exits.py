@@ -28,13 +28,13 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
         return 2 if e.input_error else 1
     except BaseException as e:
         code = _code(e)
+        message = "; ".join([_message(e), *notes(e)])  # of a lost rank: on every rank, for so they learn which it is
         reports = (
             dist_errors.is_error_reporter()
         )  # asked before a bug, too: then no other rank says that it lost this one
         if code is None:
             raise
         if reports:
-            message = "; ".join([_message(e), *notes(e)])
             print(f"{program}: error:", " ".join(message.split()), file=sys.stderr)
         return code
 

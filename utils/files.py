@@ -84,7 +84,7 @@ class NotWritten(OSError):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What happened: torch.save reports a full disk, and a signal in the middle, as RuntimeErrors that came of it."""
+    """Finds the cause: torch.save reports a full disk, and a signal in the middle, as RuntimeErrors that came of it."""
     while isinstance(error, RuntimeError) and error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,6 +1,6 @@
-"""What a process computes with: its device, its share of the processors, and memory that it keeps.
+"""The hardware of one process: its device, its share of the processors, and memory that it keeps.
 
-Knows of other processes only how many a launcher started on this machine, and which of them this one is.
+Knows of other ranks only how many a launcher started on this machine, and which of them this one is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from utils.errors import UserError
 #: The variables that a process, here the launcher, was started with; on Linux.
 LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
-#: What cuBLAS must be told to add up in one order; source: pytorch.org/docs/stable/notes/randomness.html.
+#: Settings with which cuBLAS adds up in one order; source: pytorch.org/docs/stable/notes/randomness.html.
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device that this process computes on, made ready for it; see ``dist_util.setup``.
+    """Returns the device that this process computes on, made ready for it; see ``dist_util.setup``.
 
     Raises:
         UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
@@ -38,7 +38,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         raise UserError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
     if kind == "cuda":
         if env_rank >= torch.cuda.device_count():
-            raise UserError(f"process {env_rank} of this machine finds {torch.cuda.device_count()} GPUs; start fewer")
+            raise UserError(f"local rank {env_rank} finds {torch.cuda.device_count()} GPUs; start fewer processes")
         torch.cuda.set_device(env_rank)
     if kind == "cpu":
         _keep_freed_memory()
@@ -46,7 +46,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def device_type(name: str) -> str:
-    """The kind of device that --device means here; raises UserError if there is none."""
+    """Returns the kind of device that --device means here; raises UserError if there is none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if "WORLD_SIZE" in os.environ:
         if name == "mps":
@@ -72,20 +72,20 @@ def make_deterministic() -> None:
             f"expected {' or '.join(CUBLAS_WORKSPACES)}; unset it"
         )
     torch.use_deterministic_algorithms(True)
-    # It takes time, and nothing here reads such memory.
+    # Filling takes time, and nothing here reads such memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device.  The host does not wait for CUDA, for which the source may be let go of at once."""
+    """Moves a tensor to a device.  The host does not wait for CUDA, and may let go of the source at once."""
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 def _keep_freed_memory() -> None:
     """Lets the C library keep what tensors free, for the next ones.
 
-    By default glibc gives blocks of megabytes back to the kernel at once, and every update faults its
+    By default glibc gives blocks of megabytes back to the kernel at once, and every step faults its
     activations in anew: a tenth of its time.  Elsewhere than on glibc nothing happens.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
@@ -96,7 +96,7 @@ def _keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the hardware that computes."""
+    """Returns the name of the hardware that computes, as its maker gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -111,7 +111,7 @@ def device_name(device: torch.device) -> str:
 
 
 def num_cpus() -> int:
-    """Processors that this process may use: its share, where a launcher started several on this machine."""
+    """Counts the processors that this process may use: its share, where a launcher started several on this machine."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(there // _local_world_size(), 1)
 
@@ -128,13 +128,13 @@ def _number(variable: str, otherwise: int) -> int:
 
 
 def share_processors() -> None:
-    """Gives each process its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
+    """Gives each rank its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
     if _local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
         torch.set_num_threads(num_cpus())
 
 
 def _set_by_torchrun() -> bool:
-    """Whether OMP_NUM_THREADS is torchrun's own 1: then it is not in the environment that torchrun was given."""
+    """Recognises torchrun's own OMP_NUM_THREADS=1, which is not in the environment that torchrun was given."""
     if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Reads what files beside weights tell of the model: this project's .json, and the config.json of timm, transformers.
+"""Reads weights and the metadata beside them: this project's .json, or the config.json of timm or transformers.
 
 Sources: transformers (``configuration_vit.py``, ``image_processing_vit.py``) and timm (``models/_hub.py``).  This
 module must not know models.
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from utils import checkpoint
+from utils import checkpoint, weights
 from utils.errors import UserError
 from utils.weights import Weights
 
@@ -34,17 +34,17 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Metadata:
-    """Facts about a model that files beside its weights tell; None where nothing tells one.
+    """Facts about a model from files beside its weights; None where no file has one.
 
     Attributes:
-        source: the file that tells it.
+        source: the file.
         model_type, img_size, gelu: as the flags.
         classes: their names, in the order of the head's outputs.
         num_heads: attention heads.
         pooling: how tokens become features: "token" is the class token, as here.
-        images_source: the file that tells what follows, where it is another.
+        images_source: the file that has what follows, where it is another.
         mean, std: what images are normalised with, for values from 0 to 1.
-        description: all that this project's own .json tells, where it is that.
+        own: the whole of this project's own .json, where it is that.
     """
 
     source: str
@@ -57,7 +57,7 @@ class Metadata:
     images_source: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    description: checkpoint.CheckpointMetadata | None = None
+    own: checkpoint.CheckpointMetadata | None = None
 
     def check(self, num_heads: int) -> None:
         """Compares what weights do not show with what this project's models compute.
@@ -66,11 +66,11 @@ class Metadata:
             UserError: the model has another activation, pooling or number of attention heads.
         """
         if self.gelu not in (None, *GELUS):
-            raise UserError(f"{self.source} tells of the activation {self.gelu}; known are {', '.join(_GELUS)}")
+            raise UserError(f"{self.source} has the activation {self.gelu}; known are {', '.join(_GELUS)}")
         if self.num_heads not in (None, num_heads):
-            raise UserError(f"{self.source} tells of {self.num_heads} attention heads, expected {num_heads}")
+            raise UserError(f"{self.source} has {self.num_heads} attention heads, expected {num_heads}")
         if self.pooling != "token":
-            raise UserError(f"{self.source} tells of a model that pools its tokens by {self.pooling}, expected token")
+            raise UserError(f"{self.source} is of a model that pools its tokens by {self.pooling}, expected token")
         mean, std = self.mean or MEAN, self.std or STD
         if (mean, std) != (MEAN, STD):
             logger.warning(
@@ -79,25 +79,48 @@ class Metadata:
             )  # fmt: skip
 
 
-def read_beside(weights: Weights) -> Metadata | None:
-    """Reads what stands beside weights; returns None if nothing does.
+def open_weights(path: str, strict: bool) -> Weights:
+    """Reads a file of weights, or the one in a folder, and the metadata beside it.
+
+    Args:
+        path: as for ``weights.read``.
+        strict: metadata that cannot be read, or is of other weights, is an error; else a warning, and left out.
+
+    Raises:
+        UserError: they cannot be read; the message begins with the path.
+    """
+    try:
+        path = weights.file_in(path) if os.path.isdir(path) else path
+        file = weights.read(path)
+    except UserError as e:
+        raise UserError(f"{path} cannot be loaded: {e}") from e
+    try:
+        return replace(file, metadata=read_beside(file))
+    except UserError as e:
+        if strict:
+            raise
+        logger.warning("%s", e)
+        return file
+
+
+def read_beside(file: Weights) -> Metadata | None:
+    """Reads the metadata beside weights; returns None without any.
 
     Raises:
         UserError: a file there cannot be read, or is of other weights.
     """
-    description = None
-    if os.path.isfile(checkpoint.metadata_path(weights.path)):
+    beside = checkpoint.metadata_path(file.path)
+    if os.path.isfile(beside):
         try:
-            tensors = weights.tensors()
-        except TypeError as e:  # arrays of a kind that no description is of
-            raise UserError(f"{weights.path} holds more than numbers of this machine ({e})") from e
-        description = checkpoint.read_metadata(weights.path, tensors)
-    if description is not None:
-        source, d = checkpoint.metadata_path(weights.path), description
-        return Metadata(source, d.model_type, d.img_size, d.gelu, d.classes, description=d)
-    if weights.path.endswith(".npz"):
+            tensors = file.tensors()
+        except TypeError as e:  # arrays of a kind that no metadata is of
+            raise UserError(f"{file.path} holds more than numbers of this machine ({e})") from e
+        own = checkpoint.read_metadata(file.path, tensors)
+        if own is not None:
+            return Metadata(beside, own.model_type, own.img_size, own.gelu, own.classes, own=own)
+    if file.path.endswith(".npz"):
         return None
-    folder = os.path.dirname(weights.path)
+    folder = os.path.dirname(file.path)
     sources = [os.path.join(folder, name) for name in ("config.json", "preprocessor_config.json")]
     config, images = map(_read_json, sources)
     if config is None and images is None:
@@ -106,15 +129,15 @@ def read_beside(weights: Weights) -> Metadata | None:
     try:
         if config is not None and ("pretrained_cfg" in config or "architecture" in config):
             return _from_timm(source, config)
-        told = _from_transformers(source, config or {})
+        metadata = _from_transformers(source, config or {})
         source = sources[1]
-        return replace(told, images_source=source, **_normalisation(images or {}))
+        return replace(metadata, images_source=source, **_normalisation(images or {}))
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{source} does not describe a model as timm or transformers do ({e}); remove it") from e
 
 
 def _read_json(path: str) -> dict[str, Any] | None:
-    """A file's dictionary; None where there is no file.
+    """Returns a file's dictionary; None where there is no file.
 
     Raises:
         UserError: it holds something else.
@@ -123,12 +146,12 @@ def _read_json(path: str) -> dict[str, Any] | None:
         return None
     try:
         with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+            content = json.load(f)
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read ({e}); repair or remove it") from e
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} cannot be read (it holds no dictionary); repair or remove it")
-    return found
+    return content
 
 
 def _from_transformers(source: str, config: dict[str, Any]) -> Metadata:
@@ -142,12 +165,12 @@ def _from_transformers(source: str, config: dict[str, Any]) -> Metadata:
         img_size=_side(config.get("image_size")),
         gelu=_gelu(config.get("hidden_act")),
         classes=classes,
-        num_heads=_whole(config.get("num_attention_heads")),
+        num_heads=_count(config.get("num_attention_heads")),
     )
 
 
 def _normalisation(images: dict[str, Any]) -> dict[str, Any]:
-    """The mean and std of transformers' image processor."""
+    """Returns the mean and std of transformers' image processor."""
     if images.get("do_normalize") is False:
         return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     return {"mean": _triple(images.get("image_mean")), "std": _triple(images.get("image_std"))}
@@ -163,7 +186,7 @@ def _from_timm(source: str, config: dict[str, Any]) -> Metadata:
         img_size=_side(given.get("img_size") or (images.get("input_size") or (None,))[-1]),
         gelu=_gelu(given.get("act_layer", "gelu")),
         classes=[str(name) for name in classes] if isinstance(classes, list) and classes else None,
-        num_heads=_whole(given.get("num_heads")),
+        num_heads=_count(given.get("num_heads")),
         pooling=str(pooling),
         mean=_triple(images.get("mean")),
         std=_triple(images.get("std")),
@@ -171,40 +194,29 @@ def _from_timm(source: str, config: dict[str, Any]) -> Metadata:
 
 
 def _side(size: Any) -> int | None:
-    """The side of square images in pixels; None if it is not told.
-
-    Raises:
-        UserError: they are not square.
-    """
-    sides = set(size) if isinstance(size, list) else {size}
-    if len(sides) != 1:
-        raise UserError(f"its images are {size} pixels, not square")
-    return _whole(sides.pop())
+    """Returns the side of square images in pixels, of a number or a list of equal ones; None for none."""
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    return _count(size)
 
 
-def _whole(number: Any) -> int | None:
-    """A number of pixels or heads; None if it is not told.
-
-    Raises:
-        UserError: it is no whole number of at least 1.
-    """
-    if number is None:
-        return None
-    if isinstance(number, bool) or float(number) != int(number) or int(number) < 1:
-        raise UserError(f"{number!r} is no whole number of at least 1")
-    return int(number)
+def _count(number: Any) -> int | None:
+    """Returns a number of pixels or heads; None for none."""
+    if number is not None and (type(number) is not int or number < 1):
+        raise ValueError(f"{number!r} is no whole number of at least 1")
+    return number
 
 
 def _gelu(name: str | None) -> str | None:
-    """An activation as --gelu has it, or as it is told if it is another."""
+    """Returns an activation as --gelu has it, or as it is called if it is another."""
     return None if name is None else _GELUS.get(name, name)
 
 
 def _triple(values: Any) -> tuple[float, ...] | None:
-    """A value for each channel, whether one is told for all or each."""
+    """Returns a value for each channel, of one for all or one each; None for none."""
     if values is None:
         return None
-    each = tuple(float(x) for x in values) if isinstance(values, list) else (float(values),)
+    each = tuple(map(float, values if isinstance(values, list) else [values]))
     if len(each) not in (1, 3):
-        raise UserError(f"{values} is not for three channels")
+        raise ValueError(f"{values} is not for three channels")
     return each * (3 // len(each))

@@ -1,7 +1,7 @@
-"""Learning-rate schedules: the factor of the base rate that an update uses.
+"""Learning-rate schedules: the factor of the peak learning rate that a step uses.
 
 Source: the reference script's WarmupCosineSchedule and WarmupLinearSchedule, as functions of the
-update's number, so that a schedule has no state to save and no order to call it in.
+step's number, so that a schedule has no state to save and no order to call it in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DECAY_TYPES = ("cosine", "linear")
 
 
 def make_schedule(decay_type: str, warmup_steps: int, num_steps: int) -> Schedule:
-    """A function from the update's number k = 1..num_steps to the factor of the base learning rate.
+    """Returns a function from the step's number k = 1..num_steps to the factor of the peak learning rate.
 
     It rises linearly to 1 at ``warmup_steps`` and falls to 0 at ``num_steps``, along half a cosine or
     a line.

@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM, so that the update in hand can be finished and saved.
+    """Notes the first SIGINT or SIGTERM, so that the step in hand can be finished and saved.
 
     A second one raises ``Stopped`` wherever the program is, and one that comes while a stopped run is
     tidied up ends the process on the spot.  A context manager; without a signal in it, and outside the
@@ -54,7 +54,7 @@ class StopSignal:
             signal.signal(number, self._leave if self.number else handler)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        os._exit(128 + number)  # an exception could come where Python would print it and go on
+        os._exit(128 + number)  # an exception could come where Python would print it and continue
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -62,14 +62,14 @@ class StopSignal:
         self.number = number
         if dist_util.is_main():  # logging is not made to be called from here
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing the update in hand and saving; once more stops at once\n".encode())
+            os.write(2, f"\n{name}: finishing the step in hand and saving; once more stops at once\n".encode())
 
     def now(self) -> bool:
-        """Whether this process, the only one of the run, should leave what it is at."""
+        """Tells if this rank, the only one of the run, should leave its evaluation."""
         return bool(self.number) and dist_util.world_size() == 1
 
     def any_rank(self) -> int:
-        """The number of a signal that any process of the run got, or 0; every process must ask."""
+        """Returns the number of a signal that any rank got, or 0; every rank must ask."""
         return dist_util.max_over_ranks(self.number)
 
 

@@ -12,6 +12,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ _OTHER_FILES = (
 )
 
 
+@dataclass(frozen=True)
 class Weights:
     """The contents of a file of weights.
 
@@ -58,13 +60,15 @@ class Weights:
         path: the file; the one that was read, if a folder was named.
         arrays: numbers by the names in the file, without what wrappers put before all of them.  Half precision of
             PyTorch's and safetensors' files is float32 here; an .npz's arrays are as they are.
+        metadata: a ``metadata.Metadata`` of files beside it, which ``metadata.open_weights`` reads; None without one.
     """
 
-    def __init__(self, path: str, arrays: dict[str, np.ndarray]) -> None:
-        self.path, self.arrays = path, arrays
+    path: str
+    arrays: dict[str, np.ndarray]
+    metadata: Any = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The arrays as tensors, which share their memory: what a description's checksum is of."""
+        """Returns the arrays as tensors, which share their memory; metadata has their checksum."""
         return {name: torch.from_numpy(np.require(x, requirements="W")) for name, x in self.arrays.items()}
 
 
@@ -92,10 +96,10 @@ def _indices(folder: str) -> list[str]:
 
 
 def file_in(folder: str) -> str:
-    """The file of weights in a folder.
+    """Returns the file of weights in a folder.
 
     Raises:
-        UserError: there is none, or it is in several parts, or nothing tells which it is.
+        UserError: there is none, or it is sharded, or there are several.
     """
     names = sorted(os.listdir(folder))
     for name in FOLDER_FILES:
@@ -107,12 +111,12 @@ def file_in(folder: str) -> str:
     candidates = [name for name in endings if not name.endswith("_last.pt")]  # training states
     if len(candidates) == 1:
         return os.path.join(folder, candidates[0])
-    found = f"has several files of weights ({', '.join(candidates[:5])}); name one" if candidates else "has no weights"
-    raise UserError(f"it is a folder that {found}; expected {' or '.join(FOLDER_FILES)}")
+    fault = f"has several files of weights ({', '.join(candidates[:5])}); name one" if candidates else "has no weights"
+    raise UserError(f"it is a folder that {fault}; expected {' or '.join(FOLDER_FILES)}")
 
 
 def kind_of(path: str) -> str:
-    """The format of a file, by its first bytes: npz, safetensors or torch.
+    """Returns the format of a file, by its first bytes: npz, safetensors or torch.
 
     Raises:
         UserError: it is none of these.
@@ -215,24 +219,24 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: str) -> dict[str, np.ndarray]:
-    found = checkpoint.load_torch(path)
-    if isinstance(found, dict) and {"format", "step", "optimizer"} <= found.keys():
+    content = checkpoint.load_torch(path)
+    if isinstance(content, dict) and {"format", "step", "optimizer"} <= content.keys():
         best = path.removesuffix("_last.pt") if path.endswith("_last.pt") else "<name>"
         raise UserError(f"it is a training state, which --resume takes; give the weights: {best}_checkpoint.bin")
-    found = _unwrapped(found)
-    if not isinstance(found, Mapping) or not found:
+    state = _unwrapped(content)
+    if not isinstance(state, Mapping) or not state:
         raise UserError(f"it holds no state_dict (names and tensors); {checkpoint.SAVE_REMEDY}")
-    if odd := [str(name) for name, x in found.items() if not isinstance(x, Tensor)]:
+    if odd := [str(name) for name, x in state.items() if not isinstance(x, Tensor)]:
         raise UserError(
             f"it holds no state_dict (names and tensors): {', '.join(odd[:3])} is something else; "
             f"{checkpoint.SAVE_REMEDY}"
         )
-    checkpoint.check_tensors(path, found.values())
-    return _arrays({str(name): x for name, x in found.items()})
+    checkpoint.check_tensors(path, state.values())
+    return _arrays({str(name): x for name, x in state.items()})
 
 
 def _unwrapped(value: Any) -> Any:
-    """A state_dict without what programs wrap one in."""
+    """Returns a state_dict without what programs wrap one in."""
     while isinstance(value, dict):
         inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict) and value[key]), None)
         if inner is None:
@@ -242,7 +246,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Tensors as arrays, half precision as float32, under names without what wrappers put before all of them."""
+    """Returns tensors as arrays, half precision as float32, under names without what wrappers put before all."""
     names = list(tensors)
     if not names:
         raise UserError("it holds no tensors")

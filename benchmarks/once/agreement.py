@@ -1,12 +1,12 @@
-"""How closely the models agree with timm's, and what they cost.
+"""Agreement of the models with timm's, and their cost.
 
     python -m benchmarks.once.agreement [--models ViT-B_32 ...]
 
-For every model that Google publishes: parameters, GFLOPs of one picture, and the largest difference of
+For every model that Google publishes: parameters, GFLOPs of one image, and the largest difference of
 the logits from timm's, relative to the largest logit, both models loaded from the same random
 checkpoint in Google's layout.  Where timm departs from Google's code (position embeddings, and in the
-hybrids weight standardisation and the norms' epsilon) it is put right first.  Prints the numbers of the
-README's table; needs timm.
+hybrids weight standardisation and the norms' epsilon) it is put right first.  Prints the table of
+docs/results.md; needs timm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def random_checkpoint(config: ViTConfig, img_size: int = 224, num_classes: int = NUM_CLASSES) -> dict[str, np.ndarray]:
-    """Arrays in Google's layout whose sizes keep activations near 1, from a fixed seed."""
+    """Returns arrays in Google's layout whose sizes keep activations near 1, from a fixed seed."""
     arrays = {}
     for entry in npz.layout(config, img_size, num_classes):
         x = np.random.default_rng(zlib.crc32(entry.google.encode())).standard_normal(entry.shape, np.float32)
@@ -49,7 +49,7 @@ def random_checkpoint(config: ViTConfig, img_size: int = 224, num_classes: int =
 
 
 def cost(config: ViTConfig) -> tuple[int, float]:
-    """Parameters with 1000 classes at 224 px, and GFLOPs of one picture (a multiply-add is two)."""
+    """Returns the parameters with 1000 classes at 224 px, and the GFLOPs of one image (a multiply-add is two)."""
     with torch.device("meta"):
         model = VisionTransformer(config, 224, NUM_CLASSES).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -68,7 +68,7 @@ TIMM_HYBRIDS = {
 
 
 def timm_model(config: ViTConfig, img_size: int, num_classes: int) -> Any:
-    """timm's model of this shape, its initial values left out; what is not loaded afterwards shows as NaN."""
+    """Returns timm's model of this shape, its initial values left out; what is not loaded afterwards shows as NaN."""
     import timm.models
 
     with torch.device("meta"):
@@ -103,7 +103,7 @@ def timm_model(config: ViTConfig, img_size: int, num_classes: int) -> Any:
 
 
 def standardised_as_google(self: Any, x: Tensor) -> Tensor:
-    """timm's StdConv2dSame with (w - mean) / (std + 1e-5), where timm has sqrt(var + eps)."""
+    """Computes timm's StdConv2dSame with (w - mean) / (std + 1e-5), where timm has sqrt(var + eps)."""
     from timm.layers import pad_same
 
     std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
@@ -113,14 +113,14 @@ def standardised_as_google(self: Any, x: Tensor) -> Tensor:
 
 
 def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x: Tensor) -> Tensor:
-    """What timm's model computes from a checkpoint in Google's layout, its known deviations put right.
+    """Returns the logits of timm's model with a checkpoint in Google's layout, its known deviations put right.
 
     Args:
         path: the .npz file.
         config: the architecture.
-        img_size: side of the pictures in pixels.
+        img_size: side of the images in pixels.
         num_classes: outputs of the head; 0 for the class token after the last norm.
-        x: pictures (B, 3, img_size, img_size), in the number format to compute in.
+        x: images (B, 3, img_size, img_size), in the number format to compute in.
     """
     from timm.layers import StdConv2dSame
 
@@ -138,7 +138,7 @@ def timm_logits(path: str, config: ViTConfig, img_size: int, num_classes: int, x
 
 
 def difference(config: ViTConfig, path: str, img_size: int, dtype: torch.dtype) -> float:
-    """Largest difference of the logits from timm's, relative to the largest logit."""
+    """Returns the largest difference of the logits from timm's, relative to the largest logit."""
     with torch.device("meta"):
         model = VisionTransformer(config, img_size, NUM_CLASSES)
     model = model.to_empty(device="cpu").eval()
@@ -152,7 +152,7 @@ def difference(config: ViTConfig, path: str, img_size: int, dtype: torch.dtype) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     p = argparse.ArgumentParser(description="Agreement with timm, and cost, of the published models.")
     p.add_argument("--models", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED), metavar="MODEL")
     args = p.parse_args(argv)

@@ -1,4 +1,4 @@
-"""How much each known deviation from Google's code or the reference script matters.
+"""Size of the effect of each known deviation from Google's code or the reference script.
 
     python -m benchmarks.once.deviations [--only WORD ...] [--seeds 5]
 
@@ -6,12 +6,12 @@ Prints, in the order of docs/deviations.md where the numbers stand:
 
 * for a random checkpoint in Google's layout, the largest difference of the logits, relative to the
   largest logit;
-* what follows from arithmetic alone: learning rates, crops, grey levels;
-* for short fine-tunings of the demo model on the digits (benchmarks/recipes.py), accuracy and loss on
-  the test pictures less those of this project's way with the same seed: mean over the seeds, and the
+* differences by arithmetic alone: learning rates, crops, grey levels;
+* for short fine-tunings of the demo model on the digits (benchmarks/once/recipes.py), accuracy and loss on
+  the test images less those of this project's way with the same seed: mean over the seeds, and the
   standard error of that mean.
 
-``--only`` takes parts of the lines' names.  Everything takes about a quarter of an hour on one core.
+``--only`` takes words of the lines' names.  Everything takes about a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from utils.scheduler import make_schedule
 
 
 def checkpoint(config: ViTConfig) -> dict[str, np.ndarray]:
-    """A random checkpoint whose convolutions have channels of different means and spreads, as trained ones."""
+    """Makes a random checkpoint whose convolutions have channels of different means and spreads, as trained ones."""
     arrays = random_checkpoint(config)
     rng = np.random.default_rng(0)
     for name, x in arrays.items():
@@ -51,7 +51,7 @@ def checkpoint(config: ViTConfig) -> dict[str, np.ndarray]:
 
 
 def logits(config: ViTConfig, arrays: dict[str, np.ndarray], img_size: int = 224) -> Tensor:
-    """(2, 1000) logits of two random pictures."""
+    """Returns (2, 1000) logits of two random images."""
     model = VisionTransformer(config, img_size, NUM_CLASSES).eval()
     model.load_from(arrays)
     x = torch.rand(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -60,12 +60,12 @@ def logits(config: ViTConfig, arrays: dict[str, np.ndarray], img_size: int = 224
 
 
 def symmetric_padding(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """The reference's: both sides of a convolution alike, none before the pooling (which pads with -inf here)."""
+    """Pads as the reference: both sides of a convolution alike, none before the pooling (which pads with -inf here)."""
     return x if value else F.pad(x, [(kernel - 1) // 2] * 4)
 
 
 def sqrt_standardisation(self: modeling_resnet.StdConv2d, x: Tensor) -> Tensor:
-    """The reference's: sqrt(var + eps) instead of std + eps."""
+    """Standardises as the reference, by sqrt(var + eps) instead of std + eps."""
     var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
     w = (self.weight - mean) / torch.sqrt(var + 1e-5)
     return F.conv2d(modeling_resnet.pad_same(x, self.kernel_size[0], self.stride[0]), w, stride=self.stride)
@@ -73,7 +73,7 @@ def sqrt_standardisation(self: modeling_resnet.StdConv2d, x: Tensor) -> Tensor:
 
 @contextmanager
 def a_group_per_channel() -> Iterator[None]:
-    """The reference's norm of the shortcuts."""
+    """Gives shortcuts the reference's norm."""
     build = modeling_resnet.ResidualUnit.__init__
 
     def build_otherwise(self: modeling_resnet.ResidualUnit, *args: int) -> None:
@@ -86,7 +86,7 @@ def a_group_per_channel() -> Iterator[None]:
 
 
 def scipy_positions(positions: np.ndarray, grid: int) -> np.ndarray:
-    """Google's: ``scipy.ndimage.zoom``, which leaves the last row and column of some grids at zero."""
+    """Resizes as Google, by ``scipy.ndimage.zoom``, which leaves the last row and column of some grids at zero."""
     from scipy import ndimage
 
     old = round((positions.shape[1] - 1) ** 0.5)
@@ -95,7 +95,7 @@ def scipy_positions(positions: np.ndarray, grid: int) -> np.ndarray:
 
 
 def change(got: Tensor, expected: Tensor) -> str:
-    """The largest difference of two models' logits, relative to the largest logit."""
+    """Returns the largest difference of two models' logits, relative to the largest logit."""
     return f"logits {((got - expected).abs().max() / expected.abs().max()).item():.1e}"
 
 
@@ -114,7 +114,7 @@ def stem(patch: Callable[[], AbstractContextManager]) -> str:
 
 
 def positions(model_type: str, img_size: int, deviation: float) -> str:
-    """The change of the logits by scipy's rounding error, of a checkpoint for 224 px."""
+    """Returns the change of a 224 px checkpoint's logits by scipy's rounding error."""
     config = CONFIGS[model_type]
     arrays = random_checkpoint(config)
     arrays[npz.POSITIONS] *= np.float32(deviation / arrays[npz.POSITIONS].std())
@@ -144,7 +144,7 @@ MODELS: dict[str, Callable[[], str]] = {
 
 
 def affected_grids() -> str:
-    """Which of the position embeddings' grids scipy's rounding error touches."""
+    """Lists the position embeddings' grids that scipy's rounding error touches."""
     pairs = []
     for old in range(2, 61):
         for new in range(2, 61):
@@ -156,7 +156,7 @@ def affected_grids() -> str:
 
 
 def rates() -> str:
-    """What counting from 0 changes at the command line's defaults."""
+    """Compares learning rates counted from 0 and from 1, at the command line's defaults."""
     text = []
     for decay_type in ("cosine", "linear"):
         f = make_schedule(decay_type, warmup_steps=500, num_steps=10000)
@@ -166,7 +166,7 @@ def rates() -> str:
 
 
 def crop_areas() -> str:
-    """Which share of a picture of 32 px the crops keep on average."""
+    """Compares the share of a 32 px image that crops keep on average."""
     draws = torch.rand(100_000, augment.NUM_DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shares = [
         boxes(draws, 32, 32)[:, 2:].prod(dim=1).double().mean().item() / 32**2
@@ -176,7 +176,7 @@ def crop_areas() -> str:
 
 
 def grey_levels() -> str:
-    """TensorFlow's resize less Pillow's, in grey levels, of two photographs (scikit-learn's)."""
+    """Compares TensorFlow's resize with ours, in grey levels, of two photographs (scikit-learn's)."""
     from sklearn.datasets import load_sample_images
 
     text = []
@@ -204,7 +204,7 @@ ARITHMETIC: dict[str, Callable[[], str]] = {
 
 
 def spread(values: list[float], scale: float = 1.0) -> str:
-    """Mean and its standard error, to the error's second digit."""
+    """Formats the mean and its standard error, to the error's second digit."""
     x = scale * np.array(values)
     error = x.std(ddof=1) / len(x) ** 0.5
     decimals = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 2
@@ -232,7 +232,7 @@ def whole_batches(seeds: range) -> str:
     results = [recipes.train(recipes.OURS, seed) for seed in seeds]
     kept = len(results[0][0]) // 64 * 64
     points = [(right[:kept].mean() - right.mean()).item() for right, _ in results]
-    return f"{kept} of {len(results[0][0])} pictures, {spread(points, 100)} points"
+    return f"{kept} of {len(results[0][0])} images, {spread(points, 100)} points"
 
 
 def batch_means(seeds: range) -> str:
@@ -249,7 +249,7 @@ EVALUATIONS: dict[str, Callable[[range], str]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one line a deviation."""
-    p = argparse.ArgumentParser(description="What known deviations change.")
+    p = argparse.ArgumentParser(description="The effects of known deviations.")
     p.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="lines whose names have one of these")
     p.add_argument("--seeds", type=int, default=5, help="trainings of each kind")
     args = p.parse_args(argv)

@@ -1,9 +1,9 @@
-"""Makes checkpoint/ViT-demo.npz: pretrains ViT-demo on a folder of small pictures, without their labels.
+"""Makes checkpoint/ViT-demo.npz: pretrains ViT-demo on a folder of small images, without their labels.
 
     python -m benchmarks.once.pretrain_demo --dataset DIR --fp16
 
 DIR has train/<class>/* and test/<class>/*; checkpoint/README.md says what the file that ships was made
-from.  Every picture is a class of its own, to be recognised from a random crop of its sketch: a grey
+from.  Every image is a class of its own, to be recognised from a random crop of its sketch: a grey
 8x8 version with hard edges (instance discrimination, after Dosovitskiy et al., arXiv 1406.6909).  That
 asks for shapes rather than colours, which is what the handwritten digits of the demonstration need.
 AdamW, which train.py does not offer, because a small transformer learns slowly from scratch with SGD.
@@ -30,21 +30,22 @@ from models.configs import CONFIGS, DEMO
 from models.modeling import VisionTransformer
 from tools import _cli
 from utils import augment, data_utils, datasets, files
+from utils.errors import UserError
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
 IMG_SIZE = 32
 SKETCH_SIZE = 8
-#: Outputs of the head of zeros that is written: the pictures' own 10,000 would take more than the rest.
+#: Outputs of the head of zeros that is written: the images' own 10,000 would take more than the rest.
 NUM_CLASSES = 10
 
 logger = logging.getLogger("pretrain_demo")
 
 
 def sketches(images: Tensor) -> Tensor:
-    """Grey, coarse, nearly black and white: (N, 3, H, W) uint8 -> (N, 3, IMG_SIZE, IMG_SIZE) uint8.
+    """Makes images grey, coarse, nearly black and white: (N, 3, H, W) uint8 -> (N, 3, IMG_SIZE, IMG_SIZE) uint8.
 
-    The darker 60 % of a picture become its ground, the rest its drawing.
+    The darker 60 % of an image become its ground, the rest its drawing.
     """
     grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SKETCH_SIZE)  # (N, 1, 8, 8)
     low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
@@ -56,7 +57,7 @@ def sketches(images: Tensor) -> Tensor:
 
 
 def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> VisionTransformer:
-    """Trains from random weights to tell the pictures (N, 3, H, W) apart."""
+    """Trains from random weights to tell the images (N, 3, H, W) apart."""
     torch.manual_seed(args.seed)
     model = VisionTransformer(CONFIGS[DEMO], IMG_SIZE, num_classes=len(images))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
@@ -64,9 +65,9 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
     transform = augment.TrainTransform(IMG_SIZE)
     sampler = data_utils.StepSampler(len(images), args.batch_size, transform.num_draws, args.seed)
     steps = range(1, args.num_steps + 1)
-    pictures = datasets.MemoryImages(sketches(images), torch.arange(len(images)))
+    drawn = datasets.MemoryImages(sketches(images), torch.arange(len(images)))
     batches = data_utils.train_batches(
-        pictures, sampler, steps, args.batch_size, transform, precision.device, num_workers=0
+        drawn, sampler, steps, args.batch_size, transform, precision.device, num_workers=0
     )
     loss_sum = 0.0
     for step, (x, labels) in zip(tqdm(steps, "Pretraining", unit="step", mininterval=10), batches):
@@ -86,13 +87,13 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
 
 
 def make_parser() -> _cli.Parser:
-    """Every flag of the command line."""
+    """Returns the parser of the command line."""
     p = _cli.Parser("pretrain_demo", __doc__)
     p.add_argument("--dataset", required=True, help="a folder with train/<class>/* and test/<class>/*")
     p.add_argument("--output", default=f"checkpoint/{DEMO}.npz", metavar="FILE", help="the .npz to write")
-    p.add_argument("--num_steps", type=_cli.parse_positive, default=12000, help="updates")
-    p.add_argument("--batch_size", type=_cli.parse_positive, default=128, help="pictures of one update")
-    p.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW, at its highest")
+    p.add_argument("--num_steps", type=_cli.parse_positive, default=12000, help="steps of AdamW")
+    p.add_argument("--batch_size", type=_cli.parse_positive, default=128, help="images of one step")
+    p.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     p.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order and the crops")
     p.add_argument("--fp16", action="store_true", help="bfloat16 autocast")
@@ -100,17 +101,17 @@ def make_parser() -> _cli.Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pretrains and writes the file; returns the exit status.
+    """Pretrains and writes the file; returns the exit code.
 
     Raises:
-        ValueError: the user got something wrong.
+        UserError: the user got something wrong.
         OSError: the file could not be written.
     """
     _cli.check_output(args.output)
-    pictures = datasets.load_datasets(args.dataset, "./data", num_workers=2).train
-    if not isinstance(pictures, datasets.MemoryImages):
-        raise ValueError(f"--dataset {args.dataset}: expected small pictures, all of one size")
-    model = pretrain(args, pictures.images, Precision(torch.device("cpu"), "O1" if args.fp16 else "O0"))
+    images = datasets.load_datasets(args.dataset, "./data", num_workers=2).train
+    if not isinstance(images, datasets.MemoryImages):
+        raise UserError(f"--dataset {args.dataset}: expected small images, all of one size")
+    model = pretrain(args, images.images, Precision(torch.device("cpu"), "O1" if args.fp16 else "O0"))
     state = model.state_dict()
     state["head.weight"], state["head.bias"] = (
         torch.zeros(NUM_CLASSES, state["head.weight"].shape[1]),
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     return _cli.run("pretrain_demo", lambda: run(args))

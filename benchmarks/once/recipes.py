@@ -1,8 +1,8 @@
-"""Short fine-tunings of the demo model that differ in one thing: what Google or the reference script does otherwise.
+"""Short fine-tunings of the demo model, each with one thing as Google or the reference script does it.
 
 Sources: github.com/google-research/vision_transformer (``vit_jax/train.py``, ``input_pipeline.py``), optax's
 ``trace``, TensorFlow's ``sample_distorted_bounding_box_op.cc``, github.com/jeonsworld/ViT-pytorch.  These are
-experiments for benchmarks/deviations.py, not options of a training: nothing else may use them.
+experiments for benchmarks/once/deviations.py, not options of a training: nothing else may use them.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ COSINE = make_schedule("cosine", WARMUP_STEPS, NUM_STEPS)
 
 
 class HalfMomentumSGD(torch.optim.SGD):
-    """Google's: the momentum is kept in bfloat16; an update uses it before it is rounded."""
+    """Keeps the momentum in bfloat16, as Google; a step uses it before it is rounded."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 trace = self.state[p].get("trace", torch.zeros_like(p, dtype=torch.bfloat16))
-                update = p.grad + group["momentum"] * trace
-                self.state[p]["trace"] = update.bfloat16()
-                p.sub_(group["lr"] * update)
+                momentum = p.grad + group["momentum"] * trace
+                self.state[p]["trace"] = momentum.bfloat16()
+                p.sub_(group["lr"] * momentum)
 
 
 @contextlib.contextmanager
 def dropout_after_attention(rate: float) -> Iterator[None]:
-    """Google's: the MLPs' dropout acts on the attention's output projection, too."""
+    """Lets the MLPs' dropout act on the attention's output projection, too, as Google."""
     compute = Attention.forward
 
     def forward(self: Attention, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +64,7 @@ def dropout_after_attention(rate: float) -> Iterator[None]:
 
 
 def tensorflow_boxes(draws: Tensor, height: int, width: int) -> Tensor:
-    """TensorFlow's crops: the ratio is uniform, then the height among those that keep the area's limits.
+    """Draws TensorFlow's crops: the ratio is uniform, then the height among those that keep the area's limits.
 
     Arguments and result as ``augment.crop_boxes``.
     """
@@ -81,36 +81,36 @@ def tensorflow_boxes(draws: Tensor, height: int, width: int) -> Tensor:
     return torch.tensor(boxes)
 
 
-def tensorflow_crop(pictures: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
-    """TensorFlow's bilinear resize: no filter when a picture shrinks, no rounding to grey levels."""
+def tensorflow_crop(images: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
+    """Resizes as TensorFlow: bilinear, without a filter when an image shrinks, without rounding to grey levels."""
     assert mirrored is None
-    crops = (x[:, t : t + h, left : left + w].float() for x, (t, left, h, w) in zip(pictures, boxes.tolist()))
+    crops = (x[:, t : t + h, left : left + w].float() for x, (t, left, h, w) in zip(images, boxes.tolist()))
     resized = [F.interpolate(x[None], (out_size, out_size), mode="bilinear") for x in crops]
     return augment.normalize(torch.cat(resized))
 
 
-def reference_order(num_pictures: int, seed: int) -> Iterator[Tensor]:
-    """The reference's: a new order each epoch, whose last batch has what is left over."""
+def reference_order(num_images: int, seed: int) -> Iterator[Tensor]:
+    """Yields the reference's batches: a new order each epoch, whose last batch has what is left over."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(num_pictures, generator=generator).split(BATCH_SIZE)
+        yield from torch.randperm(num_images, generator=generator).split(BATCH_SIZE)
 
 
-def google_order(num_pictures: int, seed: int) -> Iterator[Tensor]:
-    """Google's: a buffer as large as the data set, refilled from repeated epochs of one order."""
+def google_order(num_images: int, seed: int) -> Iterator[Tensor]:
+    """Yields Google's batches, of a buffer as large as the data set, refilled from repeated epochs of one order."""
     rng = np.random.default_rng(seed)
-    buffer = np.arange(num_pictures)
-    upcoming = itertools.cycle(range(num_pictures))
+    buffer = np.arange(num_images)
+    upcoming = itertools.cycle(range(num_images))
     while True:
         batch = []
-        for at in rng.integers(num_pictures, size=BATCH_SIZE):
+        for at in rng.integers(num_images, size=BATCH_SIZE):
             batch.append(int(buffer[at]))
             buffer[at] = next(upcoming)
         yield torch.tensor(batch)
 
 
 def reference_values(model: VisionTransformer) -> None:
-    """The reference's initial values: PyTorch's but for the MLPs, position embeddings of zero, a random head."""
+    """Sets the reference's initial values: PyTorch's but for the MLPs, position embeddings of zero, a random head."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and ".ffn." not in name:
             module.reset_parameters()
@@ -118,7 +118,7 @@ def reference_values(model: VisionTransformer) -> None:
 
 
 def google_schedule(decay_type: str, linear_end: float = 1e-5, first: int = 0) -> Schedule:
-    """Google's: counts updates from ``first`` = 0; a linear decay ends at a rate of ``linear_end``."""
+    """Returns Google's schedule: counts steps from ``first`` = 0; a linear decay ends at a rate of ``linear_end``."""
     ours, end = make_schedule(decay_type, WARMUP_STEPS, NUM_STEPS), linear_end / LEARNING_RATE
 
     def factor(k: int) -> float:
@@ -135,16 +135,16 @@ def google_schedule(decay_type: str, linear_end: float = 1e-5, first: int = 0) -
 
 
 def pretrained_values(model: VisionTransformer) -> None:
-    """What fine-tuning starts from."""
+    """Loads the demo checkpoint, from which fine-tuning starts."""
     model.load_from(read_npz(str(PRETRAINED)))
 
 
 def own_values(model: VisionTransformer) -> None:
-    """This project's initial values, which the model has."""
+    """Leaves this project's initial values."""
 
 
 def no_patch() -> contextlib.AbstractContextManager:
-    """Nothing is replaced."""
+    """Replaces nothing."""
     return contextlib.nullcontext()
 
 
@@ -155,10 +155,10 @@ class Recipe:
     Attributes:
         config: the architecture with its dropout.
         start: gives the model its initial values.
-        schedule: the rate of the k-th update, as a factor.
-        optimizer: the class that updates.
-        order: the pictures of each update, or None for this project's.
-        share: of the training pictures, the first so many are used.
+        schedule: the rate of the k-th step, as a factor.
+        optimizer: its class.
+        order: the images of each step, or None for this project's.
+        share: of the training images that is used, the first ones.
         hflip: mirror half of them.
         opt_level: of ``Precision``.
         patch: a context in which the training runs.
@@ -177,17 +177,17 @@ class Recipe:
 
 @functools.cache
 def train(recipe: Recipe, seed: int, num_steps: int = NUM_STEPS) -> tuple[Tensor, Tensor]:
-    """Trains on the digits; of each of the 360 test pictures, is it right (0 or 1) and the loss, in float64."""
+    """Trains on the digits; returns, of each of the 360 test images, a 1 if it is right and the loss, in float64."""
     data = datasets.load_datasets("digits", "", 0)
     assert isinstance(data.train, datasets.MemoryImages)
     assert isinstance(data.test, datasets.MemoryImages)
-    num_pictures = int(recipe.share * len(data.train))
+    num_images = int(recipe.share * len(data.train))
     torch.manual_seed(seed)
     model = VisionTransformer(recipe.config, IMG_SIZE, NUM_CLASSES, zero_head=True)
     recipe.start(model)
     transform = augment.TrainTransform(IMG_SIZE, recipe.hflip)
-    sampler = data_utils.StepSampler(num_pictures, BATCH_SIZE, transform.num_draws, seed)
-    order = None if recipe.order is None else recipe.order(num_pictures, seed)
+    sampler = data_utils.StepSampler(num_images, BATCH_SIZE, transform.num_draws, seed)
+    order = None if recipe.order is None else recipe.order(num_images, seed)
     precision = Precision(torch.device("cpu"), recipe.opt_level)
     optimizer = recipe.optimizer(precision.prepare(model), lr=0.0, momentum=0.9)
     with recipe.patch():
@@ -215,7 +215,7 @@ DROPOUT = replace(OURS, config=replace(OURS.config, dropout_rate=0.1))
 LINEAR = replace(OURS, schedule=make_schedule("linear", WARMUP_STEPS, NUM_STEPS))
 SCRATCH = replace(OURS, start=own_values)
 
-#: What others do -> (this project's way, the same but for that).
+#: Others' way -> (this project's way, the same but for that).
 EXPERIMENTS: dict[str, tuple[Recipe, Recipe]] = {
     "tanh GELU": (OURS, replace(OURS, config=replace(OURS.config, gelu="tanh"))),
     "dropout 0.1": (OURS, DROPOUT),
@@ -224,7 +224,7 @@ EXPERIMENTS: dict[str, tuple[Recipe, Recipe]] = {
         replace(DROPOUT, patch=functools.partial(dropout_after_attention, 0.1)),
     ),
     "the reference's random weights": (SCRATCH, replace(SCRATCH, start=reference_values)),
-    "98 % of the training pictures": (OURS, replace(OURS, share=0.98)),
+    "98 % of the training images": (OURS, replace(OURS, share=0.98)),
     "mirroring": (OURS, replace(OURS, hflip=True)),
     "TensorFlow's resize": (
         OURS,

@@ -1,10 +1,10 @@
-"""What a second process brings: 1 process x 2 threads against 2 processes x 1 thread, at the same total batch.
+"""The gain of a second rank: 1 rank x 2 threads against 2 ranks x 1 thread, at the same total batch.
 
-    python -m benchmarks.once.scaling [--model_type ViT-S_16] [--img_size 64] [--batch_size 16] [--processes 2]
+    python -m benchmarks.once.scaling [--model_type ViT-S_16] [--img_size 64] [--batch_size 16] [--ranks 2]
 
-The processes reduce their gradients by Gloo over this machine's loopback, as ``torchrun --nproc_per_node=2
+The ranks reduce their gradients by Gloo over this machine's loopback, as ``torchrun --nproc_per_node=2
 train.py --device cpu`` does.  The two sides take turns in one run.  Then the profiler tells, for some
-updates of the second, how long reductions took and which share of that time lay inside the backward pass: hidden
+steps of the second, how long reductions took and which share of that time lay inside the backward pass: hidden
 behind its computation.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch.distributed import TCPStore
 from torch.profiler import ProfilerActivity
 
-from benchmarks import common, ours, peers
+from benchmarks import common, peers
 from models.configs import CONFIGS
 from utils import hardware
 
@@ -32,44 +32,45 @@ Span = tuple[float, float]
 
 
 class Member:
-    """One process of several that train together; after its turns, one more looks at the updates by the profiler.
+    """One rank of several; after its turns, one more looks at the steps by the profiler.
 
     Args:
-        setting: of the measurement; ``batch_size`` is this process's.
-        env: what a launcher would set.
-        turns, updates: how many, and the updates of each.
+        setting: of the measurement; ``batch_size`` is this rank's.
+        env: the variables of a launcher.
+        turns, steps: how many, and the steps of each.
     """
 
-    def __init__(self, setting: peers.Setting, env: dict[str, str], turns: int, updates: int) -> None:
+    def __init__(self, setting: peers.Setting, env: dict[str, str], turns: int, steps: int) -> None:
         os.environ.update(env)
-        model, precision = ours.build(setting.model_type, setting.img_size, setting.dropout, "cpu", "O0")
-        self._model, self._parts, self._steps = ours.Updates(model, precision), setting.parts(), itertools.count(1)
+        model, precision = peers.build(setting.model_type, setting.img_size, setting.dropout, "cpu", "O0")
+        self._training, self._batch = peers.OurTraining(model, precision), setting.micro_batches()
+        self._numbers = itertools.count(1)
         self.note: tuple[str, ...] = ("as train.py",)
-        self._turns, self._updates = turns, updates
+        self._turns, self._steps = turns, steps
         for _ in range(2):  # PyTorch groups the gradients anew after the first
-            self._update()
+            self._step()
 
-    def _update(self) -> None:
-        self._model.update(next(self._steps), peers.LEARNING_RATE, self._parts, 1)
+    def _step(self) -> None:
+        self._training.step(next(self._numbers), peers.LEARNING_RATE, iter(self._batch), 1)
 
     def run(self) -> Any:
-        """Seconds of one update; in the last turn what ``_profile`` gives."""
+        """Returns the seconds of one step; in the last turn those of ``_profile``."""
         self._turns -= 1
         if self._turns < 0:
             return self._profile()
-        return common.timed(self._update, self._updates, "cpu")
+        return common.timed(self._step, self._steps, "cpu")
 
     def _profile(self) -> tuple[float, ...]:
-        """Seconds of an update, of reductions in it, and of those outside the backward pass: medians."""
+        """Returns the seconds of a step, of reductions in it, and of those outside the backward pass: medians."""
         totals = []
-        for _ in range(self._updates):
+        for _ in range(self._steps):
             with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
-                secs = common.timed(self._update, 1, "cpu")
+                secs = common.timed(self._step, 1, "cpu")
             spans: dict[str, list[Span]] = {REDUCTION: [], BACKWARD: []}
             for event in profile.events():
-                for name, found in spans.items():
+                for name, kind in spans.items():
                     if event.name.startswith(name):
-                        found.append((event.time_range.start * 1e-6, event.time_range.end * 1e-6))
+                        kind.append((event.time_range.start * 1e-6, event.time_range.end * 1e-6))
             totals.append((secs, *communication(spans[REDUCTION], spans[BACKWARD])))
         return tuple(statistics.median(column) for column in zip(*totals))
 
@@ -77,25 +78,25 @@ class Member:
 class Team:
     """Several members that take their turns at the same time; a turn takes as long as the slowest's."""
 
-    def __init__(self, setting: peers.Setting, processes: int, threads: int, turns: int, updates: int) -> None:
+    def __init__(self, setting: peers.Setting, num_ranks: int, threads: int, turns: int, steps: int) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._pool = ThreadPoolExecutor(processes)
+        self._pool = ThreadPoolExecutor(num_ranks)
         jobs = []
-        for rank in range(processes):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE":
-                   str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+        for rank in range(num_ranks):
+            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE":
+                   str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                    "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": str(threads)}  # fmt: skip
-            build = functools.partial(Member, setting, env if processes > 1 else {}, turns, updates)
+            build = functools.partial(Member, setting, env if num_ranks > 1 else {}, turns, steps)
             jobs.append(common.Job(build, ("torch",), "cpu", threads))
         self._members = list(self._pool.map(common.Remote, jobs))
         self.note = self._members[0].note
 
     def all(self) -> list[Any]:
-        """What each member's turn gives."""
+        """Returns the result of each member's turn."""
         return list(self._pool.map(lambda member: member.run(), self._members))
 
     def run(self) -> float:
-        """Seconds of one update."""
+        """Returns the seconds of one step."""
         return max(self.all())
 
     def close(self) -> None:
@@ -105,7 +106,7 @@ class Team:
 
 
 def union(spans: list[Span]) -> list[Span]:
-    """The same time without overlaps."""
+    """Returns the same time without overlaps."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -116,7 +117,7 @@ def union(spans: list[Span]) -> list[Span]:
 
 
 def communication(reductions: list[Span], backward: list[Span]) -> tuple[float, float]:
-    """Seconds in which something was being reduced, and those of them outside of the backward pass.
+    """Returns the seconds in which something was being reduced, and those of them outside of the backward pass.
 
     The backward pass is all time from its first operation's begin to its last one's end.
     """
@@ -127,53 +128,53 @@ def communication(reductions: list[Span], backward: list[Span]) -> tuple[float, 
     return whole, whole - inside
 
 
-def plural(number: int, what: str, ending: str = "s") -> str:
-    """1 thread, 2 threads."""
-    return f"{number} {what}{ending if number != 1 else ''}"
+def plural(number: int, noun: str) -> str:
+    """Returns "1 thread", "2 threads"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description="One process with all threads against several with their share.")
+    """Returns the parser of the command line."""
+    p = argparse.ArgumentParser(description="One rank with all threads against several with their share.")
     p.add_argument("--model_type", choices=CONFIGS, default="ViT-S_16", metavar="MODEL", help=", ".join(CONFIGS))
-    p.add_argument("--img_size", type=int, default=64, help="side of the pictures in pixels")
-    p.add_argument("--batch_size", type=int, default=16, help="pictures of one update, of all processes")
-    p.add_argument("--processes", type=int, default=2, help="of the second side")
-    p.add_argument("--updates", type=int, default=3, help="of one turn")
+    p.add_argument("--img_size", type=int, default=64, help="side of the images in pixels")
+    p.add_argument("--batch_size", type=int, default=16, help="images of one step, of all ranks")
+    p.add_argument("--ranks", type=int, default=2, help="of the second side")
+    p.add_argument("--steps", type=int, default=3, help="of one turn")
     common.add_flags(p, rounds=5)
     p.set_defaults(threads=hardware.num_cpus())
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     p = make_parser()
     args = p.parse_args(argv)
-    common.check_flags(p, args, "img_size", "batch_size", "processes", "updates")
+    common.check_flags(p, args, "img_size", "batch_size", "ranks", "steps")
     if args.device != "cpu":
-        p.error("--device cuda: this measures processes on one machine's processors")
-    if args.batch_size % args.processes:
-        p.error(f"--batch_size {args.batch_size} is not a multiple of --processes {args.processes}")
+        p.error("--device cuda: this measures ranks on one machine's processors")
+    if args.batch_size % args.ranks:
+        p.error(f"--batch_size {args.batch_size} is not a multiple of --ranks {args.ranks}")
     try:
         CONFIGS[args.model_type].check_img_size(args.img_size)
     except ValueError as e:
         p.error(str(e))
-    share = max(args.threads // args.processes, 1)
+    share = max(args.threads // args.ranks, 1)
     sides = {}
-    for processes, threads in ((1, args.threads), (args.processes, share)):
-        sides[f"{plural(processes, 'process', 'es')} x {plural(threads, 'thread')}"] = (processes, threads)
+    for num_ranks, threads in ((1, args.threads), (args.ranks, share)):
+        sides[f"{plural(num_ranks, 'rank')} x {plural(threads, 'thread')}"] = (num_ranks, threads)
     print(common.hardware(args.threads, "cpu"))
-    print(f"{args.model_type}, {args.img_size} px, {args.batch_size} pictures an update, float32, dropout 0, "
-          f"{args.rounds} rounds of {args.updates} updates", flush=True)  # fmt: skip
+    print(f"{args.model_type}, {args.img_size} px, {args.batch_size} images a step, float32, dropout 0, "
+          f"{args.rounds} rounds of {args.steps} steps", flush=True)  # fmt: skip
 
     with contextlib.ExitStack() as held:
         teams = {}
-        for name, (processes, threads) in sides.items():
-            setting = peers.Setting(args.model_type, args.img_size, args.batch_size // processes, 1, 0.0, "cpu")
-            team = teams[name] = Team(setting, processes, threads, args.rounds, args.updates)
+        for name, (num_ranks, threads) in sides.items():
+            setting = peers.Setting(args.model_type, args.img_size, args.batch_size // num_ranks, 1, 0.0, "cpu")
+            team = teams[name] = Team(setting, num_ranks, threads, args.rounds, args.steps)
             held.callback(teams[name].close)
         secs = common.take_turns({name: team.run for name, team in teams.items()}, args.rounds)
-        profiled = team.all() if args.processes > 1 else []
+        profiled = team.all() if args.ranks > 1 else []
     speeds = {name: common.Speed(taken, args.batch_size) for name, taken in secs.items()}
     first = next(iter(speeds.values())).median
     common.print_table(
@@ -182,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not profiled:
         return
-    update, reduced, outside = (statistics.median(column) for column in zip(*profiled))
-    print(f"under the profiler: an update takes {update * 1e3:.0f} ms; reductions are under way for "
+    step, reduced, outside = (statistics.median(column) for column in zip(*profiled))
+    print(f"under the profiler: a step takes {step * 1e3:.0f} ms; reductions are under way for "
           f"{reduced * 1e3:.0f} ms of it, {(1 - outside / reduced):.0%} of that inside the backward pass")  # fmt: skip
 
 

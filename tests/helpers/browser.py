@@ -89,29 +89,35 @@ class Browser:
             self.events.append(self._receive())
 
     def value(self, script: str) -> Any:
-        """What an expression of JavaScript is on the page, promises resolved."""
+        """The value of an expression of JavaScript on the page, promises resolved."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait_for(self, script: str, found: Callable[[Any], bool] = bool) -> Any:
-        """Waits until an expression's value is what is looked for, and returns it."""
+        """Waits until ``found`` takes an expression's value, and returns it."""
         while not found(value := self.value(script)):
             assert time.monotonic() < self.deadline, f"{script} stays {value!r}"
             time.sleep(0.2)
         return value
+
+    def emulate(self, media: str, scheme: str = "light") -> None:
+        """Shows the page on a "screen" or as in "print", to a reader of a light or dark system."""
+        self.call(
+            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
 
     def resize(self, width: int, height: int) -> None:
         """Sets the page's size in pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def requests(self) -> list[str]:
-        """The addresses that have been asked for, but for data in the page itself."""
+        """The addresses that were requested, without data in the page itself."""
         sent = (e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent")
         return [url for url in sent if not url.startswith("data:")]
 
     def complaints(self) -> list[dict[str, Any]]:
-        """What has gone to the console, and exceptions."""
+        """Messages to the console, and exceptions."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [event["params"] for event in self.events if event.get("method") in kinds]
 

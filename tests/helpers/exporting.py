@@ -1,4 +1,4 @@
-"""What the tests of tools/export.py share."""
+"""Shared by the tests of tools/export.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from models import npz
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers import fake_npz
+from tests.helpers.tools import run_tool
 from tools import export, predict
 from utils import checkpoint
 
@@ -33,23 +34,17 @@ def random_state(model_type: str, img_size: int) -> dict[str, Tensor]:
 def make_checkpoint(
     folder: Path, model_type: str, img_size: int, gelu: str = "erf", state: dict[str, Tensor] | None = None
 ) -> str:
-    """Writes weights, random ones if none are given, with a description, without a training; returns their path."""
+    """Writes weights, random ones if none are given, with metadata, without a training; returns their path."""
     names = [f"class {i}" for i in range(NUM_CLASSES)]
     path = str(folder / f"{model_type}_checkpoint.bin")
-    description = checkpoint.CheckpointMetadata(model_type, img_size, names, gelu, "pets", 8, 0.5)
-    checkpoint.save_weights(path, state or random_state(model_type, img_size), description)
+    metadata = checkpoint.CheckpointMetadata(model_type, img_size, names, gelu, "pets", 8, 0.5)
+    checkpoint.save_weights(path, state or random_state(model_type, img_size), metadata)
     return path
 
 
 def run(*args: object) -> tuple[int, str, list[str]]:
-    """Runs the tool; returns its status, standard output and standard error's lines."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = export.main([*map(str, args)])
-        except SystemExit as e:
-            status = int(e.code or 0)
-    return status, out.getvalue(), err.getvalue().splitlines()
+    """Runs tools.export; see ``run_tool``."""
+    return run_tool(export, *args)
 
 
 def export_as(kind: str, path: str, output: Path, *args: object) -> str:
@@ -73,27 +68,26 @@ def variables_of(lines: str) -> dict[str, Any]:
 
 def predicted(path: str, *images: str) -> list[dict[str, float]]:
     """The probabilities that ``tools.predict`` prints for images, by the names of the classes."""
-    out = io.StringIO()
-    args = ["--load_model_dir", path, "--json", "--top_k", str(NUM_CLASSES), "--device", "cpu", *images]
-    with contextlib.redirect_stdout(out):
-        assert predict.main(args) == 0
-    return [x["probabilities"] for x in json.loads(out.getvalue())]
+    flags = ["--load_model_dir", path, "--json", "--top_k", NUM_CLASSES, "--device", "cpu"]
+    status, out, _ = run_tool(predict, *flags, *images)
+    assert status == 0
+    return [x["probabilities"] for x in json.loads(out)]
 
 
 def assert_as_predicted(path: str, images: list[str], classify: Callable[[str], dict[str, float]]) -> None:
     """``classify`` gives every image the probabilities that ``tools.predict`` gives it."""
     for image, expected in zip(images, predicted(path, *images)):
-        found = classify(image)
-        assert found.keys() == expected.keys()
+        answer = classify(image)
+        assert answer.keys() == expected.keys()
         assert max(expected.values()) > 0.15  # answers that say something
-        assert max(abs(found[name] - p) for name, p in expected.items()) < 1e-4
+        assert max(abs(answer[name] - p) for name, p in expected.items()) < 1e-4
 
 
 def original(path: str) -> tuple[VisionTransformer, Tensor, Tensor]:
     """The fine-tuned model, five images for it and its logits."""
-    told = json.loads(Path(path).with_suffix(".json").read_text())
-    config = replace(CONFIGS[told["model_type"]], gelu=told["gelu"])
-    model = VisionTransformer(config, told["img_size"], len(told["classes"])).eval()
+    metadata = json.loads(Path(path).with_suffix(".json").read_text())
+    config = replace(CONFIGS[metadata["model_type"]], gelu=metadata["gelu"])
+    model = VisionTransformer(config, metadata["img_size"], len(metadata["classes"])).eval()
     model.load_state_dict(torch.load(path, weights_only=True))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, 3, model.img_size, model.img_size, generator=generator) * 2 - 1

@@ -33,12 +33,11 @@ class FakeAmp:
         initialized: (model, optimizer, opt_level, loss_scale) of each call of ``initialize``.
         scaled: (optimizer, scale) of each ``scale_loss``.
         norms: of the masters' gradients, at each step that was not skipped.
-        asked_for_masters: calls of ``master_params``.
     """
 
     def __init__(self):
         self._amp_state = SimpleNamespace(loss_scalers=[])
-        self.initialized, self.scaled, self.norms, self.asked_for_masters = [], [], [], 0
+        self.initialized, self.scaled, self.norms = [], [], []
 
     def initialize(self, models, optimizers=None, opt_level="O1", loss_scale=None, verbosity=1):
         self.initialized.append((models, optimizers, opt_level, loss_scale))
@@ -131,6 +130,5 @@ class FakeAmp:
         optimizer.step = skip
 
     def master_params(self, optimizer):
-        self.asked_for_masters += 1
         for group in optimizer.param_groups:
             yield from group["params"]

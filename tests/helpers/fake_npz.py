@@ -28,7 +28,7 @@ def shapes(
 
     Args:
         config: the architecture.
-        img_size: side of the pictures the checkpoint was trained on, in pixels.
+        img_size: side of the images the checkpoint was trained on, in pixels.
         num_classes: outputs of the head.
         pre_logits: add the extra layer of files pretrained on imagenet21k.
         flat_norms: group norms of shape (C,) instead of (1, 1, 1, C).

@@ -104,6 +104,7 @@ class Forked:
         os.kill(self.pid, signal.SIGUSR1)
         while "most recent call first" not in self.stderr()[before:] and time.monotonic() < deadline:
             time.sleep(0.01)
+        time.sleep(0.1)  # the other threads
         return self.stderr()[max(before - 2000, 0) :]
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
@@ -171,16 +172,19 @@ def _run_and_exit(
             prepare()
         sys.argv = argv
         code = main(argv[1:])
-        sys.stdout.flush()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(Exception):
+        try:
             sys.stdout.flush()
+        except OSError:  # as the interpreter does
+            traceback.print_exc()
+            code = 120
+        finally:
             sys.stderr.flush()
-        os._exit(code)
+            os._exit(code)
 
 
 def _text(file: IO[bytes]) -> str:

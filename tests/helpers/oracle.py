@@ -20,7 +20,7 @@ STEM = EMBEDDINGS + "hybrid_model."
 
 
 def logits(state: State, x: Tensor, num_heads: int = 4) -> Tensor:
-    """(B, classes) logits of pictures (B, 3, H, W), with erf GELU and without dropout."""
+    """(B, classes) logits of images (B, 3, H, W), with erf GELU and without dropout."""
     if any(name.startswith(STEM) for name in state):
         x = stem(state, x)
     kernel = state[EMBEDDINGS + "patch_embeddings.weight"]
@@ -64,12 +64,17 @@ def attention(state: State, name: str, x: Tensor, num_heads: int) -> Tensor:
     return linear(state, name + "out", mixed.reshape(x.shape))
 
 
+def root(state: State, x: Tensor) -> Tensor:
+    """The first convolution and the pooling of the stem."""
+    x = torch.relu(group_norm(state, STEM + "root.gn", conv(state, STEM + "root.conv", x, 2)))
+    rows, cols = (-(-side // 2) for side in x.shape[2:])
+    x = F.unfold(same(x, 3, 2, -math.inf).flatten(0, 1)[:, None], 3, stride=2).amax(dim=1).unflatten(0, x.shape[:2])
+    return x.unflatten(-1, (rows, cols))
+
+
 def stem(state: State, x: Tensor) -> Tensor:
     """The hybrid's feature map."""
-    x = torch.relu(group_norm(state, STEM + "root.gn", conv(state, STEM + "root.conv", x, 2)))
-    x = F.unfold(same(x, 3, 2, -math.inf).flatten(0, 1)[:, None], 3, stride=2).amax(dim=1).unflatten(0, x.shape[:2])
-    side = round(x.shape[-1] ** 0.5)  # square pictures have square maps
-    x = x.unflatten(-1, (side, side))
+    x = root(state, x)
     block = 1
     while f"{STEM}body.block{block}.unit1.conv1.weight" in state:
         unit = 1

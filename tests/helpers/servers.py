@@ -33,38 +33,60 @@ def make_content(seed, size=25_000):
     return f.getvalue()
 
 
-class Bucket(http.server.ThreadingHTTPServer):
-    """Serves ``files`` as Google's store does, but for what ``faults`` says, one entry a request.
-
-    A fault is a dict: ``drop`` (bytes after which the connection breaks), ``status``, ``ignore_range``,
-    ``corrupt`` (position of a byte that is changed), ``headers`` (to replace or, if None, leave out),
-    ``slow`` (seconds between the pieces), ``replace`` (new content of the file from this request on),
-    ``split`` (headers of several values are sent in as many lines, as the store does), ``wait`` (seconds before the
-    answer), ``trickle`` (seconds between the first bytes of the answer's headers).
-    """
+class Server(http.server.ThreadingHTTPServer):
+    """A server that lists its ``requests``; ``faults`` are of one request each, ``every`` of all of them."""
 
     daemon_threads = True
+    handler: type[http.server.BaseHTTPRequestHandler]
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.every, self.requests = {}, [], {}, []
+        super().__init__(("127.0.0.1", 0), self.handler)
+        self.requests, self.faults, self.every = [], [], {}
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def fault(self):
+        return {**self.every, **(self.faults.pop(0) if self.faults else {})}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def answer(self, status, headers, body=b"", pause=0.0):
+        """Sends an answer, its body in pieces; headers may be lists, for as many lines, or None for none."""
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            for line in value if isinstance(value, list) else [value] * (value is not None):
+                self.send_header(name, line)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client has gone
+            for at in range(0, len(body), 10_000) if self.command != "HEAD" else ():
+                self.wfile.write(body[at : at + 10_000])
+                time.sleep(pause)
+
+    def part(self, content, fault):
+        """The status, headers and bytes of what is asked for of a file, as a fault changes it."""
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        body = bytearray(content)
+        if "corrupt" in fault:
+            body[fault["corrupt"]] ^= 1
+        size = {"Content-Length": str(len(content) - start)}
+        ranges = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        return 206 if start else 200, size | ranges, bytes(body[start:])[: fault.get("drop", len(content))]
+
+
+class BucketHandler(Handler):
     def do_GET(self):
         server = self.server
-        fault = {**server.every, **(server.faults.pop(0) if server.faults else {})}
+        fault = server.fault()
         server.requests.append(self.headers.get("Range"))
         if "replace" in fault:
             server.files[self.path] = fault["replace"]
         time.sleep(fault.get("wait", 0))
-        for i in range(20 if "trickle" in fault else 0):
+        for byte in b"HTTP/1.0 200 OK\r\nX-More: " if "trickle" in fault else b"":
             try:
-                self.wfile.write(b"HTTP/1.0 200 OK\r\nX-More: ...\r\n"[i : i + 1])
+                self.wfile.write(bytes([byte]))
             except OSError:
                 return
             time.sleep(fault["trickle"])
@@ -73,83 +95,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(fault.get("status", 404))
             return
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        start = 0
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        unchanged = self.headers.get("If-Range") in (None, etag) or fault.get("ignore_if_range")
-        if wanted and unchanged and not fault.get("ignore_range"):
-            start = int(wanted[1])
-            if start >= len(content):
-                self.send_error(416)
-                return
-        body = bytearray(content[start:])
-        if "corrupt" in fault:
-            body[fault["corrupt"]] ^= 1
+        if self.headers.get("If-Range") not in (None, etag) and not fault.get("ignore_if_range"):
+            del self.headers["Range"]
+        status, headers, body = self.part(content, fault)
+        if status == 206 and int(headers["Content-Length"]) <= 0:
+            self.send_error(416)
+            return
         md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
-        headers = {
-            "Content-Length": str(len(body)),
-            "ETag": etag,
-            "x-goog-generation": str(len(content)),
-            "x-goog-hash": f"crc32c=AAAAAA==,md5={md5}",
-            "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}" if start else None,
-            **fault.get("headers", {}),
-        }
-        self.send_response(206 if start else 200)
-        for name, value in headers.items():
-            if value is None:
-                continue
-            for line in value.split(",") if fault.get("split") else [value]:
-                self.send_header(name, line)
-        self.end_headers()
-        self.send(body[: fault.get("drop", len(body))], fault.get("slow", 0))
-
-    def send(self, body, pause):
-        try:
-            for at in range(0, len(body), 10_000):
-                self.wfile.write(body[at : at + 10_000])
-                time.sleep(pause)
-        except OSError:  # the client has gone
-            self.close_connection = True
+        headers |= {"ETag": etag, "x-goog-hash": ["crc32c=AAAAAA==", f"md5={md5}"], **fault.get("headers", {})}
+        self.answer(status, headers, body, fault.get("slow", 0))
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves ``repositories`` ("owner/name" to file names to contents) as the Hugging Face hub does.
+class Bucket(Server):
+    """Serves ``files`` as Google's store does, but for the faults; ``requests`` has the ranges that were asked for.
 
-    Files are redirected to where their bytes are (another host by its name), with the sha256 as ETag.  ``faults`` are
-    of the requests for bytes, one entry each, and ``every`` of all of these: ``drop`` and ``corrupt`` as of ``Bucket``,
-    ``refuse`` (a status).  ``status`` answers every request, ``etag`` is sent in place of the sha256.  ``requests`` has
-    every request's method and path.
+    A fault is a dict: ``drop`` (bytes after which the connection breaks), ``status``, ``ignore_if_range``,
+    ``corrupt`` (position of a byte that is changed), ``headers`` (to replace or, if None, leave out),
+    ``slow`` (seconds between the pieces), ``replace`` (new content of the file from this request on), ``wait`` (seconds
+    before the answer), ``trickle`` (seconds between the first bytes of the answer's headers).
     """
 
-    daemon_threads = True
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+    handler = BucketHandler
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.repositories, self.faults, self.every, self.requests = {}, [], {}, []
-        self.status, self.etag = None, None
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def add(self, repository, file, content):
-        self.repositories.setdefault(repository, {})[file] = content
-
-    def bytes_sent(self):
-        """How often somebody asked for a file's bytes."""
-        return sum(path.startswith("/bytes/") for _, path in self.requests)
+        super().__init__()
+        self.files = {}
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, headers, body=b""):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
-
+class HubHandler(Handler):
     def do_HEAD(self):
         self.do_GET()
 
@@ -183,39 +156,46 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def send_bytes(self, sha):
-        server = self.server
-        fault = {**server.every, **(server.faults.pop(0) if server.faults else {})}
+        fault = self.server.fault()
         if "refuse" in fault:
             return self.answer(fault["refuse"], {})
-        contents = [content for files in server.repositories.values() for content in files.values()]
-        content = bytearray(next(x for x in contents if hashlib.sha256(x).hexdigest() == sha))
-        if "corrupt" in fault:
-            content[fault["corrupt"]] ^= 1
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted else 0
-        body = bytes(content[start:])
-        ranges = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-        headers = {"ETag": f'"{sha}"', "Content-Length": str(len(body))} | ranges
-        self.answer(206 if start else 200, headers, body[: fault.get("drop", len(body))])
-        if "drop" in fault:
-            self.close_connection = True
+        contents = [content for files in self.server.repositories.values() for content in files.values()]
+        content = next(x for x in contents if hashlib.sha256(x).hexdigest() == sha)
+        status, headers, body = self.part(content, fault)
+        self.answer(status, {"ETag": f'"{sha}"', **headers}, body)
+        self.close_connection = "drop" in fault
 
 
-class RefusingProxy(http.server.ThreadingHTTPServer):
-    """A proxy that lets nobody through, as those of companies do; ``requests`` has what it was asked for."""
+class Hub(Server):
+    """Serves ``repositories`` ("owner/name" to file names to contents) as the Hugging Face hub does.
 
-    daemon_threads = True
+    Files are redirected to where their bytes are (another host by its name), with the sha256 as ETag.  The faults are
+    of the requests for bytes: ``drop`` and ``corrupt`` as of ``Bucket``, ``refuse`` (a status).  ``status`` answers
+    every request, ``etag`` is sent in place of the sha256.  ``requests`` has every request's method and path.
+    """
+
+    handler = HubHandler
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), RefusingHandler)
-        self.requests = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__()
+        self.repositories, self.status, self.etag = {}, None, None
+
+    def add(self, repository, file, content):
+        self.repositories.setdefault(repository, {})[file] = content
+
+    def bytes_sent(self):
+        """Counts the requests for a file's bytes."""
+        return sum(path.startswith("/bytes/") for _, path in self.requests)
 
 
-class RefusingHandler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
+class RefusingHandler(Handler):
     def do_CONNECT(self):
         self.server.requests.append(self.path)
         self.send_error(403)
+
+
+class RefusingProxy(Server):
+    """A proxy that lets nobody through, as those of companies do; ``requests`` has what it was asked for."""
+
+    handler = RefusingHandler

@@ -1,4 +1,4 @@
-"""Fine-tuning on real pictures from real weights; takes half an hour on two cores: make soak."""
+"""Fine-tuning on real images from real weights; takes half an hour on two cores: make soak."""
 
 import json
 import os

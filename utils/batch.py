@@ -1,0 +1,83 @@
+"""The division of a step's images between ranks and micro-batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils.errors import UserError
+
+logger = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The division of a step's images.
+
+    Attributes:
+        per_rank: images of one step on each rank.
+        num_micro_batches: parts into which a rank splits them, one after the other.
+        num_ranks: ranks that share the step.
+        given: per_rank and num_micro_batches as the flags had them.
+    """
+
+    per_rank: int
+    num_micro_batches: int
+    num_ranks: int
+    given: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        """Images of one step on all ranks."""
+        return self.per_rank * self.num_ranks
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that a rank computes at once."""
+        return self.per_rank // self.num_micro_batches
+
+    @classmethod
+    def from_flags(cls, per_rank: int, num_micro_batches: int, num_ranks: int) -> Batch:
+        """Returns the division that the flags ask for."""
+        return cls(per_rank, num_micro_batches, num_ranks, (per_rank, num_micro_batches))
+
+    def resumed(self, saved: Mapping[str, Any], was_ranks: int) -> Batch:
+        """Returns the division that keeps a saved run's step when the same command resumes with other ranks.
+
+        Micro-batches do not grow: what fitted into memory still does.
+
+        Args:
+            saved: the state's "batch": the total, and the flags as ``given``.
+            was_ranks: ranks that the run had.
+
+        Raises:
+            UserError: so many ranks cannot share the step's images.
+        """
+        total, n = saved["total"], self.num_ranks
+        if not total or total == self.total or tuple(saved["given"]) != self.given:
+            return self  # if it is another command, the comparison of the settings says so
+        if total % n:
+            fitting = [m for m in range(1, min(total, 2 * max(was_ranks, n)) + 1) if total % m == 0]
+            raise UserError(
+                f"{n} ranks cannot share equally the {total} images of a step, with which this run began; "
+                f"numbers that can: {', '.join(map(str, fitting))}"
+            )
+        per_rank = total // n
+        parts = next(m for m in range(1, per_rank + 1) if per_rank % m == 0 and per_rank // m <= self.micro_batch)
+        logger.log(
+            logging.INFO if was_ranks == n else logging.WARNING,
+            "--train_batch_size %d --gradient_accumulation_steps %d: %d ranks share the %d images of a step",
+            per_rank, parts, n, total,
+        )  # fmt: skip
+        return Batch(per_rank, parts, n, self.given)
+
+    def out_of_memory_advice(self) -> str:
+        """Returns what a training that is short of memory can do about it."""
+        text = f"with {self.micro_batch} images at a time (--train_batch_size {self.per_rank}); "
+        more = range(2 * self.num_micro_batches, self.per_rank + 1)
+        parts = next((n for n in more if self.per_rank % n == 0), None)
+        if parts is None:
+            return f"{text}give a smaller --train_batch_size, --img_size or --model_type"
+        return f"{text}--gradient_accumulation_steps {parts} computes the same step {self.per_rank // parts} at a time"
