@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import importlib
 import logging
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -150,6 +151,7 @@ def _run_and_exit(
     code = 1
     try:
         os.setpgid(0, 0)
+        multiprocessing.util._run_after_forkers()  # else its workers would ask the test process's thread for tensors
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output[0], 1)
         os.dup2(output[1], 2)
