@@ -239,7 +239,7 @@ class Remote:
     """A contender in a process of its own."""
 
     def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context(START_METHOD)
+        context: Any = multiprocessing.get_context(START_METHOD)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job))
         self._process.start()

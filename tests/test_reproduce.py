@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -16,14 +14,10 @@ from pathlib import Path
 import pytest
 
 import train
-from models import npz
 from models.configs import CONFIGS
-from models.modeling import VisionTransformer
-from tests.conftest import REPOSITORY
+from tests.helpers import fake_npz
 from tests.helpers.forked import Forked
-from tools import _published_results as published_rows
 from tools import _results, reproduce
-from utils import args as flags
 
 #: Rows like the published ones, of a training of a second; "slow" takes minutes.
 SHORT = ("--warmup_steps", "2", "--eval_every", "4", "--log_every", "2", "--learning_rate", "0.1")
@@ -44,13 +38,6 @@ def _folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROWS", TINY)
 
 
-@pytest.fixture
-def published(monkeypatch):
-    """The real rows."""
-    monkeypatch.setattr(reproduce, "ROWS", published_rows.ROWS)
-    return published_rows.ROWS
-
-
 def train_here(child, words):
     """Runs train.py in this process, in the place of a child."""
     try:
@@ -62,9 +49,7 @@ def train_here(child, words):
 def write_weights():
     """Makes the testing model's pretrained file where the rows look for it."""
     os.makedirs("checkpoint")
-    model = VisionTransformer(CONFIGS["testing"], 32, 10)
-    with open("checkpoint/imagenet21k_testing.npz", "wb") as f:
-        npz.write(f, npz.from_state_dict(model.state_dict(), model.config, 32))
+    fake_npz.save("checkpoint/imagenet21k_testing.npz", fake_npz.arrays(CONFIGS["testing"], 32))
 
 
 @pytest.fixture(scope="module")
@@ -126,87 +111,6 @@ def results():
 # ---- the rows ----
 
 
-def test_the_published_figures_are_those_of_the_page(published):
-    docs = REPOSITORY / "docs"
-    text = (docs / "results.md").read_text(encoding="utf-8").split("\n## Published by others\n")[1]
-    assert f"Without `--rows` all {len(published)} are trained" in (docs / "tools.md").read_text(encoding="utf-8")
-    tables = [
-        [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
-        for body in re.findall(r"^\| model \|.*\n\|[ \-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
-    ]
-    predecessor, reference, google = tables
-    data_sets = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
-    models = {"B/16": "ViT-B_16", "B/32": "ViT-B_32", "L/16": "ViT-L_16", "L/32": "ViT-L_32",
-              "R50+B/16": "R50-ViT-B_16"}  # fmt: skip
-
-    def rows_of(source, *facts):
-        rows = [row for row in published.values() if row.name.startswith(source)]
-        return sorted(tuple(getattr(row, fact) for fact in facts) for row in rows)
-
-    expected = [
-        (model, data_sets[data], int(px), int(steps), int(batch), float(accuracy), float(secs))
-        for model, data, px, steps, batch, accuracy, secs in predecessor
-    ]
-    assert len(expected) == 9
-    assert sorted(expected) == rows_of(
-        "predecessor-", "model_type", "dataset", "img_size", "num_steps", "batch_size", "accuracy", "secs"
-    )
-
-    expected = []
-    for first, px, *cells in reference:
-        short, steps, warmup = re.match(r"([^,]+)(?:, (\d+) steps, (\d+) of warm-up)?", first).groups()
-        for data, cell in zip(("cifar10", "cifar100"), cells):
-            accuracy, hours, minutes = re.match(r"([\d.]+)(?: \((\d+) h (\d+) min\))?", cell).groups()
-            secs = None if hours is None else 3600 * int(hours) + 60 * int(minutes)
-            words = ("--warmup_steps", warmup or "500")
-            expected.append((models[short], data, int(px), int(steps or 10000), float(accuracy), words, secs))
-    assert sorted(expected) == rows_of(
-        "reference-", "model_type", "dataset", "img_size", "num_steps", "accuracy", "flags", "secs"
-    )
-
-    expected = [
-        (models[short], data, 384, 10000, float(accuracy), ("--dropout", dropout, "--hflip", "--gelu", "tanh"))
-        for short, *cells in google
-        for data, cell in zip(("cifar10", "cifar100"), cells)
-        for dropout, accuracy in zip(("0", "0.1"), cell.split(" / "))
-    ]
-    assert len(expected) == 20
-    assert sorted(expected) == rows_of("google-", "model_type", "dataset", "img_size", "num_steps", "accuracy", "flags")
-
-
-def test_the_demo_is_that_of_make_demo(published, capfd):
-    makefile = dict(re.findall(r"^(\w+) := (.*)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    words = f"{makefile['DEMO']} {makefile['DEMO_TRAINING']} --pretrained_dir checkpoint/ViT-demo.npz".split()
-    _, out, _ = run(capfd, "--rows", "demo", "--dry_run")
-    parse = flags.make_parser().parse_args
-    ours, theirs = vars(parse(shlex.split(out)[2:])), vars(parse(words))
-    assert {k for k in ours if ours[k] != theirs[k]} == {"name", "resume"}  # make demo trains anew each time
-
-
-def test_every_row_is_a_training_that_train_py_takes(published, capfd):
-    code, out, _ = run(capfd, "--dry_run", "--", "--fp16")
-    assert code == 0
-    for line, row in zip(out.splitlines(), published.values(), strict=True):
-        args = flags.make_parser().parse_args(shlex.split(line)[2:])
-        flags.check_args(args)
-        assert args.name == f"reproduce-{row.name}"
-        shape = (args.model_type, args.dataset, args.img_size, args.num_steps, args.train_batch_size)
-        assert shape == (row.model_type, row.dataset, row.img_size, row.num_steps, row.batch_size)
-        if row.name != "demo":
-            upstream = f"checkpoint/imagenet21k_{row.model_type}.npz"
-            assert (args.learning_rate, args.weight_decay, args.pretrained_dir) == (0.03, 0, upstream)
-        assert args.fp16
-        assert args.gelu == ("tanh" if row.name.startswith("google") else "erf")
-        assert args.hflip == row.name.startswith("google")
-
-
-def test_rows_are_chosen_by_name_and_pattern_in_their_own_order(published):
-    names = ["google-cifar10-ViT-B_32-dropout0", "demo"]
-    assert [row.name for row in reproduce.choose(names)] == names[::-1]
-    assert len(reproduce.choose(["predecessor-*"])) == 9
-    assert len(reproduce.choose(None)) == len(published)
-
-
 def test_list_prints_every_row_and_what_is_known(capfd):
     write_results(record_of("predecessor-a"))
     code, out, _ = run(capfd, "--list")
@@ -214,15 +118,6 @@ def test_list_prints_every_row_and_what_is_known(capfd):
     assert [line.split() for line in out.splitlines()][1:] == [
         ["predecessor-a", "50.00", "12.50", "61.25", "%"], ["predecessor-b", "0.00"], ["google-slow", "99.00"],
     ]  # fmt: skip
-
-
-def test_weights_are_found_under_the_usual_names(published):
-    row = published["reference-cifar10-R50-ViT-B_16-224-10000"]
-    assert reproduce.weights(row, "checkpoint") == "checkpoint/imagenet21k_R50-ViT-B_16.npz"
-    os.makedirs("checkpoint")
-    for name in ("R50+ViT-B_16.npz", "imagenet21k_R50+ViT-B_16.npz"):
-        Path("checkpoint", name).touch()
-        assert reproduce.weights(row, "checkpoint") == f"checkpoint/{name}"
 
 
 # ---- training them ----
@@ -403,21 +298,6 @@ def test_after_ctrl_c_the_same_command_resumes():
 
 
 # ---- wrong input ----
-
-
-def test_missing_weights_name_the_download_before_any_work(published, capfd):
-    code, out, error = run(capfd, "--rows", "predecessor-*", "reference-cifar10-R50*")
-    assert (code, out) == (2, "")
-    assert error.startswith("tools.reproduce: error: ")
-    assert "tools/download.py ViT-B_32 ViT-L_32 R50-ViT-B_16" in error
-    assert error.count("ViT-B_32.npz") == 1
-    assert "--to" not in error
-    assert os.listdir() == []
-    assert run(capfd, "--rows", "predecessor-*", "--checkpoint_dir", "w")[2].endswith("ViT-B_32 ViT-L_32 --to w")
-    code, _, error = run(capfd, "--rows", "demo")
-    assert code == 2
-    folder = error.split("it comes with this repository: give --checkpoint_dir ")[1]
-    assert (Path(folder) / "ViT-demo.npz").is_file()
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,11 @@ def pretrain(args: argparse.Namespace, images: Tensor, precision: Precision) -> 
     return model
 
 
-def make_parser() -> _cli.Parser:
+def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    p = _cli.Parser("pretrain_demo", __doc__)
+    p = argparse.ArgumentParser(
+        prog="benchmarks.once.pretrain_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--dataset", required=True, help="a folder with train/<class>/* and test/<class>/*")
     p.add_argument("--output", default=f"checkpoint/{DEMO}.npz", metavar="FILE", help="the .npz to write")
     p.add_argument("--num_steps", type=_cli.parse_positive, default=12000, help="steps of AdamW")
@@ -100,12 +102,11 @@ def make_parser() -> _cli.Parser:
     return p
 
 
-def run(args: argparse.Namespace) -> int:
-    """Pretrains and writes the file; returns the exit code.
+def run(args: argparse.Namespace) -> None:
+    """Pretrains and writes the file.
 
     Raises:
         UserError: the user got something wrong.
-        OSError: the file could not be written.
     """
     _cli.check_output(args.output)
     images = datasets.load_datasets(args.dataset, "./data", num_workers=2).train
@@ -119,14 +120,18 @@ def run(args: argparse.Namespace) -> int:
     )
     with files.atomic_write(args.output) as f:
         npz.write(f, npz.from_state_dict(state, model.config, IMG_SIZE, np.float16))
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    p = make_parser()
+    args = p.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
-    return _cli.run("pretrain_demo", lambda: run(args))
+    try:
+        run(args)
+    except UserError as e:
+        p.error(str(e))
+    return 0
 
 
 if __name__ == "__main__":
