@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Which files are searched, as patterns of ``Path.glob``.
 SEARCHED = (
-    "README*.md", "docs/*.md", "CONTRIBUTING.md", "checkpoint/README.md",
+    "README*.md", "docs/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoint/README.md",
     "train.py", "models/*.py", "utils/*.py", "tools/*.py", "benchmarks/**/*.py",
 )  # fmt: skip
 
