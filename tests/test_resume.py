@@ -15,9 +15,9 @@ import train
 from tests.helpers.boundaries import killed_at
 from tests.helpers.runs import assert_same, last_state, lines, outcome, run, undisturbed
 from utils import checkpoint, precision
+from utils.batch import Batch
 from utils.errors import UserError
 from utils.evaluation import EvalResult
-from utils.run import Batch
 
 pytestmark = pytest.mark.usefixtures("pets")
 

@@ -26,7 +26,7 @@ import train
 from models.modeling import VisionTransformer
 from tests.helpers import runs
 from tests.helpers.forked import Forked, run_forked
-from utils import metrics
+from utils import log_files, metrics
 
 KILLED = 77  # the exit code of a child that was killed
 #: Events that tell of a change to files, and which of their arguments is the file's name.
@@ -41,7 +41,7 @@ class _Watch:
         os.fsync = self._before("fsync", os.fsync, _name)
         torch.save = self._before("save", torch.save, lambda state, f: _name(f.fileno()))
         for owner, name in (
-            (metrics.MetricsWriter, "write"), (metrics.EventFile, "add_summary"), (VisionTransformer, "forward"),
+            (log_files.MetricsWriter, "write"), (log_files.EventFile, "add_summary"), (VisionTransformer, "forward"),
         ):  # fmt: skip
             setattr(owner, name, self._before(name, getattr(owner, name)))
         train.evaluate = self._around("evaluation", train.evaluate, lambda *_: self._where)
