@@ -317,7 +317,7 @@ def _code(command: str) -> str:
 
 def _settings(flags: Mapping[str, tuple[Any, Any]]) -> str:
     changed = [_row(name, value, default) for name, (value, default) in flags.items() if value != default]
-    table = _table("Flags that differ from their defaults", ["flag", "value", "default"], changed)
+    table = _table("Flags that differ from their defaults", ["flag", "value", "default"], changed, "flags")
     kept = "".join(
         f"<li>{_code(f'{name} {value}')}</li>" for name, (value, default) in flags.items()
         if value == default
