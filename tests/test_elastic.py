@@ -114,7 +114,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_command_resumes(unhurt, tmp
         os.kill(run.jobs[1].pid, signal.SIGTERM)
         assert run.results() == [128 + signal.SIGTERM] * 2, run.output()
         assert len(run.errors()) == 1, run.output()
-        assert "; the same command" in run.errors()[0]
+        assert "rerun the same command" in run.errors()[0]
     with ranks(tmp_path, [flags] * 2) as run:
         assert run.results() == [0, 0], run.output()
         assert RESUMED in run.output()
