@@ -264,7 +264,6 @@ def job_of(megabytes):
     return common.Job(functools.partial(Hoarder, megabytes), (), "cpu", 1)
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_contender_in_its_own_process_reports_time_and_memory():
     with common.crew({"a": job_of(300)}, one_process=False) as ready:
         assert ready["a"].note == ("some",)
