@@ -74,6 +74,8 @@ def train(
     batches = make_batches(args, run.batch, data.train, state.step + 1, precision.device)
 
     with log:
+        if state.step and not run.is_own:
+            run.save()  # under its own name from now on
         if state.last_eval_step < state.step and is_due(state.step, args.eval_every, args.num_steps):
             after_step(args, run, model, data, precision, log, stop)  # it was stopped between a step and its evaluation
         if state.step == 0:
@@ -91,12 +93,12 @@ def train(
             after_step(args, run, model, data, precision, log, stop)
 
     logger.info("Best Accuracy: \t%.5f", state.best_accuracy)
-    logger.info("End Training! %.2f s of training, %.1f images/s; %.2f s of evaluations",
-                log.train_secs, log.speed(), log.eval_secs)  # fmt: skip
+    logger.info("End Training! %.2f s of training, %.1f images/s; %.2f s of evaluations; %.2f s in all",
+                log.train_secs, log.speed(), log.eval_secs, log.wall_secs())  # fmt: skip
 
 
 def forward_backward(
-    model: nn.Module, batches: Iterator[data_utils.Batch], precision: Precision, num_micro_batches: int
+    model: nn.Module, batches: Iterator[data_utils.MicroBatch], precision: Precision, num_micro_batches: int
 ) -> torch.Tensor:
     """Adds up the gradients of one step's micro-batches; returns their mean loss, a scalar on the device."""
     model.train()
@@ -125,9 +127,9 @@ def after_step(
     The weights of the best evaluation come before the state that tells of them: a run that is killed between the two
     evaluates once more, and writes the same again.
     """
-    state, step, num_workers = run.state, run.state.step, flags.decoding_workers(args)
+    state, step = run.state, run.state.step
     if is_due(step, args.eval_every, args.num_steps):
-        start = time.perf_counter()
+        start, num_workers = time.perf_counter(), flags.decoding_workers(args)
         with log.paused():
             result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, num_workers, stop)
             if result is not None:  # else a signal came meanwhile: the resumed run evaluates
@@ -158,12 +160,19 @@ def show_result(
     if is_last:
         log.hyperparameters(state.step, {**run.settings, "--dataset": args.dataset})
     if (state.best_step == state.step or is_last) and dist_util.is_main():
-        report.write_report(run.paths.report, report.Contents(
-            args.name, f"{args.model_type} on {args.dataset}", args.num_steps, state.step, run.paths.log_dir, data,
-            EvalResult(**state.best_result), state.best_step, flags.with_defaults(args),
-            report.facts(precision.device, str(precision), dist_util.world_size()),
-            report.timing(data, log.train_secs, log.eval_secs, log.speed()),
-            commands.after_training(flags.changed(args), run.paths.checkpoint),
+        report.write_report(run.paths.report, lambda: report.Contents(
+            name=args.name,
+            subject=f"{args.model_type} on {args.dataset}",
+            num_steps=args.num_steps,
+            step=state.step,
+            log_dir=run.paths.log_dir,
+            data=data,
+            best=EvalResult(**state.best_result),
+            best_step=state.best_step,
+            flags=flags.with_defaults(args),
+            facts=report.facts(precision.device, str(precision), dist_util.world_size()),
+            timing=report.timing(data, log),
+            commands=commands.after_training(flags.changed(args), run.paths.checkpoint),
         ))  # fmt: skip
 
 
@@ -174,7 +183,7 @@ def is_due(step: int, every: int, num_steps: int) -> bool:
 
 def make_batches(
     args: argparse.Namespace, batch: Batch, images: datasets.Images, first_step: int, device: torch.device
-) -> Iterator[data_utils.Batch]:
+) -> Iterator[data_utils.MicroBatch]:
     """Returns the micro-batches of all steps from the first one on, in their order."""
     transform = augment.TrainTransform(args.img_size, args.hflip)
     share = (dist_util.rank(), dist_util.world_size())
@@ -267,7 +276,7 @@ def fine_tune(args: argparse.Namespace) -> int:
             run.open()
             model, data = prepare(args, run, precision)
             check_ranks(args, model, lambda: run.settings["--dataset"])
-        if run.state.step == run.state.last_eval_step == args.num_steps:
+        if run.is_own and run.state.step == run.state.last_eval_step == args.num_steps:
             best = run.state.best_accuracy
             logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", best)
             return 0
@@ -311,19 +320,19 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     """
     config, source = make_config(args.model_type, args.img_size, args.gelu, args.dropout), None
     datasets.check_layout(args.dataset)
-    if run.weights is not None:  # the flag is compared if it is given
-        path = run.saved_settings.get("--pretrained_dir", "") if args.pretrained_dir is None else args.pretrained_dir
-    elif args.pretrained_dir == "":
+    path = args.pretrained_dir
+    if run.saved_settings is not None:
+        path = run.saved_settings.get("--pretrained_dir", "") if path is None else path  # compared if it is given
+    elif path == "":
         logger.warning("--pretrained_dir is empty: training starts from random weights")
-        path = ""
     else:
-        path = published.find(args.pretrained_dir, args.model_type)
-        source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
+        file = published.find(path, args.model_type)
+        source = pretrained.load(metadata.open_weights(file, strict=False), args.model_type)
+        path = file if path is None else path
     data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
-    given = path if args.pretrained_dir is None else args.pretrained_dir
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
-    run.check_settings(
-        flags.settings(args, given, dataset, config.dropout_rate, run.batch.total, str(precision)),
+    run.set_settings(
+        flags.settings(args, path, dataset, config.dropout_rate, run.batch.total, str(precision)),
         flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
         flags.defaults(),
     )
@@ -332,8 +341,10 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
         keep_head = pretrained.keeps_head(source, data.classes, args.zero_head)
     torch.manual_seed(args.seed)
-    if run.weights is not None:
-        model = pretrained.model_to_resume(run.weights, args.model_type, config, args.img_size, len(data.classes))
+    if run.saved_settings is not None:
+        model = pretrained.model_to_resume(
+            run.take_weights(), args.model_type, config, args.img_size, len(data.classes)
+        )
     else:
         model = pretrained.model_to_train(source, config, args.img_size, len(data.classes), keep_head)
     return model, data

@@ -59,7 +59,7 @@ class Setting:
     def config(self) -> ViTConfig:
         return CONFIGS[self.model_type]
 
-    def micro_batches(self) -> list[data_utils.Batch]:
+    def micro_batches(self) -> list[data_utils.MicroBatch]:
         """Returns those of one step: random images in [-1, 1] and labels, on the device."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size // self.num_micro_batches, 3, self.img_size, self.img_size)
@@ -120,7 +120,7 @@ class OurTraining:
         self._model = dist_util.wrap(model)
 
     def step(
-        self, step: int, learning_rate: float, micro_batches: Iterator[data_utils.Batch], num_micro_batches: int
+        self, step: int, learning_rate: float, micro_batches: Iterator[data_utils.MicroBatch], num_micro_batches: int
     ) -> Tensor:
         """Takes one step, counted from 1; returns its mean loss."""
         torch.manual_seed(data_utils.derive_seed(SEED, data_utils.DROPOUT, step, dist_util.rank()))

@@ -139,9 +139,9 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
 # ---- ranks share the batch ----
 
 
-def saved(total: int, per_rank: int, num_micro_batches: int = 1) -> dict[str, Any]:
-    """Returns the batch of a training state, whose flags were these."""
-    return {"total": total, "given": (per_rank, num_micro_batches)}
+def saved(total: int, per_rank: int) -> dict[str, Any]:
+    """Returns the batch of a training state, whose --train_batch_size was this."""
+    return {"total": total, "given": per_rank}
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,15 @@ def saved(total: int, per_rank: int, num_micro_batches: int = 1) -> dict[str, An
 )
 def test_the_same_command_on_other_numbers_of_ranks(given, micro_batches, began, now, expected):
     flags = Batch.from_flags(given, micro_batches, now)
-    batch = flags.resumed(saved(given * began, given, micro_batches), began)
+    batch = flags.resumed(saved(given * began, given), began)
     assert (batch.per_rank, batch.num_micro_batches) == expected
     assert batch.total == given * began
     assert batch.micro_batch <= flags.micro_batch
+
+
+def test_other_micro_batches_may_come_with_other_ranks():
+    batch = Batch.from_flags(128, 4, 2).resumed(saved(512, 128), 4)
+    assert (batch.total, batch.per_rank, batch.micro_batch) == (512, 256, 32)
 
 
 def test_a_batch_that_was_changed_by_the_user_is_left_alone():

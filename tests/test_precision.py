@@ -302,3 +302,16 @@ def test_the_micro_batches_of_a_step_sum_up_in_float32():
     for _ in range(1000):  # in bfloat16 the sum would not get beyond 256
         precision.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
     assert [p.grad.item() for p in params_of(optimizer)] == [1000, 1000]
+
+
+@pytest.mark.parametrize("opt_level", ["O0", "O2"])
+def test_another_optimizer_takes_the_place_of_sgd(opt_level):
+    model, precision = make_model(), Precision(torch.device("cpu"), opt_level)
+    before = flat(precision.float32_weights(model))
+    optimizer = torch.optim.AdamW(precision.prepare(model), lr=1e-3, fused=True)
+    precision.attach(model, optimizer)
+    take_step(model, precision, optimizer)
+    change = (flat(precision.float32_weights(model)) - before).abs()
+    assert change.max() == pytest.approx(
+        1e-3, rel=0.05
+    )  # Adam's first step is the learning rate, whatever the gradient

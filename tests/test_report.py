@@ -205,7 +205,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(trouble, make, tmp_path, c
         os.remove(tmp_path / "metrics.jsonl")
     else:
         (tmp_path / "metrics.jsonl").write_text("{")
-    report.write_report(str(path), contents)
+    report.write_report(str(path), lambda: contents)
     assert f"The report {path} could not be written" in caplog.text
     assert not path.is_file()
 
@@ -213,7 +213,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(trouble, make, tmp_path, c
 def test_a_report_replaces_the_one_before(make, tmp_path):
     path = tmp_path / "a_report.html"
     path.write_text("an older one")
-    report.write_report(str(path), make())
+    report.write_report(str(path), make)
     assert path.read_text(encoding="utf-8") == report.render(make())
 
 

@@ -124,7 +124,15 @@ def test_a_path_replaces_another_run_of_the_name():
     killed_at(STOP)
     assert run("--name", "b", "--seed", "1") == 0
     killed_at(STOP, "--name", "b", "--resume", str(STATE), "--save_every", "4")
-    assert not os.path.exists("output/b_last.pt")
+    assert last_state("b").settings == last_state("a").settings  # b's own from the start, and no longer the other run's
+
+
+def test_a_path_of_a_finished_run_brings_its_weights_and_its_state_under_the_name():
+    assert run() == 0
+    assert run("--name", "b", "--resume", str(STATE)) == 0
+    assert Path("output/b_checkpoint.bin").read_bytes() == Path("output/a_checkpoint.bin").read_bytes()
+    assert last_state("b").step == last_state("a").step
+    assert run("--name", "b") == 0  # and is finished, too
 
 
 def test_logs_of_another_run_are_not_cut(caplog):
@@ -212,8 +220,8 @@ def test_other_ranks_keep_the_images_of_a_step():
         batch, ranks = Batch.from_flags(16, 1, now).resumed(saved, ranks), now
         assert (batch.total, batch.per_rank, batch.num_micro_batches) == (32, per_rank, num_micro_batches)
         assert batch.micro_batch <= 16  # what fitted into memory
-        assert batch.given == (16, 1)
+        assert batch.given == 16
     with pytest.raises(UserError, match="numbers that can: 1, 2, 4"):
         Batch.from_flags(16, 1, 3).resumed(saved, 2)
     other = Batch.from_flags(8, 1, 4)  # another command: the comparison of the settings tells
-    assert other.resumed({"total": 64, "given": (16, 1)}, 4) == other
+    assert other.resumed({"total": 64, "given": 16}, 4) == other

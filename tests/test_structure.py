@@ -96,6 +96,7 @@ ROOMS = {
         "utils.files",
         "utils.hardware",
         "utils.log_files",
+        "utils.metrics",
     },
 }
 

@@ -20,13 +20,13 @@ class Batch:
         per_rank: images of one step on each rank.
         num_micro_batches: parts into which a rank splits them, one after the other.
         num_ranks: ranks that share the step.
-        given: per_rank and num_micro_batches as the flags had them.
+        given: per_rank as its flag has it.
     """
 
     per_rank: int
     num_micro_batches: int
     num_ranks: int
-    given: tuple[int, int]
+    given: int
 
     @property
     def total(self) -> int:
@@ -41,7 +41,7 @@ class Batch:
     @classmethod
     def from_flags(cls, per_rank: int, num_micro_batches: int, num_ranks: int) -> Batch:
         """Returns the division that the flags ask for."""
-        return cls(per_rank, num_micro_batches, num_ranks, (per_rank, num_micro_batches))
+        return cls(per_rank, num_micro_batches, num_ranks, per_rank)
 
     def resumed(self, saved: Mapping[str, Any], was_ranks: int) -> Batch:
         """Returns the division that keeps a saved run's step when the same command resumes with other ranks.
@@ -49,14 +49,14 @@ class Batch:
         Micro-batches do not grow: what fitted into memory still does.
 
         Args:
-            saved: the state's "batch": the total, and the flags as ``given``.
+            saved: the state's "batch": its ``total``, and ``given``.
             was_ranks: ranks that the run had.
 
         Raises:
             UserError: so many ranks cannot share the step's images.
         """
         total, n = saved["total"], self.num_ranks
-        if not total or total == self.total or tuple(saved["given"]) != self.given:
+        if not total or total == self.total or saved["given"] != self.given:
             return self  # if it is another command, the comparison of the settings says so
         if total % n:
             fitting = [m for m in range(1, min(total, 2 * max(was_ranks, n)) + 1) if total % m == 0]

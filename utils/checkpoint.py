@@ -260,6 +260,8 @@ STATE_KINDS: dict[str, type] = {
     "precision": dict,
     "log": dict,
 }
+#: What a state counts as having that is older than the entry.
+STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0}
 #: Names of format 1, which is read for ever, and what they are called now.
 FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 
@@ -300,7 +302,7 @@ def load_state(path: str) -> dict[str, Any]:
         )
     try:
         version = state.pop("format")
-        state = _from_format_1(state) if version == 1 else state
+        state = STATE_DEFAULTS | (_from_format_1(state) if version == 1 else state)
         check_tensors(path, _tensors_in(state))
         same = state.keys() == STATE_KINDS.keys() and version in (1, STATE_FORMAT)
         if not same or any(type(state[name]) is not kind for name, kind in STATE_KINDS.items()):
@@ -315,10 +317,9 @@ def load_state(path: str) -> dict[str, Any]:
 def _from_format_1(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a state of format 1 with today's names; what it lacks has its default."""
     renamed = {FORMAT_1_NAMES.get(name, name): value for name, value in state.items()}
-    flags = ("--train_batch_size", "--gradient_accumulation_steps")
-    given = tuple(renamed["environment"].get(name, 1) for name in flags)
+    given = renamed["environment"].get("--train_batch_size", 0)
     batch = {"total": renamed["settings"].get("--train_batch_size of all processes", 0), "given": given}
-    return {"best_crc32": 0, "batch": batch, **renamed}
+    return {"batch": batch, **renamed}
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -45,7 +45,7 @@ class Transform(Protocol):
     def complete(self, images: Tensor) -> Tensor: ...
 
 
-Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
+MicroBatch = tuple[Tensor, Tensor]  # images (B, 3, S, S) float32 in [-1, 1], labels (B,) int64
 
 #: Purposes of random numbers: the first number after the run's seed in ``derive_seed``.
 ORDER, DRAWS, DROPOUT = range(3)
@@ -116,7 +116,7 @@ def train_batches(
     transform: Transform,
     device: torch.device,
     num_workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """Yields the training's micro-batches: for each of ``steps`` in turn, its images, ``micro_batch_size`` at a time.
 
     Raises:
@@ -138,7 +138,7 @@ def eval_batches(
     num_workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """Yields this rank's share of all images, each once, in order; the last batch may be smaller.
 
     Raises:
@@ -160,7 +160,7 @@ def _batches(
     transform: Transform,
     device: torch.device,
     num_workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """Yields a batch for each of ``choices``: indices (B,) of images and their random numbers (B, num_draws)."""
     if isinstance(images, MemoryImages):
         here = images.to(device)

@@ -28,10 +28,9 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
         return 2 if e.input_error else 1
     except BaseException as e:
         code = _code(e)
-        message = "; ".join([_message(e), *notes(e)])  # of a lost rank: on every rank, for so they learn which it is
-        reports = (
-            dist_errors.is_error_reporter()
-        )  # asked before a bug, too: then no other rank says that it lost this one
+        # Every rank explains a lost one: so they find out which it is.  Every rank asks who prints, before a bug, too.
+        message = "; ".join([_message(e), *notes(e)])
+        reports = dist_errors.is_error_reporter()
         if code is None:
             raise
         if reports:

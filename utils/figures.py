@@ -24,7 +24,7 @@ from utils.evaluation import EvalResult
 from utils.fonts import drawable, drawable_names, fitting, font_for, legend
 
 if TYPE_CHECKING:
-    from utils.data_utils import Batch
+    from utils.data_utils import MicroBatch
     from utils.metrics import TrainLog
 
 #: So many of the first batch's images and of the worst mistakes are shown, with so long sides.
@@ -70,7 +70,7 @@ class Mistake:
 # ---- what a training shows in TensorBoard ----
 
 
-def show_first(log: TrainLog, batches: Iterator[Batch], classes: list[str]) -> Iterator[Batch]:
+def show_first(log: TrainLog, batches: Iterator[MicroBatch], classes: list[str]) -> Iterator[MicroBatch]:
     """Shows the first micro-batch as the model sees it; returns the micro-batches from it on."""
     images, labels = next(batches)
     log.image(1, "train/pictures", lambda: training_batch(images, labels, classes))

@@ -56,6 +56,7 @@ class TrainLog:
             **dist_util.bar_options(),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
         )
+        self._opened = time.perf_counter()
         self._start_clock()
         return self
 
@@ -171,6 +172,10 @@ class TrainLog:
         self._applied = [torch.tensor(applied, device=device) for applied in state["applied"]]
         self._first_step, self._lengths = step, state.get("files", {}) if own_files else None
         self.train_secs, self.eval_secs = state.get("secs", 0.0), state.get("eval_secs", 0.0)
+
+    def wall_secs(self) -> float:
+        """Returns the seconds since the files were opened, with evaluations and saves."""
+        return time.perf_counter() - self._opened
 
     def speed(self) -> float:
         """Returns the images per second of all lines since this process started, evaluations left out."""

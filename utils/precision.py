@@ -82,11 +82,11 @@ class Precision:
         return self._params
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Zeroes the momentum of an optimizer of what ``prepare`` returned; there is none in an evaluation.
+        """Zeroes SGD's momentum, for an optimizer of what ``prepare`` returned; there is none in an evaluation.
 
         torch's fused kernel would leave garbage in the momentum if the very first step were skipped.
         """
-        if optimizer is not None:
+        if optimizer is not None and optimizer.defaults.get("momentum"):
             for p in self._params:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 

@@ -14,9 +14,9 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from utils import datasets, figures, files, hardware
 from utils.evaluation import EvalResult
 from utils.figures import duration, number
 from utils.log_files import read_lines
+
+if TYPE_CHECKING:
+    from utils.metrics import TrainLog
 
 logger = logging.getLogger("train")
 
@@ -78,10 +81,10 @@ class Contents:
     commands: Sequence[tuple[str, str]]
 
 
-def write_report(path: str, contents: Contents) -> None:
+def write_report(path: str, contents: Callable[[], Contents]) -> None:
     """Writes the page as far as the run has come; a training does not end for the lack of one."""
     try:
-        files.write_text(path, render(contents))
+        files.write_text(path, render(contents()))
     except (OSError, ValueError) as e:  # no room, or somebody removed or edited the logs or the images
         logger.warning("The report %s could not be written (%s)", path, e)
 
@@ -97,12 +100,13 @@ def facts(device: torch.device, precision: str, num_ranks: int) -> dict[str, str
     }
 
 
-def timing(data: datasets.DataSets, train_secs: float, eval_secs: float, images_per_sec: float) -> dict[str, str]:
-    """Returns durations, over all resumes, and the rate since the last start, by what they are called on the page."""
+def timing(data: datasets.DataSets, log: TrainLog) -> dict[str, str]:
+    """Returns durations and rates, by what they are called on the page."""
     return {
-        "training": duration(train_secs),
-        "evaluations": duration(eval_secs),
-        "images per second while training": f"{images_per_sec:.1f}",
+        "training, over all resumes": duration(log.train_secs),
+        "evaluations, over all resumes": duration(log.eval_secs),
+        "wall time since the last start": duration(log.wall_secs()),
+        "images per second while training": f"{log.speed():.1f}",
         "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }

@@ -100,7 +100,7 @@ class RunState:
 class Run:
     """Owns the files, the lock, the settings, the batch and the state of a training.
 
-    ``open``, ``check_settings``, ``take_over`` and ``restore`` come in this order, then ``save_best`` and ``save`` as
+    ``open``, ``set_settings``, ``take_over`` and ``restore`` come in this order, then ``save_best`` and ``save`` as
     often as wanted, and ``close`` at the end.
 
     Args:
@@ -113,7 +113,6 @@ class Run:
         settings: what decides on the result.
         environment: what may change the last digits.
         batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
-        weights: a saved model's, until ``restore``; None for a new run.
     """
 
     def __init__(self, paths: RunPaths, resume: str, batch: Batch) -> None:
@@ -124,6 +123,7 @@ class Run:
         self._saved: dict[str, Any] | None = None  # what the file of the state holds, until ``restore``
         self._locks = contextlib.ExitStack()
         self._wrote_best = False  # the checkpoint under the run's name is its own
+        self._has_state = False  # so is the state
 
     # ---- before any work ----
 
@@ -145,18 +145,23 @@ class Run:
             files.remove_stale(*own, self.paths.report)
         self._saved = _newest(self._find_state())
         if self._saved is not None:
+            self._has_state = self.is_own
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
             self.batch = self.batch.resumed(self._saved["batch"], self._saved["environment"].get("processes", 1))
 
     def _find_state(self) -> dict[str, Any] | None:
-        path = self.paths.state if self.resume == "auto" else self.resume
-        if self.resume == "none" or (self.resume == "auto" and not os.path.exists(path)):
+        if self.resume == "none" or (self.resume == "auto" and not os.path.exists(self.paths.state)):
             return None
-        return checkpoint.load_state(path)
+        return checkpoint.load_state(self._state_path)
 
     def close(self) -> None:
         """Lets go of the lock."""
         self._locks.close()
+
+    @property
+    def _state_path(self) -> str:
+        """The state to resume from."""
+        return self.paths.state if self.resume == "auto" else self.resume
 
     @property
     def is_own(self) -> bool:
@@ -164,19 +169,17 @@ class Run:
         return self.resume == "auto" or os.path.realpath(self.resume) == os.path.realpath(self.paths.state)
 
     @property
-    def weights(self) -> dict[str, Tensor] | None:
-        """Float32 weights by the model's names, of the state to resume from; None for a new run."""
-        return None if self._saved is None else self._saved["model"]
+    def saved_settings(self) -> dict[str, Any] | None:
+        """The settings of the state to resume from; None for a new run."""
+        return None if self._saved is None else self._saved["settings"]
 
-    @property
-    def saved_settings(self) -> dict[str, Any]:
-        """The settings of the state to resume from; empty for a new run."""
-        return {} if self._saved is None else self._saved["settings"]
+    def take_weights(self) -> dict[str, Tensor]:
+        """Returns float32 weights by the model's names, of the state to resume from, and lets go of them."""
+        assert self._saved is not None
+        return self._saved.pop("model")
 
-    def check_settings(
-        self, settings: dict[str, Any], environment: dict[str, Any], defaults: Mapping[str, Any]
-    ) -> None:
-        """Compares what decides on the result with what the state was saved under.
+    def set_settings(self, settings: dict[str, Any], environment: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Sets what decides on the result, and compares it with what the state was saved under.
 
         Args:
             settings: what decides on the result, by the names of the flags.
@@ -196,9 +199,8 @@ class Run:
                            steps, settings["--num_steps"])  # fmt: skip
             was["--num_steps"] = settings["--num_steps"]
         if changed := _differences(was, now):
-            path = self.paths.state if self.resume == "auto" else self.resume
             raise UserError(
-                f"{path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
+                f"{self._state_path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
                 "or another --name, or start over with --resume none"
             )
         before = self._saved["environment"]
@@ -216,23 +218,24 @@ class Run:
         """
         dist_util.barrier()  # every rank has read what is moved now
         lost = False
-        if dist_util.is_main():
-            if not self.is_own and os.path.exists(self.paths.state):
-                logger.warning("--resume %s: this run replaces the one that %s is of", self.resume, self.paths.state)
+        if not self.is_own and dist_util.is_first_of_machine() and os.path.exists(self.paths.state):
+            logger.warning("--resume %s: this run replaces the one that %s is of", self.resume, self.paths.state)
+            with contextlib.suppress(FileNotFoundError):  # another machine's, on the same disk
                 os.unlink(self.paths.state)
+        if dist_util.is_main():
             lost = self.state.best_accuracy >= 0 and not self._adopt_best()
         if dist_util.max_over_ranks(int(lost)):
             self.state.best_accuracy, self.state.best_step = -1.0, 0
 
     def _adopt_best(self) -> bool:
         """Finds the weights of the best evaluation, here or beside another run's state; False if they are not there."""
-        path = self.paths.checkpoint
-        if self.is_own and self._is_best(path):
+        source = self._state_path.removesuffix("_last.pt") + "_checkpoint.bin"
+        is_best = self._is_best(source)
+        if self.is_own and is_best:
             self._wrote_best = True
             return True
-        source = (self.paths.state if self.is_own else self.resume).removesuffix("_last.pt") + "_checkpoint.bin"
         try:
-            if not self._is_best(source):
+            if not is_best:
                 raise UserError(f"{source} is of another evaluation, or is not there")
             weights = checkpoint.load_weights(source)
             metadata = checkpoint.read_metadata(source, weights)
@@ -299,6 +302,7 @@ class Run:
                     "precision": precision,  # loss scale, skipped steps
                     "log": log,  # losses since the last line, lengths of the log files, seconds
                 })  # fmt: skip
+        self._has_state = True
 
     def save_best(self, result: EvalResult, metadata: checkpoint.CheckpointMetadata) -> None:
         """Makes an evaluation the best so far, and writes the model's weights and their metadata.
@@ -330,7 +334,7 @@ class Run:
         try:
             yield
         except Exception as e:
-            if os.path.exists(self.paths.state):
+            if self._has_state and os.path.exists(self.paths.state):
                 add_note(e, f"the run up to its last save is in {self.paths.state}")
             elif self.state.best_step and os.path.exists(self.paths.checkpoint):  # saved less often than evaluated
                 where = f"of step {self.state.best_step}, are in {self.paths.checkpoint}"

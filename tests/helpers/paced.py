@@ -20,7 +20,7 @@ def main(flags: list[str] | None = None) -> int:
     """Trains; returns the exit code."""
     original = data_utils.train_batches
 
-    def paced(*args: Any, **options: Any) -> Iterator[data_utils.Batch]:
+    def paced(*args: Any, **options: Any) -> Iterator[data_utils.MicroBatch]:
         for i, batch in enumerate(original(*args, **options)):
             since = time.monotonic()
             while True:
