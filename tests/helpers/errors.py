@@ -18,7 +18,7 @@ from tests.helpers.runs import ROOT
 
 PAGE = ROOT / "docs" / "errors.md"
 BEGIN = "<!-- What follows is written by `make errors` from the tests. -->\n"
-HEAD = "| id | what happened | message | exit code | what to do |\n| --- | --- | --- | --- | --- |\n"
+HEAD = "| id | what happened | message | exit code |\n| --- | --- | --- | --- |\n"
 
 #: What differs from run to run or from system to system, and what stands for it on the page.
 RUN_SPECIFIC = [
@@ -70,7 +70,7 @@ class Case:
             folder.
         says: what the message must have in it; by default the first flag.
         code: the exit code; 0 for a warning.
-        do: the remedy, where the message does not name it.
+        do: the remedy, where the message does not name it; it stands below the message.
     """
 
     id: str
@@ -158,7 +158,8 @@ def row(case: Case, message: str) -> str:
         message = re.sub(pattern, instead, message)
     message = message.replace(socket.gethostname(), "node0").replace("|", r"\|")
     fence, pad = ("``", " ") if "`" in message else ("`", "")
-    return f"| `{case.id}` | {case.what} | {fence}{pad}{message}{pad}{fence} | {case.code} | {case.do} |\n"
+    remedy = f"<br>{case.do}" if case.do else ""
+    return f"| `{case.id}` | {case.what} | {fence}{pad}{message}{pad}{fence}{remedy} | {case.code} |\n"
 
 
 def rows_of(page: str) -> dict[str, str]:
