@@ -15,9 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from models import published as table
-from models.published import PUBLISHED, UPSTREAMS, find, run_names
-from tests.helpers.downloads import assert_same_weights, google_arrays, timm_file
+from models.published import PUBLISHED, GoogleFile, find, repository, run_names
+from tests.helpers.downloads import assert_same_weights, google_arrays, publish, timm_file
 from tests.helpers.servers import Bucket, Hub, RefusingProxy, make_content, serving
 from tools import _hub, _transfer, download
 
@@ -35,11 +34,11 @@ RUN = "T-i21k-300ep-lr_0.001-aug_light1"
 @pytest.fixture
 def small_table(monkeypatch):
     """The testing model as if Google published it: one file of each upstream, the last of another run on the hub."""
-    monkeypatch.setitem(UPSTREAMS["imagenet21k"], "testing", "imagenet21k/testing")
-    monkeypatch.setitem(UPSTREAMS["augreg"], "testing", "augreg/T-best")
-    monkeypatch.setitem(table.REPOSITORIES, "imagenet21k/testing", REPOSITORY)
-    monkeypatch.setitem(table.REPOSITORIES, "augreg/T-best", OTHER)
-    monkeypatch.setitem(table.OTHER_RUNS, "augreg/T-best", f"augreg/{RUN}")
+    publish(
+        GoogleFile("testing", "imagenet21k/testing", REPOSITORY),
+        GoogleFile("testing", "augreg/T-best", OTHER, other_run=RUN),
+        setitem=monkeypatch.setitem,
+    )
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_the_hub_stands_in_for_a_bucket_that_gives_nothing(bucket, hub, tmp_path
 
 
 def test_a_model_that_fails_stops_no_other_and_the_bucket_is_asked_once(bucket, hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(UPSTREAMS["augreg"], "ViT-Ti_16", "augreg/none")
+    publish(GoogleFile("ViT-Ti_16", "augreg/none"), setitem=monkeypatch.setitem)
     assert run(bucket, tmp_path, models=("ViT-Ti_16", "testing")) == 1
     assert here(tmp_path) == [FILE]
     assert len(bucket.requests) == 1
@@ -363,7 +362,7 @@ def test_the_readmes_command_and_the_training_after_it(folder, tmp_path, monkeyp
 
     model, google = "ViT-Ti_16", PUBLISHED["ViT-Ti_16"]
     with serving(Hub()) as hub, serving(RefusingProxy()) as proxy:
-        hub.add(table.REPOSITORIES[google], SAFE, timm_file(model))
+        hub.add(repository(google), SAFE, timm_file(model))
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
                     "no_proxy": "127.0.0.1,localhost", "https_proxy": proxy.url,
                     "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}  # fmt: skip
