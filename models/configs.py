@@ -144,7 +144,7 @@ CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name 
 
 
 def canonical_name(model_type: str) -> str:
-    """This project's name of a model that may be called by one of Google's."""
+    """Returns this project's name of a model that may be called by one of Google's."""
     return _ALIASES.get(model_type, model_type)
 
 

@@ -37,14 +37,15 @@ def watched(flags: list[str]) -> list:
         return allreduce_hook(group, bucket)
 
     def watch(model):
-        models.append(wrap(model))
-        if models[0] is not model:
-            models[0].register_comm_hook(None, count)
-        return models[0]
+        models.append(model)
+        wrapped = wrap(model)
+        if wrapped is not model:
+            wrapped.register_comm_hook(None, count)
+        return wrapped
 
     dist_util.wrap = watch
     assert train_main(flags) == 0
-    return [reduced, checkpoint.checksum(dist_util.unwrap(models[0]).state_dict())]
+    return [reduced, checkpoint.checksum(models[0].state_dict())]
 
 
 #: Number of ranks, micro-batches a step and more flags of runs on 64 images a step, whose gradients are clipped.

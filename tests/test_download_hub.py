@@ -5,22 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from models.published import PUBLISHED, GoogleFile, find, repository, run_names
+from models.published import GoogleFile, find, run_names
 from tests.helpers.downloads import assert_same_weights, google_arrays, publish, timm_file
-from tests.helpers.servers import Bucket, Hub, RefusingProxy, make_content, serving
+from tests.helpers.servers import Bucket, Hub, make_content, serving
 from tools import _hub, _transfer, download
 
-ROOT = Path(__file__).resolve().parent.parent
 huggingface_hub = pytest.importorskip("huggingface_hub")
 import huggingface_hub.constants as constants  # noqa: E402
 import huggingface_hub.file_download as file_download  # noqa: E402
@@ -351,34 +347,3 @@ def test_what_only_the_bucket_has_is_said(hub, tmp_path, capsys):
         assert download.main([model, *flags]) == 1
         assert words in capsys.readouterr().err
     assert hub.requests == []
-
-
-# ---- the whole way ----
-
-
-def test_the_readmes_command_and_the_training_after_it(folder, tmp_path, monkeypatch):
-    """Google's true address behind a proxy that refuses, the hub a mirror: one line, the file, two steps."""
-    import train
-
-    model, google = "ViT-Ti_16", PUBLISHED["ViT-Ti_16"]
-    with serving(Hub()) as hub, serving(RefusingProxy()) as proxy:
-        hub.add(repository(google), SAFE, timm_file(model))
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-                    "no_proxy": "127.0.0.1,localhost", "https_proxy": proxy.url,
-                    "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "tools.download", model], cwd=tmp_path, text=True,
-                              env=os.environ | settings, capture_output=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert proxy.requests == ["storage.googleapis.com:443"]
-    (line,) = done.stderr.splitlines()
-    assert f"https://storage.googleapis.com/vit_models/{google}.npz" in line
-    assert "403" in line
-    assert "the Hugging Face hub is taken" in line
-    path = os.path.join("checkpoint", f"{google.split('/')[0]}_{model}.npz")
-    assert_same_weights(tmp_path / path, google_arrays(model))
-    monkeypatch.chdir(tmp_path)
-    flags = ["--name", "x", "--dataset", str(folder), "--model_type", model, "--img_size", "32",
-             "--pretrained_dir", path, "--num_steps", "2", "--train_batch_size", "8",
-             "--device", "cpu"]  # fmt: skip
-    assert train.main(flags) == 0
-    assert (tmp_path / "output" / "x_checkpoint.bin").exists()

@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     return _cli.run("attention_map", lambda: run(args))
 
