@@ -175,7 +175,7 @@ ERRORS = {
         [[], ["--pretrained_dir", "none.npz"]], {"num_machines": 2}, [2, 2],
         [r"there is no file none.npz.* \(on rank 1 of 2, "],
     ),
-    "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["local rank 1 finds 1 GPUs; start fewer processes"]),
+    "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["local rank 1 finds 1 GPUs; start fewer ranks"]),
     # NCCL and Gloo would wait for each other.
     "a GPU on one rank": ([["0"], ["2"]], {"body": with_gpus}, [2, 2], [r"--device is cpu on rank 0 \("]),
     "an unknown flag on one machine": (

@@ -1,4 +1,4 @@
-"""Errors and warnings of the tools."""
+"""Errors and warnings of the tools.  One table of many short rows, and the functions that provoke them: hence long."""
 
 from __future__ import annotations
 
