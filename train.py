@@ -172,7 +172,7 @@ def show_result(
             flags=flags.with_defaults(args),
             facts=report.facts(precision.device, str(precision), dist_util.world_size()),
             timing=report.timing(data, log),
-            commands=commands.after_training(flags.changed(args), run.paths.checkpoint),
+            commands=commands.after_training(flags.to_resume(args), flags.to_evaluate(args), run.paths.checkpoint),
         ))  # fmt: skip
 
 

@@ -1,14 +1,15 @@
 """Spells commands and files of this repository as users type them: from its root, or from any other folder.
 
-``python -m tools.NAME`` works in the root only, ``python PATH/tools/NAME.py`` everywhere.  This module must
-not know what the commands do.
+``python -m tools.NAME`` works in the root only, ``python PATH/tools/NAME.py`` everywhere.  The module is in this
+package because published.py needs it, and ``models`` may import nothing of ``utils`` but its errors.  It must not know
+what the commands do.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,33 +36,28 @@ def train_command(*words: str) -> str:
     return shlex.join(["python", own_path("train.py"), *words])
 
 
-#: Flags of a training that an evaluation of its weights does not need.
-_OF_TRAINING = frozenset(
-    ("resume", "num_steps", "train_batch_size", "pretrained_dir", "learning_rate", "warmup_steps", "eval_every",
-     "save_every", "log_every", "hflip", "dropout", "zero_head", "seed", "weight_decay", "decay_type", "max_grad_norm",
-     "gradient_accumulation_steps", "local_rank")
-)  # fmt: skip
-
-
-def after_training(flags: Mapping[str, Any], checkpoint: str) -> list[tuple[str, str]]:
+def after_training(
+    to_resume: Mapping[str, Any], to_evaluate: Mapping[str, Any], checkpoint: str
+) -> list[tuple[str, str]]:
     """Returns what a run's user may want to do next, and the commands for it.
 
     Args:
-        flags: the run's, without dashes, whose values are not their defaults.
+        to_resume: the flags of the run that are not their defaults, by names without dashes.
+        to_evaluate: those of them that an evaluation needs.
         checkpoint: path of its weights.
     """
 
-    def words(left_out: Iterable[str]) -> list[str]:
-        return [f"--{name}" if x is True else f"--{name}={x}" for name, x in flags.items() if name not in left_out]
+    def words(flags: Mapping[str, Any]) -> list[str]:
+        return [f"--{name}" if x is True else f"--{name}={x}" for name, x in flags.items()]
 
     weights = ("--load_model_dir", checkpoint)
-    folder = ("--format", "hf", "--output", f"{flags['name']}_hf")
+    folder = ("--format", "hf", "--output", f"{to_resume['name']}_hf")
     return [
-        ("Evaluate the best weights", train_command(*words(_OF_TRAINING), "-v")),
+        ("Evaluate the best weights", train_command(*words(to_evaluate), "-v")),
         ("Name what is on an image", tool_command("predict", *weights, "IMAGE.jpg")),
         ("Draw what the model looks at", tool_command("attention_map", *weights, "IMAGE.jpg")),
         ("Export, here for transformers", tool_command("export", *weights, *folder)),
-        ("Resume, if it was stopped", train_command(*words(("resume", "local_rank")))),
+        ("Resume, if it was stopped", train_command(*words(to_resume))),
     ]
 
 

@@ -114,6 +114,7 @@ _MODELS: dict[str, ViTConfig] = {
     "testing-hybrid": replace(_TESTING, patch_size=1, resnet_units=(1, 2)),
 }
 
+# Google's code names the architectures so; published.py has the names of the files, from which these do not follow.
 #: Google's name of a model whose name here differs: its files are found under both.
 GOOGLE_NAMES: dict[str, str] = {
     "R50-ViT-B_16": "R50+ViT-B_16",
@@ -143,7 +144,7 @@ CONFIGS: dict[str, ViTConfig] = _MODELS | {alias: _MODELS[name] for alias, name 
 
 
 def canonical_name(model_type: str) -> str:
-    """This project's name of a model that may be called by one of Google's."""
+    """Returns this project's name of a model that may be called by one of Google's."""
     return _ALIASES.get(model_type, model_type)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+from dataclasses import dataclass
 
 from models.commands import own_path, tool_command
 from models.configs import DEMO, GOOGLE_NAMES, canonical_name
@@ -30,89 +31,90 @@ logger = logging.getLogger("train")
 
 BUCKET = "https://storage.googleapis.com/vit_models"
 
-#: Where Google publishes a model's weights, below storage.googleapis.com/vit_models/ and without the ".npz".
-#: Of the AugReg files, those that Google's README recommends (B_8: google-research/big_vision, ``models/vit.py``);
-#: there are others, listed in augreg/index.csv.
-PUBLISHED: dict[str, str] = {
-    "ViT-B_16": "imagenet21k/ViT-B_16",
-    "ViT-B_32": "imagenet21k/ViT-B_32",
-    "ViT-L_16": "imagenet21k/ViT-L_16",
-    "ViT-L_32": "imagenet21k/ViT-L_32",
-    "ViT-H_14": "imagenet21k/ViT-H_14",
-    "R50-ViT-B_16": "imagenet21k/R50+ViT-B_16",
-    "ViT-B_8": "imagenet21k/ViT-B_8",
-    "R26-ViT-B_32": "imagenet21k/R26+ViT-B_32",
-    "ViT-Ti_16": "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
-    "ViT-S_16": "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
-    "ViT-S_32": "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
-    "R-ViT-Ti_16": "augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
-    "R26-ViT-S_32": "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
-    "R50-ViT-L_32": "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
-}
 
-#: All files of Google's that this project names, by upstream: the model, and where its weights are, as in
-#: ``PUBLISHED``.  "-224" was fine-tuned at 224 px, the other files of imagenet2012 at 384.
+@dataclass(frozen=True)
+class GoogleFile:
+    """One of Google's files.
+
+    Attributes:
+        model: this project's name of it: the model, and "-224" for what was fine-tuned at 224 px; the other files of
+            imagenet2012 were at 384.
+        path: where Google publishes it, below ``BUCKET`` and without the ".npz"; its folder is the upstream.
+        repository: the one of the Hugging Face hub that stands for it; None if there is none.
+        other_run: name of another AugReg run than the one Google recommends, where the repository has that one's
+            weights.
+        recommended: the file is what the model's name means if no upstream is given.
+    """
+
+    model: str
+    path: str
+    repository: str | None = None
+    other_run: str | None = None
+    recommended: bool = False
+
+    @property
+    def upstream(self) -> str:
+        """Returns the name of what it was trained on, as Google's bucket has it."""
+        return self.path.partition("/")[0]
+
+
+#: The files that this project names.  Of the AugReg files, those that Google's README recommends (B_8:
+#: google-research/big_vision, ``models/vit.py``); there are others, listed in augreg/index.csv.
+FILES: tuple[GoogleFile, ...] = (
+    GoogleFile("ViT-B_16", "imagenet21k/ViT-B_16", "timm/vit_base_patch16_224.orig_in21k", recommended=True),
+    GoogleFile("ViT-B_32", "imagenet21k/ViT-B_32", "timm/vit_base_patch32_224.orig_in21k", recommended=True),
+    GoogleFile("ViT-L_16", "imagenet21k/ViT-L_16", "timm/vit_large_patch16_224.orig_in21k", recommended=True),
+    GoogleFile("ViT-L_32", "imagenet21k/ViT-L_32", "timm/vit_large_patch32_224.orig_in21k", recommended=True),
+    GoogleFile("ViT-H_14", "imagenet21k/ViT-H_14", "timm/vit_huge_patch14_224.orig_in21k", recommended=True),
+    GoogleFile("R50-ViT-B_16", "imagenet21k/R50+ViT-B_16", "timm/vit_base_r50_s16_224.orig_in21k", recommended=True),
+    GoogleFile("ViT-B_8", "imagenet21k/ViT-B_8", recommended=True),
+    GoogleFile("R26-ViT-B_32", "imagenet21k/R26+ViT-B_32", recommended=True),
+    GoogleFile("R50-ViT-L_32", "imagenet21k/R50+ViT-L_32"),
+    GoogleFile("ViT-B_16-224", "imagenet21k+imagenet2012/ViT-B_16-224", "timm/vit_base_patch16_224.orig_in21k_ft_in1k"),
+    GoogleFile("ViT-B_16", "imagenet21k+imagenet2012/ViT-B_16", "timm/vit_base_patch16_384.orig_in21k_ft_in1k"),
+    GoogleFile("ViT-B_32", "imagenet21k+imagenet2012/ViT-B_32", "google/vit-base-patch32-384"),
+    GoogleFile("ViT-L_16-224", "imagenet21k+imagenet2012/ViT-L_16-224", "google/vit-large-patch16-224"),
+    GoogleFile("ViT-L_16", "imagenet21k+imagenet2012/ViT-L_16", "google/vit-large-patch16-384"),
+    GoogleFile("ViT-L_32", "imagenet21k+imagenet2012/ViT-L_32", "timm/vit_large_patch32_384.orig_in21k_ft_in1k"),
+    # Google's vit_jax.ipynb lists it.
+    GoogleFile("R50-ViT-B_16", "imagenet21k+imagenet2012/R50+ViT-B_16", "timm/vit_base_r50_s16_384.orig_in21k_ft_in1k"),
+    GoogleFile("ViT-Ti_16", "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+               "timm/vit_tiny_patch16_224.augreg_in21k", recommended=True),
+    GoogleFile("ViT-S_16", "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
+               "timm/vit_small_patch16_224.augreg_in21k", recommended=True),
+    GoogleFile("ViT-S_32", "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",
+               "timm/vit_small_patch32_224.augreg_in21k", recommended=True,
+               other_run="S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"),
+    GoogleFile("R-ViT-Ti_16", "augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
+               "timm/vit_tiny_r_s16_p8_224.augreg_in21k", recommended=True),
+    GoogleFile("R26-ViT-S_32", "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
+               "timm/vit_small_r26_s32_224.augreg_in21k", recommended=True,
+               other_run="R26_S_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.03-do_0.0-sd_0.0"),
+    GoogleFile("R50-ViT-L_32", "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
+               "timm/vit_large_r50_s32_224.augreg_in21k", recommended=True,
+               other_run="R50_L_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0"),
+    GoogleFile("ViT-B_8", "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
+               "timm/vit_base_patch8_224.augreg_in21k",
+               other_run="B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"),
+    GoogleFile("ViT-B_16", "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
+               "timm/vit_base_patch16_224.augreg_in21k"),
+    GoogleFile("ViT-B_32", "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
+               "timm/vit_base_patch32_224.augreg_in21k",
+               other_run="B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0"),
+    GoogleFile("ViT-L_16", "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",
+               "timm/vit_large_patch16_224.augreg_in21k",
+               other_run="L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"),
+)  # fmt: skip
+
+#: The path of the file that a model's name means.
+PUBLISHED: dict[str, str] = {file.model: file.path for file in FILES if file.recommended}
+#: All files: by upstream and model their paths.
 UPSTREAMS: dict[str, dict[str, str]] = {
-    upstream: {name: path for name, path in PUBLISHED.items() if path.startswith(f"{upstream}/")} | others
-    for upstream, others in {
-        "imagenet21k": {"R50-ViT-L_32": "imagenet21k/R50+ViT-L_32"},
-        "imagenet21k+imagenet2012": {
-            name: f"imagenet21k+imagenet2012/{name}"
-            for name in ("ViT-B_16-224", "ViT-B_16", "ViT-B_32", "ViT-L_16-224", "ViT-L_16", "ViT-L_32")
-        }
-        # Google's vit_jax.ipynb lists it.
-        | {"R50-ViT-B_16": "imagenet21k+imagenet2012/R50+ViT-B_16"},
-        "augreg": {
-            "ViT-B_8": "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
-            "ViT-B_16": "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
-            "ViT-B_32": "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",
-            "ViT-L_16": "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",
-        },
-    }.items()
+    upstream: {file.model: file.path for file in FILES if file.upstream == upstream}
+    for upstream in dict.fromkeys(file.upstream for file in FILES)
 }
-
-#: The repository that stands for one of Google's files; the files are named as in ``models.published``.
-REPOSITORIES: dict[str, str] = {
-    "imagenet21k/ViT-B_16": "timm/vit_base_patch16_224.orig_in21k",
-    "imagenet21k/ViT-B_32": "timm/vit_base_patch32_224.orig_in21k",
-    "imagenet21k/ViT-L_16": "timm/vit_large_patch16_224.orig_in21k",
-    "imagenet21k/ViT-L_32": "timm/vit_large_patch32_224.orig_in21k",
-    "imagenet21k/ViT-H_14": "timm/vit_huge_patch14_224.orig_in21k",
-    "imagenet21k/R50+ViT-B_16": "timm/vit_base_r50_s16_224.orig_in21k",
-    "imagenet21k+imagenet2012/ViT-B_16-224": "timm/vit_base_patch16_224.orig_in21k_ft_in1k",
-    "imagenet21k+imagenet2012/ViT-B_16": "timm/vit_base_patch16_384.orig_in21k_ft_in1k",
-    "imagenet21k+imagenet2012/ViT-L_32": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
-    "imagenet21k+imagenet2012/R50+ViT-B_16": "timm/vit_base_r50_s16_384.orig_in21k_ft_in1k",
-    "imagenet21k+imagenet2012/ViT-B_32": "google/vit-base-patch32-384",
-    "imagenet21k+imagenet2012/ViT-L_16-224": "google/vit-large-patch16-224",
-    "imagenet21k+imagenet2012/ViT-L_16": "google/vit-large-patch16-384",
-    "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0": "timm/vit_tiny_patch16_224.augreg_in21k",
-    "augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0": "timm/vit_small_patch16_224.augreg_in21k",
-    "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0": "timm/vit_small_patch32_224.augreg_in21k",
-    "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0": "timm/vit_base_patch8_224.augreg_in21k",
-    "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0": "timm/vit_base_patch16_224.augreg_in21k",
-    "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0": "timm/vit_base_patch32_224.augreg_in21k",
-    "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0": "timm/vit_large_patch16_224.augreg_in21k",
-    "augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0": "timm/vit_tiny_r_s16_p8_224.augreg_in21k",
-    "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0": "timm/vit_small_r26_s32_224.augreg_in21k",
-    "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1": "timm/vit_large_r50_s32_224.augreg_in21k",
-}
-
-#: Where a repository above has the weights of another AugReg run than the one Google recommends: which it has.
-OTHER_RUNS: dict[str, str] = {
-    "augreg/S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0":
-        "augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",
-    "augreg/B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0":
-        "augreg/B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",
-    "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0":
-        "augreg/B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0",
-    "augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0":
-        "augreg/L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1",
-    "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0":
-        "augreg/R26_S_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.03-do_0.0-sd_0.0",
-    "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1":
-        "augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0",
-}  # fmt: skip
+#: The rows of ``FILES`` by path.
+BY_PATH: dict[str, GoogleFile] = {file.path: file for file in FILES}
 
 
 def upstreams(name: str) -> list[str]:
@@ -130,18 +132,19 @@ def repository(path: str) -> str | None:
     """Returns the repository that stands for one of Google's files, or None.
 
     Args:
-        path: as the values of ``models.published.UPSTREAMS``.
+        path: as in ``UPSTREAMS``.
     """
-    return REPOSITORIES.get(path)
+    return BY_PATH[path].repository
 
 
 def other_run(path: str) -> str | None:
     """Returns the name here of the other AugReg run that the hub has in place of one of Google's files, or None.
 
     Args:
-        path: as the values of ``models.published.UPSTREAMS``.
+        path: as in ``UPSTREAMS``.
     """
-    return f"{OTHER_RUNS[path].rpartition('/')[2]}.npz" if path in OTHER_RUNS else None
+    run = BY_PATH[path].other_run
+    return run and f"{run}.npz"
 
 
 def run_names(model_type: str) -> list[str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import re
 
 import pytest
 
 import train
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
 from tests.helpers.runs import TINY, last_state
 from utils import args as flags
+from utils import checkpoint
 from utils.errors import UserError
 
 NUMERIC = [f for f in flags.FLAGS if isinstance(f.default, (int, float)) and not isinstance(f.default, bool)]
@@ -169,6 +174,32 @@ def test_a_flag_that_decides_is_in_every_saved_state():
         ("last digits", flags.environment(args, 8, 1, "cpu")),
     ):
         assert {f"--{name}" for name in flags.deciding(on)} <= set(saved)
+
+
+def test_the_command_that_repeats_an_evaluation_has_the_flags_that_it_reads(tmp_path, monkeypatch):
+    read = set()
+
+    class Watched(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flags, "check_args", lambda args: None)  # which reads all
+    os.makedirs("output")
+    checkpoint.save_weights("output/a_checkpoint.bin", VisionTransformer(CONFIGS["testing"], 32, 10).state_dict())
+    args = flags.make_parser().parse_args(["--name", "a", *TINY, "--fp16", "--eval_only"], Watched())
+    read.clear()
+    assert train.evaluate_only(args) == 0
+    read &= {flag.name for flag in flags.FLAGS}
+    # The rate of dropout is handed on, without effect; train.main has read --eval_only.
+    assert read - {"dropout"} | {"eval_only"} == flags.read_by_evaluation()
+
+
+def test_the_commands_after_a_training_have_the_flags_that_are_not_their_defaults():
+    args = parse("--resume", "none", "--num_steps", "7", "--fp16", "--local_rank", "0", "--gelu", "erf")
+    assert flags.to_resume(args) == {"name": "a", "num_steps": 7, "fp16": True}
+    assert flags.to_evaluate(args) == {"name": "a", "fp16": True}
 
 
 def test_the_default_of_a_name():

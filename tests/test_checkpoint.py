@@ -253,9 +253,9 @@ def test_code_in_a_file_never_runs(tmp_path, layout):
 
 
 def describe(**changes):
-    told = dict(model_type="testing", img_size=32, classes=["ant", "bee", "caf\u00e9"], gelu="erf", dataset="pets",
-                step=4, accuracy=0.5)  # fmt: skip
-    return checkpoint.CheckpointMetadata(**{**told, **changes})
+    fields = dict(model_type="testing", img_size=32, classes=["ant", "bee", "caf\u00e9"], gelu="erf", dataset="pets",
+                  step=4, accuracy=0.5)  # fmt: skip
+    return checkpoint.CheckpointMetadata(**{**fields, **changes})
 
 
 def test_a_description_comes_back_with_the_weights(tmp_path):
@@ -320,6 +320,12 @@ def test_a_write_that_fails_anywhere_leaves_the_old_pair_or_a_pair_that_is_known
             checkpoint.read_metadata(path, old)
 
 
+WRONG = (
+    {"img_size": "32"}, {"img_size": True}, {"img_size": 0}, {"classes": "ant"}, {"classes": []},
+    {"classes": ["ant", 3]}, {"classes": ["ant", "ant"]}, {"gelu": None},
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -330,19 +336,7 @@ def test_a_write_that_fails_anywhere_leaves_the_old_pair_or_a_pair_that_is_known
         '{"model_type": "testing"}',
         "[" * 100_000,
         "\xff",
-        *(
-            json.dumps({**asdict(describe()), "crc32": 0, **change})
-            for change in (
-                {"img_size": "32"},
-                {"img_size": True},
-                {"img_size": 0},
-                {"classes": "ant"},
-                {"classes": []},
-                {"classes": ["ant", 3]},
-                {"classes": ["ant", "ant"]},
-                {"gelu": None},
-            )
-        ),
+        *(json.dumps({**asdict(describe()), "crc32": 0, **change}) for change in WRONG),
     ],
 )
 def test_a_damaged_description_is_one_clear_line(tmp_path, text):

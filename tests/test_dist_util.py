@@ -49,7 +49,6 @@ def test_for_a_single_rank_everything_does_nothing():
     assert dist_util.sum_over_ranks(x) is x
     assert x.tolist() == [1, 2]
     assert dist_util.wrap(model) is model
-    assert dist_util.unwrap(model) is model
     with dist_util.main_process_first():
         pass
     for now in (False, True):
@@ -144,7 +143,6 @@ def watch(local_rank: int) -> dict:
 
     inner = nn.Linear(3, 1)
     model = dist_util.wrap(inner)
-    seen["unwrapped"] = dist_util.unwrap(model) is inner and model is not inner
     seen["gradients"] = []
     for now in (False, True):
         with dist_util.sync_gradients(model, now):
@@ -177,7 +175,6 @@ SEEN = {
     # A newer state of rank 1; the same version on both, which keep theirs; and none on rank 1.
     "newest": ([[1] * 3, [0] * 3, [0] * 3], [[1] * 3, [1] * 3, [0] * 3]),
     "passed after barrier": (True, True),
-    "unwrapped": (True, True),
     # A pass adds 1 on rank 0 and 2 on rank 1; the second one averages what both have.
     "gradients": ([1, 3], [2, 3]),
     "left": (True, True),

@@ -37,14 +37,15 @@ def watched(flags: list[str]) -> list:
         return allreduce_hook(group, bucket)
 
     def watch(model):
-        models.append(wrap(model))
-        if models[0] is not model:
-            models[0].register_comm_hook(None, count)
-        return models[0]
+        models.append(model)
+        wrapped = wrap(model)
+        if wrapped is not model:
+            wrapped.register_comm_hook(None, count)
+        return wrapped
 
     dist_util.wrap = watch
     assert train_main(flags) == 0
-    return [reduced, checkpoint.checksum(dist_util.unwrap(models[0]).state_dict())]
+    return [reduced, checkpoint.checksum(models[0].state_dict())]
 
 
 #: Number of ranks, micro-batches a step and more flags of runs on 64 images a step, whose gradients are clipped.
@@ -174,7 +175,7 @@ ERRORS = {
         [[], ["--pretrained_dir", "none.npz"]], {"num_machines": 2}, [2, 2],
         [r"there is no file none.npz.* \(on rank 1 of 2, "],
     ),
-    "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["local rank 1 finds 1 GPUs; start fewer processes"]),
+    "too few GPUs": ([["1"]] * 2, {"body": with_gpus}, [2, 2], ["local rank 1 finds 1 GPUs; start fewer ranks"]),
     # NCCL and Gloo would wait for each other.
     "a GPU on one rank": ([["0"], ["2"]], {"body": with_gpus}, [2, 2], [r"--device is cpu on rank 0 \("]),
     "an unknown flag on one machine": (

@@ -5,23 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from models import published as table
-from models.published import PUBLISHED, UPSTREAMS, find, run_names
-from tests.helpers.downloads import assert_same_weights, google_arrays, timm_file
-from tests.helpers.servers import Bucket, Hub, RefusingProxy, make_content, serving
+from models.published import GoogleFile, find, run_names
+from tests.helpers.downloads import assert_same_weights, google_arrays, publish, timm_file
+from tests.helpers.servers import Bucket, Hub, make_content, serving
 from tools import _hub, _transfer, download
 
-ROOT = Path(__file__).resolve().parent.parent
 huggingface_hub = pytest.importorskip("huggingface_hub")
 import huggingface_hub.constants as constants  # noqa: E402
 import huggingface_hub.file_download as file_download  # noqa: E402
@@ -35,11 +30,11 @@ RUN = "T-i21k-300ep-lr_0.001-aug_light1"
 @pytest.fixture
 def small_table(monkeypatch):
     """The testing model as if Google published it: one file of each upstream, the last of another run on the hub."""
-    monkeypatch.setitem(UPSTREAMS["imagenet21k"], "testing", "imagenet21k/testing")
-    monkeypatch.setitem(UPSTREAMS["augreg"], "testing", "augreg/T-best")
-    monkeypatch.setitem(table.REPOSITORIES, "imagenet21k/testing", REPOSITORY)
-    monkeypatch.setitem(table.REPOSITORIES, "augreg/T-best", OTHER)
-    monkeypatch.setitem(table.OTHER_RUNS, "augreg/T-best", f"augreg/{RUN}")
+    publish(
+        GoogleFile("testing", "imagenet21k/testing", REPOSITORY),
+        GoogleFile("testing", "augreg/T-best", OTHER, other_run=RUN),
+        setitem=monkeypatch.setitem,
+    )
 
 
 @pytest.fixture
@@ -132,7 +127,7 @@ def test_the_hub_stands_in_for_a_bucket_that_gives_nothing(bucket, hub, tmp_path
 
 
 def test_a_model_that_fails_stops_no_other_and_the_bucket_is_asked_once(bucket, hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(UPSTREAMS["augreg"], "ViT-Ti_16", "augreg/none")
+    publish(GoogleFile("ViT-Ti_16", "augreg/none"), setitem=monkeypatch.setitem)
     assert run(bucket, tmp_path, models=("ViT-Ti_16", "testing")) == 1
     assert here(tmp_path) == [FILE]
     assert len(bucket.requests) == 1
@@ -352,34 +347,3 @@ def test_what_only_the_bucket_has_is_said(hub, tmp_path, capsys):
         assert download.main([model, *flags]) == 1
         assert words in capsys.readouterr().err
     assert hub.requests == []
-
-
-# ---- the whole way ----
-
-
-def test_the_readmes_command_and_the_training_after_it(folder, tmp_path, monkeypatch):
-    """Google's true address behind a proxy that refuses, the hub a mirror: one line, the file, two steps."""
-    import train
-
-    model, google = "ViT-Ti_16", PUBLISHED["ViT-Ti_16"]
-    with serving(Hub()) as hub, serving(RefusingProxy()) as proxy:
-        hub.add(table.REPOSITORIES[google], SAFE, timm_file(model))
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-                    "no_proxy": "127.0.0.1,localhost", "https_proxy": proxy.url,
-                    "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "tools.download", model], cwd=tmp_path, text=True,
-                              env=os.environ | settings, capture_output=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert proxy.requests == ["storage.googleapis.com:443"]
-    (line,) = done.stderr.splitlines()
-    assert f"https://storage.googleapis.com/vit_models/{google}.npz" in line
-    assert "403" in line
-    assert "the Hugging Face hub is taken" in line
-    path = os.path.join("checkpoint", f"{google.split('/')[0]}_{model}.npz")
-    assert_same_weights(tmp_path / path, google_arrays(model))
-    monkeypatch.chdir(tmp_path)
-    flags = ["--name", "x", "--dataset", str(folder), "--model_type", model, "--img_size", "32",
-             "--pretrained_dir", path, "--num_steps", "2", "--train_batch_size", "8",
-             "--device", "cpu"]  # fmt: skip
-    assert train.main(flags) == 0
-    assert (tmp_path / "output" / "x_checkpoint.bin").exists()

@@ -130,28 +130,33 @@ def test_a_file_under_the_full_name_of_another_run_is_found(tmp_path):
 # ---- the hub's repositories ----
 
 
-def test_every_row_of_the_table_is_of_a_file_of_googles():
-    paths = {path for files in published.UPSTREAMS.values() for path in files.values()}
-    assert set(published.REPOSITORIES) <= paths
-    assert set(published.OTHER_RUNS) <= set(published.REPOSITORIES)
-    assert paths - set(published.REPOSITORIES) == {
+def test_no_row_of_the_table_contradicts_another():
+    files = published.FILES
+    paths, recommended = [f.path for f in files], [f.model for f in files if f.recommended]
+    for keys in (paths, recommended, [(f.upstream, f.model) for f in files]):
+        assert len(set(keys)) == len(keys)
+    repositories = [f.repository for f in files if f.repository is not None]
+    assert len(set(repositories)) == len(repositories)
+    assert {f.path for f in files if f.repository is None} == {
         "imagenet21k/ViT-B_8",
         "imagenet21k/R50+ViT-L_32",
         "imagenet21k/R26+ViT-B_32",
     }
-    assert len(set(published.REPOSITORIES.values())) == len(published.REPOSITORIES)
+    assert all(f.repository is not None and f.upstream == "augreg" for f in files if f.other_run is not None)
 
 
 def test_the_table_is_timms():
     timm = pytest.importorskip("timm")
     tags = ("orig_in21k", "orig_in21k_ft_in1k", "augreg_in21k")
     known = {name: timm.get_pretrained_cfg(name) for tag in tags for name in timm.list_pretrained(f"vit_*.{tag}")}
-    ours = {repository: path for path, repository in published.REPOSITORIES.items() if repository.startswith("timm/")}
+    ours = {file.repository: file for file in published.FILES if (file.repository or "").startswith("timm/")}
     assert set(ours) == {config.hf_hub_id for config in known.values()}
     for name, config in known.items():
-        path = ours[config.hf_hub_id]
+        file = ours[config.hf_hub_id]
+        path = file.path
         if name.endswith("augreg_in21k"):
-            assert config.url.endswith(f"/vit_models/{published.OTHER_RUNS.get(path, path)}.npz")
+            run = path if file.other_run is None else f"augreg/{file.other_run}"
+            assert config.url.endswith(f"/vit_models/{run}.npz")
         else:
             upstream = "imagenet21k+imagenet2012" if name.endswith("in1k") else "imagenet21k"
             assert path.startswith(f"{upstream}/")

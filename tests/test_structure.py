@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the project, read from the imports."""
+"""The rooms of the project, read from its sources: who may import whom, and how long files and functions are."""
 
 from __future__ import annotations
 
@@ -185,3 +185,42 @@ def late():
     import i
 """
     assert imports(source, package="p") == {"a.b", "d.e", "p.f", "p.g.h", "i"}
+
+
+# ---- lengths ----
+
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 50
+#: What is longer, and why.
+LONG = {
+    "train.py": "the loop, the evaluation and their wiring are read in one file",
+    "models/npz.py": "one format, read and written, whose arrays follow from one table",
+    "utils/args.py": "a third of it is the table of flags, from which the rest follows",
+    "utils/run.py": "one object owns a run's files, its state and the order of resuming",
+    "tests/helpers/error_inputs.py": "a table of errors and what provokes them",
+    "tests/helpers/error_tools.py": "a table of errors and what provokes them",
+    "tests/data/google_npz.py param_shapes": "a table of arrays' names and shapes",
+    "tests/helpers/fake_npz.py shapes": "a table of arrays' names and shapes",
+    "tests/test_dist_util.py watch": "all that two ranks see, in one start of them",
+}
+
+
+def too_long(source: str, most: int = MOST_LINES, most_of_a_function: int = MOST_LINES_OF_A_FUNCTION) -> list[str]:
+    """Returns "" if a module is too long, and the names of its functions that are."""
+    functions = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef | ast.AsyncFunctionDef)]
+    names = [x.name for x in functions if (x.end_lineno or x.lineno) - x.lineno >= most_of_a_function]
+    return [""] * (len(source.splitlines()) > most) + names
+
+
+def test_files_and_functions_are_short_or_have_a_reason():
+    paths = [*FILES, *(REPOSITORY / "tests").rglob("*.py")]
+    assert LONG.keys() == {
+        f"{path.relative_to(REPOSITORY).as_posix()} {name}".rstrip()
+        for path in paths
+        for name in too_long(path.read_text(encoding="utf-8"))
+    }
+
+
+def test_what_is_too_long_is_found():
+    source = "def f():\n    def g():\n        pass\n\n\ndef h():\n    pass\n"
+    assert too_long(source, most=7, most_of_a_function=2) == ["f"]
+    assert too_long(source, most=6, most_of_a_function=3) == [""]

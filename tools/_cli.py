@@ -18,8 +18,6 @@ from models.commands import tool_command
 from utils import exits, files, memory
 from utils.errors import UserError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults other than None and False, and the text above them as it is written: it holds an example."""

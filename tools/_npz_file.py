@@ -16,13 +16,13 @@ from utils.errors import UserError
 from utils.weights import Weights
 
 
-def check_output(path: str, *sources: str, described: bool = True) -> None:
+def check_output(path: str, *sources: str, with_metadata: bool = True) -> None:
     """Checks that an .npz can be written, and makes its folder if need be.
 
     Args:
         path: what ``--output`` gives.
         sources: the files that are read.
-        described: metadata is to stand beside the .npz; beside a source of the same stem it would be taken for that
+        with_metadata: metadata is to stand beside the .npz; beside a source of the same stem it would be taken for that
             one's, and not fit.
 
     Raises:
@@ -30,7 +30,7 @@ def check_output(path: str, *sources: str, described: bool = True) -> None:
     """
     beside = checkpoint.metadata_path(path)
     taken = [os.path.realpath(x) for x in (path, *sources) if os.path.exists(x)]
-    if described:
+    if with_metadata:
         taken += [os.path.realpath(checkpoint.metadata_path(x)) for x in sources if os.path.exists(x)]
     if os.path.realpath(beside) in taken:
         raise UserError(f"--output {path} has {beside} beside it, which is read or the same; give another name")

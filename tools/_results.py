@@ -67,8 +67,8 @@ def as_markdown(results: Results) -> str:
     """Returns the results as tables beside the published figures, a table for each source."""
     parts = ["# Results beside published figures\n\nAccuracies in percent: the best evaluation and the last; times are "
              "train.py's from start to end, with evaluations.\n"]  # fmt: skip
-    found = {record["published"]["source"] for record in results.values()}
-    for source in sorted(found, key=[*SOURCES.values(), *found].index):
+    sources = {record["published"]["source"] for record in results.values()}
+    for source in sorted(sources, key=[*SOURCES.values(), *sources].index):
         rows = {name: record for name, record in results.items() if record["published"]["source"] == source}
         parts.append(f"\n## Published by {source}\n\n{table(rows)}")
     return "".join(parts)

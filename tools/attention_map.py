@@ -23,7 +23,7 @@ if not __package__:  # run as a file, from any folder
 
 from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
-from utils import augment, datasets, dist_util, figures, files, fonts
+from utils import augment, datasets, dist_util, figures, files, fonts, hardware
 from utils.errors import UserError
 from utils.precision import Precision
 
@@ -105,7 +105,7 @@ def make_parser() -> _cli.Parser:
     p.add_argument("image", metavar="IMAGE", help="an image of any size")
     p.add_argument("--output", default="attention_map.png", metavar="FILE", help="the PNG to write")
     p.add_argument("--layers", action="store_true", help="add a panel for each block: the rollout up to it")
-    p.add_argument("--device", choices=_cli.DEVICES, default="auto", help="computes the attention")
+    p.add_argument("--device", choices=hardware.DEVICES, default="auto", help="computes the attention")
     _finetuned.add_flags(p)
     return p
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     args = make_parser().parse_args(argv)
     return _cli.run("attention_map", lambda: run(args))
 

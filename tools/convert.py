@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     source = pretrained.load(metadata.open_weights(args.file, strict=True), args.model_type)
     written = metadata_of(source)
     beside = checkpoint.metadata_path(source.path)
-    _npz_file.check_output(args.output, source.path, beside, described=written is not None)
+    _npz_file.check_output(args.output, source.path, beside, with_metadata=written is not None)
     _npz_file.write(args.output, source.arrays, written)
     head = "no head" if source.num_classes is None else f"a head of {source.num_classes} classes"
     print(f"{args.output}: {source.model_type}, {head}, {os.path.getsize(args.output):,} bytes")

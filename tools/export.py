@@ -80,7 +80,7 @@ def make_parser() -> _cli.Parser:
     return p
 
 
-def check_output(args: argparse.Namespace, described: bool) -> None:
+def check_output(args: argparse.Namespace, with_metadata: bool) -> None:
     """Raises UserError if what the flags name cannot be written there."""
     read = args.load_model_dir
     sources = [os.path.join(read, name) for name in os.listdir(read)] if os.path.isdir(read) else [read]
@@ -93,7 +93,7 @@ def check_output(args: argparse.Namespace, described: bool) -> None:
     if args.format == "onnx" and not args.output.endswith(".onnx"):
         raise UserError(f"--output {args.output} does not end in .onnx, by which its readers know the format")
     if args.format == "npz":
-        _npz_file.check_output(args.output, *sources, described=described)
+        _npz_file.check_output(args.output, *sources, with_metadata=with_metadata)
     else:
         _cli.check_output(args.output, *sources)
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.opset is not None and args.format != "onnx":
         raise UserError(f"--opset is of --format onnx, not {args.format}; leave it out")
     loaded = _finetuned.load(args)
-    check_output(args, described=metadata_of(loaded) is not None)
+    check_output(args, with_metadata=metadata_of(loaded) is not None)
     writers: dict[str, Callable[[_finetuned.Finetuned, str], str]] = {
         "npz": write_npz,
         "onnx": partial(_export_programs.write_onnx, opset=args.opset),

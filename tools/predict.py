@@ -109,7 +109,7 @@ def make_parser() -> _cli.Parser:
                    "probabilities")  # fmt: skip
     p.add_argument("--top_k", type=_cli.parse_positive, default=5, help="classes to print")
     p.add_argument("--batch_size", type=_cli.parse_positive, default=64, help="images computed at once")
-    p.add_argument("--device", choices=_cli.DEVICES, default="auto", help="what computes")
+    p.add_argument("--device", choices=hardware.DEVICES, default="auto", help="what computes")
     _finetuned.add_flags(p)
     return p
 

@@ -91,7 +91,7 @@ class ApexPrecision(Precision):
 
 
 def import_apex_amp(device: torch.device) -> ModuleType:
-    """``apex.amp``.
+    """Imports ``apex.amp``.
 
     Raises:
         UserError: it is not there, or the run is not on a GPU.

@@ -47,11 +47,14 @@ class Flag:
         help: what it does, for ``--help`` and docs/flags.md.
         decides: on what its value decides.  A run resumes only under the flags that decide on its result; another value
             of one that decides on the last digits is a warning.
+        training_only: an evaluation (-v) does not read it; nor does it any flag of the group "Training".
         composed: the value enters ``settings`` or ``environment`` only together with other facts, such as the number of
             ranks.
         per_rank: ranks may have different values.
         least, above, below: the value must be at least ``least``, more than ``above`` and less than ``below``.
         parse: makes the value from text; by default the type of ``default``, or str.
+        choices: the values it may have; None for any.
+        metavar: what stands for the value in ``--help``, instead of its name or its choices.
         unset: what a default of None means; "" for a flag that must be given.
     """
 
@@ -59,6 +62,7 @@ class Flag:
     default: Any
     help: str
     decides: Literal["result", "last digits", ""] = ""
+    training_only: bool = False
     composed: bool = False
     per_rank: bool = False
     least: float | None = None
@@ -111,9 +115,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--name", None, "name of the run, its checkpoint and its logs"),
         Flag("--output_dir", "output", "folder for checkpoints, saved states and reports", per_rank=True),
         Flag("--resume", "auto", "auto: resume from the run's last saved state, if there is one; none: start over; "
-             "PATH: resume from that NAME_last.pt, which may be another run's", metavar="auto|none|PATH"),
-        Flag("--save_every", None, "steps between two saved states", parse=int, least=1, unset="that of --eval_every"),
-        Flag("--log_every", 10, "steps between two lines of metrics", least=1),
+             "PATH: resume from that NAME_last.pt, which may be another run's", metavar="auto|none|PATH",
+             training_only=True),
+        Flag("--save_every", None, "steps between two saved states", parse=int, least=1, unset="that of --eval_every",
+             training_only=True),
+        Flag("--log_every", 10, "steps between two lines of metrics", least=1, training_only=True),
     ),
     "Data": (
         Flag("--dataset", "cifar10", "cifar10, cifar100, digits, or a folder of images: train/CLASS/ and test/CLASS/ "
@@ -121,7 +127,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--data_dir", "./data", "folder that cifar10 and cifar100 are downloaded to", per_rank=True),
         Flag("--img_size", 224, "side of the images that the model sees, in pixels; a multiple of the patch, any for "
              "R50 and R26 hybrids", "result", least=1),
-        Flag("--hflip", False, "mirror half of the training images", "result"),
+        Flag("--hflip", False, "mirror half of the training images", "result", training_only=True),
         Flag("--num_workers", None, "processes of each rank that decode images, for folders of large images; "
              "0: the rank decodes them itself", per_rank=True, parse=int, least=0, unset="the rank's CPUs, at most 8"),
     ),
@@ -130,11 +136,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
              choices=tuple(CONFIGS), metavar="MODEL"),
         Flag("--pretrained_dir", None, "weights to start from: Google's .npz, a .safetensors or PyTorch file with the "
              "names of timm, transformers or this project, or a folder with one; '' trains from random weights",
-             "result", composed=True, per_rank=True, metavar="PATH", unset="MODEL's file in checkpoint/"),
+             "result", composed=True, per_rank=True, metavar="PATH", unset="MODEL's file in checkpoint/",
+             training_only=True),
         Flag("--zero_head", False, "start from a head of zeros, even if the pretrained head has the data set's classes",
-             "result"),
+             "result", training_only=True),
         Flag("--dropout", None, "dropout rate", "result", composed=True, parse=float, least=0, below=1,
-             unset="MODEL's own, 0.1 or 0"),
+             unset="MODEL's own, 0.1 or 0", training_only=True),
         Flag("--gelu", "erf", "erf: the exact GELU; tanh: the approximation that Google's code computes", "result",
              choices=("erf", "tanh")),
     ),
@@ -153,7 +160,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
              below=2**63),
     ),
     "Evaluation": (
-        Flag("--eval_every", 100, "steps between two evaluations", "result", least=1),
+        Flag("--eval_every", 100, "steps between two evaluations", "result", least=1, training_only=True),
         Flag("--eval_batch_size", 64, "images evaluated at once, per rank", "last digits", least=1),
         Flag("-v --eval_only", False, "evaluate a fine-tuned checkpoint instead of training; bare, or with true or "
              "false", parse=parse_bool, metavar="BOOL"),
@@ -173,7 +180,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "Hardware": (
         Flag("--device", "auto", "what computes; auto: the GPU if there is one", "last digits", composed=True,
-             choices=("auto", "cpu", "cuda", "mps")),
+             choices=hardware.DEVICES),
         Flag("--compile", False, "torch.compile the model; pays off in long runs", "last digits"),
         Flag("--deterministic", False, "the same bits in every run on CUDA, too; slower, no effect elsewhere",
              "last digits"),
@@ -193,6 +200,13 @@ def per_rank() -> frozenset[str]:
     return frozenset(flag.name for flag in FLAGS if flag.per_rank)
 
 
+def read_by_evaluation() -> frozenset[str]:
+    """Returns the names of the flags that an evaluation (-v) reads."""
+    return frozenset(
+        flag.name for title, flags in GROUPS.items() for flag in flags if title != "Training" and not flag.training_only
+    )
+
+
 def default_of(name: str) -> Any:
     """Returns the default of the flag of that name; None for a name that is no flag's, such as "precision"."""
     return next((flag.default for flag in FLAGS if flag.name == name), None)
@@ -207,8 +221,8 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        untold = action.default is None or action.default is False
-        return action.help if untold else super()._get_help_string(action)
+        has_no_default = action.default is None or action.default is False
+        return action.help if has_no_default else super()._get_help_string(action)
 
 
 def make_parser() -> Parser:
@@ -248,9 +262,10 @@ def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
             args.warmup_steps,
             args.num_steps,
         )
-    need_fp16 = ("fp16_opt_level", "amp_dtype", "amp_backend", "loss_scale")
-    if not args.fp16 and any(getattr(args, name) != default_of(name) for name in need_fp16):
-        logger.warning("--fp16_opt_level, --amp_dtype, --amp_backend and --loss_scale have no effect without --fp16")
+    need_fp16 = [flag for flag in GROUPS["Mixed precision"] if flag.name != "fp16"]
+    if not args.fp16 and any(getattr(args, flag.name) != flag.default for flag in need_fp16):
+        *others, last = (f"--{flag.name}" for flag in need_fp16)
+        logger.warning("%s and %s have no effect without --fp16", ", ".join(others), last)
     if args.zero_head and (args.eval_only or args.pretrained_dir == ""):
         logger.warning("--zero_head has no effect without weights to train on from")
 
@@ -315,9 +330,15 @@ def with_defaults(args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
     return {f"--{name}": (value, default_of(name)) for name, value in vars(args).items()}
 
 
-def changed(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the flags whose values are not their defaults, without dashes."""
-    return {name: value for name, value in vars(args).items() if value != default_of(name)}
+def to_resume(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags, by their names, that a user types to resume the same run from its own state."""
+    values = {flag: getattr(args, flag.name) for flag in FLAGS if flag.name not in ("resume", "local_rank")}
+    return {flag.name: value for flag, value in values.items() if value != flag.default}
+
+
+def to_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns those of ``to_resume`` that a user types to evaluate the run's weights."""
+    return {name: value for name, value in to_resume(args).items() if name in read_by_evaluation()}
 
 
 def same_on_all_ranks(args: argparse.Namespace) -> dict[str, Any]:

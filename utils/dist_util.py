@@ -336,11 +336,6 @@ def wrap(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, process_group=_group.device_group, gradient_as_bucket_view=True)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model that ``wrap`` wrapped."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
     """Returns the context of a micro-batch's passes, which reduce the gradients ``now``: in a step's last one."""
     if now or not isinstance(model, nn.parallel.DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""Images of images and numbers: grids with titles, confusion matrices, and curves as SVG.
+"""Draws what a run shows: grids of images with titles, confusion matrices, and curves as SVG.
 
 Pillow draws, in a font of this machine that has a text's characters; no plotting library is needed.  This
 module must not write files, nor know what becomes of an image.
@@ -64,9 +64,6 @@ class Mistake:
     confidence: float
 
 
-# ---- what a run shows ----
-
-
 # ---- what a training shows in TensorBoard ----
 
 
@@ -89,13 +86,13 @@ def show_result(log: TrainLog, step: int, result: EvalResult, data: datasets.Dat
 
 
 def training_batch(images: Tensor, labels: Tensor, classes: list[str]) -> Image.Image:
-    """The first images (B, 3, H, W) of a batch as the model sees them: cropped, resized, mirrored."""
+    """Draws the first images (B, 3, H, W) of a batch as the model sees them: cropped, resized, mirrored."""
     shown, names = from_tensor(images[:BATCH_IMAGES]), drawable_names(classes)
     return arrange([(names[label], scaled(x, BATCH_PX)) for label, x in zip(labels.tolist(), shown)], columns=8)
 
 
 def mistakes(result: EvalResult, data: datasets.DataSets) -> Image.Image | None:
-    """The worst mistakes of an evaluation, each under what it was taken for and what it is; None if there are none.
+    """Draws an evaluation's worst mistakes, each under what it was taken for and what it is; None if there are none.
 
     Raises:
         ImageError: one of the images cannot be decoded.
@@ -108,7 +105,7 @@ def mistakes(result: EvalResult, data: datasets.DataSets) -> Image.Image | None:
 
 
 def worst_mistakes(result: EvalResult, data: datasets.DataSets) -> list[Mistake]:
-    """The mistakes that were made with the most confidence, the worst first.
+    """Returns the mistakes that were made with the most confidence, the worst first.
 
     Raises:
         ImageError: one of the images cannot be decoded.
@@ -122,7 +119,7 @@ def worst_mistakes(result: EvalResult, data: datasets.DataSets) -> list[Mistake]
 
 
 def confusion(matrix: np.ndarray, classes: list[str]) -> Image.Image:
-    """A confusion matrix (C, C), rows the truth: the deeper a shade, the larger a share of its row.
+    """Draws a confusion matrix (C, C), rows the truth: the deeper a shade, the larger a share of its row.
 
     Up to some 100 classes have their names drawn, and some 30 their counts.
     """
@@ -162,7 +159,7 @@ def _draw_counts(draw: ImageDraw.ImageDraw, matrix: np.ndarray, cell: int, margi
 
 
 def cell_colours(matrix: np.ndarray) -> np.ndarray:
-    """The colours (C, C, 3), 0 to 255, of a confusion matrix's cells; the root makes rare mistakes visible."""
+    """Returns the colours (C, C, 3), 0 to 255, of a confusion matrix's cells; the root makes rare mistakes visible."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     depth = np.where(matrix > 0, 0.1 + 0.65 * np.sqrt(shares), 0)[..., None]
     colour = np.where(np.eye(len(matrix), dtype=bool)[..., None], RIGHT, WRONG)
@@ -182,7 +179,7 @@ def _draw_upright(sheet: Image.Image, text: str, at: tuple[int, int], colour: st
 
 
 def from_tensor(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] as the model sees them, as Pillow's."""
+    """Returns images (B, 3, H, W) in [-1, 1] as the model sees them, as Pillow's."""
     pixels = images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte()
     return [Image.fromarray(x) for x in pixels.permute(0, 2, 3, 1).cpu().numpy()]  # (B, H, W, 3)
 
@@ -195,14 +192,14 @@ def scaled(image: Image.Image, side_px: int) -> Image.Image:
 
 
 def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """Returns the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def arrange(panels: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Image:
-    """Panels with their titles, in rows of at most ``columns``; the largest sets the size of all cells.
+    """Arranges panels with their titles in rows of at most ``columns``; the largest sets the size of all cells.
 
     A title that no font can draw is left out; ``drawable`` puts another in its place beforehand.
     """
@@ -226,7 +223,7 @@ def arrange(panels: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Im
 def chart(
     title: str, points: Sequence[Point], unit: str = "", marked: int | None = None, times: Sequence[Point] = ()
 ) -> str:
-    """A curve as an SVG, over steps; below them stands the time, if it is known.
+    """Draws a curve as an SVG, over steps; below them stands the time, if it is known.
 
     Args:
         title: of the curve.
@@ -251,7 +248,7 @@ def chart(
 
 
 def _place(last: float, low: float, high: float, x: float, y: float) -> Point:
-    """The point of the drawing where a step and a value are."""
+    """Returns the point of the drawing where a step and a value are."""
     across, up = x / last, (y - low) / (high - low)
     width, height = CHART_WIDTH - LEFT_PX - RIGHT_PX, CHART_HEIGHT - TOP_PX - BOTTOM_PX
     return LEFT_PX + across * width, CHART_HEIGHT - BOTTOM_PX - up * height
@@ -267,7 +264,7 @@ def _value_axis(values: Sequence[float], unit: str) -> list[str]:
 
 
 def _step_axis(last: float, times: Sequence[Point]) -> list[str]:
-    """The numbers of steps below a curve, and below them the seconds trained, at the steps they were reached."""
+    """Returns the numbers of steps below a curve, and below them the seconds trained until those steps."""
     rows = [(CHART_HEIGHT - 26, [(step, number(step)) for step in ticks(0, last) if step == int(step)])]
     if times:
         steps, secs = zip(*times)
@@ -286,14 +283,14 @@ def _step_axis(last: float, times: Sequence[Point]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A number in as many digits as tell something: 1,200; 0.0312; 1e-06."""
+    """Returns a number in as many digits as tell something: 1,200; 0.0312; 1e-06."""
     if value == 0 or 1e-4 <= abs(value) < 1e6:
         return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
     return f"{value:.3g}"
 
 
 def duration(secs: float) -> str:
-    """A time in two units at most: 0.5 s; 45 s; 12 min 5 s; 3 h 20 min."""
+    """Returns a time in two units at most: 0.5 s; 45 s; 12 min 5 s; 3 h 20 min."""
     if secs < 60:
         return f"{secs:.3g} s"
     larger, smaller, names = (secs, 60, ("min", "s")) if secs < 3600 else (secs / 60, 60, ("h", "min"))
@@ -302,7 +299,7 @@ def duration(secs: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers, the first at most ``low`` and the last at least ``high``; at least two."""
+    """Returns about ``count`` round numbers, the first at most ``low`` and the last at least ``high``; at least two."""
     if high <= low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
@@ -314,7 +311,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """At most ``most`` of the points: of each stretch of steps the lowest and the highest."""
+    """Returns at most ``most`` of the points: of each stretch of steps the lowest and the highest."""
     if len(points) <= most:
         return list(points)
     kept = []

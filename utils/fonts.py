@@ -25,31 +25,31 @@ FONTS = {
 
 
 def drawable_names(classes: Sequence[str]) -> list[str]:
-    """The names as images can show them: one that no font of this machine can draw becomes "class 7"."""
+    """Returns the names as images can show them: one that no font of this machine can draw becomes "class 7"."""
     return [drawable(name, f"class {i}") for i, name in enumerate(classes)]
 
 
 def legend(classes: Sequence[str]) -> str:
-    """The names of the classes of which images show only the number, as Markdown; empty if there are none."""
+    """Returns the names of the classes of which images show only the number, as Markdown; empty if there are none."""
     missing = [f"* class {i}: {name}" for i, name in enumerate(classes) if drawable(name, "") != name]
     lines = ["No font of this machine can draw these names:\n", *missing] if missing else []
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a folder's name may be no text
 
 
 def drawable(text: str, instead: str) -> str:
-    """The text if a font of this machine has all its characters, else the other, which needs no such font."""
+    """Returns the text if a font of this machine has all its characters, else the other, which needs no such font."""
     return text if _file_for(text) is not None else instead
 
 
 def font_for(text: str, size: int) -> FreeTypeFont:
-    """The first font that has all characters of a text; Pillow's own if none has."""
+    """Returns the first font that has all characters of a text; Pillow's own if none has."""
     font = _load(_file_for(text) or "", size)
     assert font is not None
     return font
 
 
 def fitting(text: str, width: float, size: int) -> str:
-    """As much of a text as ``width`` pixels hold in a font of that size."""
+    """Returns as much of a text as ``width`` pixels hold in a font of that size."""
     font = font_for(text, size)
     while text and font.getlength(text) > width:
         text = text[:-1]
@@ -57,7 +57,7 @@ def fitting(text: str, width: float, size: int) -> str:
 
 
 def _file_for(text: str) -> str | None:
-    """The first font's file, "" for Pillow's own, that has all characters; control characters are in none."""
+    """Returns the first font's file, "" for Pillow's own, that has all characters; control characters are in none."""
     if not text.isprintable() or (_needs_shaping(text) and not features.check("raqm")):
         return None
     return next((file for file in ("", *FONTS) if all(_has(file, c) for c in text if c != " ")), None)
@@ -70,7 +70,7 @@ def _needs_shaping(text: str) -> bool:
 
 @functools.cache
 def _load(file: str, size: int) -> FreeTypeFont | None:
-    """Pillow's own font, or the one of a file; None if this machine has no such file."""
+    """Returns Pillow's own font, or the one of a file; None if this machine has no such file."""
     try:
         font = ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
     except OSError:

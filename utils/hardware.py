@@ -14,6 +14,9 @@ import torch
 
 from utils.errors import UserError
 
+#: What --device may be, in train.py and the tools.
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 #: The variables that a process, here the launcher, was started with; on Linux.
 LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
@@ -31,14 +34,14 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     env_rank = _number("LOCAL_RANK", max(local_rank, 0))  # some launchers pass the flag alone
     if "WORLD_SIZE" not in os.environ and local_rank > 0:
         raise UserError(
-            f"--local_rank {local_rank} without a launcher; start several processes with "
+            f"--local_rank {local_rank} without a launcher; start several ranks with "
             "`torchrun --nproc_per_node=N` in place of `python`"
         )
     if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
         raise UserError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
     if kind == "cuda":
         if env_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {env_rank} finds {torch.cuda.device_count()} GPUs; start fewer processes")
+            raise UserError(f"local rank {env_rank} finds {torch.cuda.device_count()} GPUs; start fewer ranks")
         torch.cuda.set_device(env_rank)
     if kind == "cpu":
         _keep_freed_memory()
@@ -50,7 +53,7 @@ def device_type(name: str) -> str:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if "WORLD_SIZE" in os.environ:
         if name == "mps":
-            raise UserError("--device mps: several processes reduce gradients on cuda or cpu only; use --device cpu")
+            raise UserError("--device mps: several ranks reduce gradients on cuda or cpu only; use --device cpu")
         available["mps"] = False
     if name == "auto":
         return next(kind for kind, there in available.items() if there)

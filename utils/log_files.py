@@ -23,10 +23,7 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-
 METRICS_FILE = "metrics.jsonl"
-
-
 EVENT_FILES = "events.out.tfevents.*"  # the * begins with the second in which it was made
 
 
@@ -144,7 +141,7 @@ class MetricsWriter:
         """Closes the files; all that was written is in them already."""
         if self.enabled:
             for file in (self._lines, self._events.file):
-                with contextlib.suppress(OSError):  # a line that the disk did not take was told of by ``write``
+                with contextlib.suppress(OSError):  # ``write`` has raised it already
                     file.close()
 
 

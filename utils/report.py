@@ -114,17 +114,17 @@ def timing(data: datasets.DataSets, log: TrainLog) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that compute, and the system."""
-    found = {"Python": platform.python_version()}
+    known = {"Python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "tensorboard", "Pillow"):
         try:
-            found[package] = importlib.metadata.version(package)
+            known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # built from source, without its metadata
-            found[package] = "unknown"
-    return {**found, "system": platform.platform(terse=True), "machine": platform.machine()}
+            known[package] = "unknown"
+    return {**known, "system": platform.platform(terse=True), "machine": platform.machine()}
 
 
 def render(contents: Contents) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Raises:
         OSError, ValueError: the logs or the images cannot be read.
@@ -168,7 +168,7 @@ def _percent(share: float) -> str:
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
-    """A table of rows that are HTML already; its first column names the rows."""
+    """Returns a table of rows that are HTML already; its first column names the rows."""
     cells = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in head)
     head_row = f"<thead><tr>{cells}</tr></thead>" if head else ""
     attribute = f' class="{kind}"' if kind else ""
@@ -176,13 +176,13 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[str], kind: str = "
 
 
 def _row(name: object, *cells: object, best: bool = False) -> str:
-    """A row with the name in its first cell; all are escaped."""
+    """Returns a row with the name in its first cell; all are escaped."""
     rest = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
     return f'<tr{" class=best" if best else ""}><th scope="row">{_text(name)}</th>{rest}</tr>'
 
 
 def _scroll(table: str, labelled_by: str) -> str:
-    """A table in a box that scrolls on a screen, and is as long as it is on paper."""
+    """Returns a table in a box that scrolls on a screen, and is as long as it is on paper."""
     return f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{labelled_by}">{table}</div>'
 
 
@@ -315,7 +315,7 @@ def _commands(commands: Iterable[tuple[str, str]]) -> str:
 
 
 def _code(command: str) -> str:
-    """A command that breaks between its words, and inside of one only if it is longer than a line."""
+    """Returns a command that breaks between its words, and inside of one only if it is longer than a line."""
     return f"<code>{' '.join(f'<span>{_text(word)}</span>' for word in command.split(' '))}</code>"
 
 

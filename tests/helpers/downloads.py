@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 
 from models import layouts, npz
 from models.configs import CONFIGS
+from models.published import BY_PATH, UPSTREAMS, GoogleFile
 from tests.helpers import fake_npz
+
+
+def publish(*files: GoogleFile, setitem: Callable[[dict[str, Any], str, Any], None] = operator.setitem) -> None:
+    """Adds files to those that Google publishes; ``monkeypatch.setitem`` takes them back after a test."""
+    for file in files:
+        setitem(UPSTREAMS[file.upstream], file.model, file.path)
+        setitem(BY_PATH, file.path, file)
 
 
 def google_arrays(model_type: str = "testing", seed: int = 0) -> dict[str, np.ndarray]:

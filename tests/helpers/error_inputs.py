@@ -1,4 +1,7 @@
-"""Bad input for train.py: flags, weights, data, checkpoints, saved states, launchers.  Nothing may be written."""
+"""Bad input for train.py: flags, weights, data, checkpoints, saved states, launchers.  Nothing may be written.
+
+One table of many short rows, and the functions that provoke them: hence long.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors and warnings of the tools."""
+"""Errors and warnings of the tools.  One table of many short rows, and the functions that provoke them: hence long."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models import published
 from models.modeling import VisionTransformer
+from models.published import GoogleFile
 from tests.helpers import fake_npz
+from tests.helpers.downloads import publish
 from tests.helpers.error_inputs import CONFIG
 from tests.helpers.errors import Case, Group, Launch
 from tests.helpers.exporting import make_checkpoint
@@ -152,10 +153,8 @@ def from_hub(
 
     def prepare() -> None:
         without_pauses()
-        published.UPSTREAMS["imagenet21k"]["testing"] = "imagenet21k/testing"
-        published.UPSTREAMS["augreg"]["testing"] = "augreg/best"
-        published.REPOSITORIES |= {"imagenet21k/testing": REPOSITORY, "augreg/best": REPOSITORY}
-        published.OTHER_RUNS["augreg/best"] = "augreg/T-other"
+        publish(GoogleFile("testing", "imagenet21k/testing", REPOSITORY))
+        publish(GoogleFile("testing", "augreg/best", REPOSITORY, other_run="T-other"))
 
     def make() -> Launch:
         hub = Hub()
