@@ -160,19 +160,10 @@ def show_result(
     if is_last:
         log.hyperparameters(state.step, {**run.settings, "--dataset": args.dataset})
     if (state.best_step == state.step or is_last) and dist_util.is_main():
-        report.write_report(run.paths.report, lambda: report.Contents(
-            name=args.name,
-            subject=f"{args.model_type} on {args.dataset}",
-            num_steps=args.num_steps,
-            step=state.step,
-            log_dir=run.paths.log_dir,
-            data=data,
-            best=EvalResult(**state.best_result),
-            best_step=state.best_step,
-            flags=flags.with_defaults(args),
-            facts=report.facts(precision.device, str(precision), dist_util.world_size()),
-            timing=report.timing(data, log),
-            commands=commands.after_training(flags.to_resume(args), flags.to_evaluate(args), run.paths.checkpoint),
+        next_commands = (flags.to_resume(args), flags.to_evaluate(args), run.paths.checkpoint)
+        report.write_report(run.paths.report, lambda: report.contents_of(
+            run, log, data, precision, f"{args.model_type} on {args.dataset}", flags.with_defaults(args),
+            commands.after_training(*next_commands),
         ))  # fmt: skip
 
 
@@ -374,7 +365,7 @@ def to_device(
 def log_start(
     args: argparse.Namespace, title: str, model: nn.Module, data: datasets.DataSets, precision: Precision
 ) -> None:
-    """Logs what is about to happen."""
+    """Logs what is about to begin."""
     num_millions = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_millions,
                 precision.device, precision)  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.reports import COMMANDS, EVIL, LINES, TIMED, make_contents
-from utils import figures, report
+from utils import figures, hardware, report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -218,6 +218,6 @@ def test_a_report_replaces_the_one_before(make, tmp_path):
 
 
 def test_versions_are_those_that_run():
-    found = report.versions()
+    found = hardware.versions()
     assert torch.__version__.split("+")[0] == found["torch"].split("+")[0]
     assert found["numpy"] == np.__version__

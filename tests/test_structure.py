@@ -97,6 +97,8 @@ ROOMS = {
         "utils.hardware",
         "utils.log_files",
         "utils.metrics",
+        "utils.precision",
+        "utils.run",
     },
 }
 

@@ -35,7 +35,7 @@ from tools import _cli
 from tools import _results as results
 from tools._published_results import ROWS, Row
 from utils import args as flags
-from utils import files, hardware, log_files, report
+from utils import files, hardware, log_files
 from utils.errors import UserError
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
@@ -204,7 +204,7 @@ def outcome(
         "secs": secs,
         "command": train_command(*words),
         "hardware": device,
-        "versions": report.versions(),
+        "versions": hardware.versions(),
         "published": {"source": row.source, **{k: v for k, v in asdict(row).items() if k != "flags"}},
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import os
 import platform
 
@@ -108,6 +109,17 @@ def device_name(device: torch.device) -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that compute, and the system."""
+    known = {"Python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "tensorboard", "Pillow"):
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # built from source, without its metadata
+            known[package] = "unknown"
+    return {**known, "system": platform.platform(terse=True), "machine": platform.machine()}
 
 
 # ---- processors ----

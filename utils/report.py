@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.metadata
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,8 @@ from utils.log_files import read_lines
 
 if TYPE_CHECKING:
     from utils.metrics import TrainLog
+    from utils.precision import Precision
+    from utils.run import Run
 
 logger = logging.getLogger("train")
 
@@ -89,10 +89,36 @@ def write_report(path: str, contents: Callable[[], Contents]) -> None:
         logger.warning("The report %s could not be written (%s)", path, e)
 
 
+def contents_of(
+    run: Run,
+    log: TrainLog,
+    data: datasets.DataSets,
+    precision: Precision,
+    subject: str,
+    flags: Mapping[str, tuple[Any, Any]],
+    commands: Sequence[tuple[str, str]],
+) -> Contents:
+    """Returns what the page shows of a run as far as it has come; ``Contents`` explains the last three."""
+    return Contents(
+        name=run.paths.name,
+        subject=subject,
+        num_steps=run.settings["--num_steps"],
+        step=run.state.step,
+        log_dir=run.paths.log_dir,
+        data=data,
+        best=EvalResult(**run.state.best_result),
+        best_step=run.state.best_step,
+        flags=flags,
+        facts=facts(precision.device, str(precision), run.batch.num_ranks),
+        timing=timing(data, log),
+        commands=commands,
+    )
+
+
 def facts(device: torch.device, precision: str, num_ranks: int) -> dict[str, str]:
     """Returns versions and hardware, by what they are called on the page."""
     return {
-        **versions(),
+        **hardware.versions(),
         "device": f"{device}, {hardware.device_name(device)}",
         "precision": precision,
         "ranks": str(num_ranks),
@@ -110,17 +136,6 @@ def timing(data: datasets.DataSets, log: TrainLog) -> dict[str, str]:
         "images": f"{len(data.train):,} to train on, {len(data.test):,} to test on",
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that compute, and the system."""
-    known = {"Python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "tensorboard", "Pillow"):
-        try:
-            known[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # built from source, without its metadata
-            known[package] = "unknown"
-    return {**known, "system": platform.platform(terse=True), "machine": platform.machine()}
 
 
 def render(contents: Contents) -> str:
