@@ -2,6 +2,7 @@
 
 import io
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from utils import datasets, figures, fonts
 from utils.evaluation import EvalResult
+from utils.metrics import TrainLog
 
 
 def test_what_the_model_sees_becomes_grey_levels():
@@ -201,3 +203,15 @@ def test_a_long_curve_keeps_its_extremes():
     assert (1234, 50.0) in thin
     assert (4321, -50.0) in thin
     assert [step for step, _ in thin] == sorted({step for step, _ in thin})
+
+
+def test_the_first_micro_batch_is_shown_and_then_let_go_of(tmp_path):
+    def micro_batches():
+        for i in range(3):
+            yield torch.zeros(2, 3, 8, 8), torch.tensor([i, 0])
+
+    with TrainLog(str(tmp_path), num_steps=3, images_per_step=2, log_every=1) as log:
+        seen = figures.show_first(log, micro_batches(), ["ant", "bee", "cat"])
+        kept = weakref.ref(next(seen)[0])
+        assert [labels[0].item() for _, labels in seen] == [1, 2]
+        assert kept() is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import html
 import io
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,12 +67,13 @@ class Mistake:
 
 
 def show_first(log: TrainLog, batches: Iterator[MicroBatch], classes: list[str]) -> Iterator[MicroBatch]:
-    """Shows the first micro-batch as the model sees it; returns the micro-batches from it on."""
-    images, labels = next(batches)
-    log.image(1, "train/pictures", lambda: training_batch(images, labels, classes))
+    """Yields the micro-batches, and shows the first as the model sees it."""
+    first = [next(batches)]
+    log.image(1, "train/pictures", lambda: training_batch(*first[0], classes))
     if names := legend(classes):
         log.text(1, "train/classes", names)
-    return itertools.chain([(images, labels)], batches)
+    yield first.pop()  # nothing here keeps it: on a GPU it would take its memory in every step
+    yield from batches
 
 
 def show_result(log: TrainLog, step: int, result: EvalResult, data: datasets.DataSets) -> None:
