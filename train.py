@@ -270,6 +270,8 @@ def fine_tune(args: argparse.Namespace) -> int:
         if run.is_own and run.state.step == run.state.last_eval_step == args.num_steps:
             best = run.state.best_accuracy
             logger.info("This run is finished: Best Accuracy: \t%.5f (--resume none starts over)", best)
+            if dist_util.is_main() and not os.path.exists(run.paths.checkpoint):
+                logger.warning("Its weights %s are not there any more", run.paths.checkpoint)
             return 0
         log_start(args, "training", model, data, precision)
         num_epochs = args.num_steps * run.batch.total / len(data.train)

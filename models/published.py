@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -209,7 +210,10 @@ def _remedy(folder: str, file: str, model_type: str, looked_for: bool = False) -
         return f"; this repository comes with it: --pretrained_dir {shlex.quote(own_path('checkpoint', f'{DEMO}.npz'))}"
     if name not in PUBLISHED:
         return f"; no file of {name} is known here, give its path; --pretrained_dir '' starts from random weights"
-    is_own = any(own in file for own in (name, GOOGLE_NAMES.get(name, name)))
+    own = "|".join(map(re.escape, (name, GOOGLE_NAMES.get(name, name))))
+    is_own = (
+        re.search(rf"(?<!R50[-+])(?<!R26[-+])(?<!R-)({own})", file) is not None
+    )  # a hybrid's name ends as a plain one's
     target = os.path.join(folder, file if is_own else file_name(PUBLISHED[name].split("/")[0], name))
     needs = f", and --model_type {name} needs its own" if file and not is_own else ""
     give = "" if looked_for or is_own else f" and give --pretrained_dir {shlex.quote(target)}"

@@ -234,13 +234,22 @@ def test_a_resumed_log_has_the_losses_and_the_seconds_so_far(make_log, tmp_path,
     with TrainLog(str(tmp_path), 4, 8, 4) as other:
         other.step(1, torch.tensor(9.0), 0.1, DONE)  # is in nobody's files
     log = TrainLog(str(tmp_path), 4, 8, 4)
-    log.load_state_dict(state, 2, torch.device("cpu"), own_files=True)
+    log.load_state_dict(state, 2, torch.device("cpu"), own_files=True, num_ranks=1)
     with log:
         for step in (3, 4):
             clock.now += 1
             log.step(step, torch.tensor(float(step)), 0.1, DONE)
     (line,) = read_lines(tmp_path)
     assert (line["step"], line["train/loss"], line["secs"]) == (4, 2.5, 4)
+
+
+def test_sums_over_two_ranks_are_means_on_one(tmp_path):
+    log = TrainLog(str(tmp_path), num_steps=3, images_per_step=8, log_every=3)
+    state = {"losses": [2.0, 4.0], "applied": [True, True]}  # of ranks whose mean losses were 1 and 2
+    log.load_state_dict(state, 2, torch.device("cpu"), own_files=False, num_ranks=2)
+    with log:
+        log.step(3, torch.tensor(3.0), 0.1, DONE)
+    assert [line["train/loss"] for line in read_lines(tmp_path)] == [2.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -82,6 +82,15 @@ def test_the_message_on_a_missing_file_has_the_command_that_fetches_it(tmp_path,
 
 
 @pytest.mark.parametrize(
+    ("model_type", "file"),
+    [("ViT-B_16", "R50-ViT-B_16.npz"), ("ViT-B_16", "R50+ViT-B_16.npz"), ("ViT-S_32", "augreg_R26-ViT-S_32.npz")],
+)
+def test_a_hybrids_file_is_not_a_plain_models(model_type, file):
+    with pytest.raises(UserError, match=f"--model_type {model_type} needs its own; download it with: "):
+        published.find(f"checkpoint/{file}", model_type)
+
+
+@pytest.mark.parametrize(
     ("path", "name", "command"),
     [
         ("checkpoint/imagenet21k_ViT-B_32.npz", "ViT-B_32", "ViT-B_32"),

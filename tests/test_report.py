@@ -196,7 +196,7 @@ def test_everything_that_is_drawn_is_also_said_in_words(page):
     assert labelled <= set(identifiers)
 
 
-@pytest.mark.parametrize("trouble", ["a folder in its place", "no logs", "edited logs"])
+@pytest.mark.parametrize("trouble", ["a folder in its place", "no logs", "{", "3", '{"secs": 1}', '{"step": "a"}'])
 def test_a_report_that_cannot_be_written_is_a_warning(trouble, make, tmp_path, caplog):
     path, contents = tmp_path / "a_report.html", make()
     if trouble == "a folder in its place":
@@ -204,7 +204,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(trouble, make, tmp_path, c
     elif trouble == "no logs":
         os.remove(tmp_path / "metrics.jsonl")
     else:
-        (tmp_path / "metrics.jsonl").write_text("{")
+        (tmp_path / "metrics.jsonl").write_text(trouble)  # somebody edited it
     report.write_report(str(path), lambda: contents)
     assert f"The report {path} could not be written" in caplog.text
     assert not path.is_file()

@@ -135,6 +135,24 @@ def test_a_path_of_a_finished_run_brings_its_weights_and_its_state_under_the_nam
     assert run("--name", "b") == 0  # and is finished, too
 
 
+def test_a_path_of_a_finished_run_without_its_weights_is_evaluated_again():
+    assert run() == 0
+    os.remove("output/a_checkpoint.bin")
+    assert run("--name", "b", "--resume", str(STATE)) == 0
+    last = last_state("b")
+    assert last.best_step == last.step
+    assert os.path.exists("output/b_checkpoint.bin")
+
+
+def test_a_link_to_the_own_state_is_the_own_state():
+    killed_at(STOP)
+    best = Path("output/a_checkpoint.bin").read_bytes()
+    os.symlink("output/a_last.pt", "link_last.pt")
+    assert run("--resume", "link_last.pt") == 0
+    assert not list(Path("output").glob("*earlier*"))
+    assert best
+
+
 def test_logs_of_another_run_are_not_cut(caplog):
     """Two output folders share logs/<name>: a run must not write on in the other's files."""
     killed_at(STOP)

@@ -15,8 +15,10 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -200,10 +202,17 @@ def _signals_later() -> Iterator[None]:
 
 def _outlive_signals(worker: int) -> None:
     """Keeps a worker alive on Ctrl-C and SIGTERM, which may reach all processes: the current step needs its images."""
+    sys.excepthook = _print_unless_cut_off
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _print_unless_cut_off(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Leaves out the stack of the thread that hands tensors over, when the run ends in the middle of that."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with_the_run() -> None:

@@ -207,7 +207,12 @@ def read_lines(log_dir: str) -> list[dict[str, float]]:
         OSError, ValueError: it cannot be read.
     """
     with open(os.path.join(log_dir, METRICS_FILE), encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        lines = [json.loads(line) for line in f]
+    for number, line in enumerate(lines, 1):
+        numbers = isinstance(line, dict) and all(isinstance(x, int | float) for x in line.values())
+        if not numbers or "step" not in line:
+            raise ValueError(f"line {number} of {METRICS_FILE} is no line of metrics")
+    return lines
 
 
 def check_finite(step: int, values: dict[str, float]) -> None:

@@ -158,16 +158,19 @@ class TrainLog:
             state = {"losses": summed.tolist(), "applied": torch.stack(self._applied).tolist()}
         return {**state, "files": self._writer.flush(), "secs": self.train_secs, "eval_secs": self.eval_secs}
 
-    def load_state_dict(self, state: dict[str, Any], step: int, device: torch.device, own_files: bool) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], step: int, device: torch.device, own_files: bool, num_ranks: int
+    ) -> None:
         """Takes back what ``state_dict`` gave after a step, before the files are opened.
 
         Args:
             state: sums over all ranks: the main process takes them, the others zeros.
             step: steps done.
             device: where the losses are.
-            own_files: the folder holds the files of which the state tells; else the logs begin anew.
+            own_files: the folder holds the files that the state names; else the logs begin anew.
+            num_ranks: that the sums are over.
         """
-        mine = float(dist_util.is_main())
+        mine = dist_util.world_size() / num_ranks if dist_util.is_main() else 0.0
         self._losses = [torch.tensor(loss * mine, device=device) for loss in state["losses"]]
         self._applied = [torch.tensor(applied, device=device) for applied in state["applied"]]
         self._first_step, self._lengths = step, state.get("files", {}) if own_files else None

@@ -113,10 +113,12 @@ class Run:
         settings: what decides on the result.
         environment: what may change the last digits.
         batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
+        is_own: the state to resume from, if there is one, is of this very run.
     """
 
     def __init__(self, paths: RunPaths, resume: str, batch: Batch) -> None:
         self.paths, self.resume, self.batch = paths, resume, batch
+        self.is_own = resume == "auto" or os.path.realpath(resume) == os.path.realpath(paths.state)
         self.state = RunState()
         self.settings: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
@@ -144,6 +146,8 @@ class Run:
                 raise UserError(f"{taken} is a folder where a file is written; move it, or give another --name")
             files.remove_stale(*own, self.paths.report)
         self._saved = _newest(self._find_state())
+        # As the main process has it: folders of ranks may differ.
+        self.is_own = bool(dist_util.max_over_ranks(int(dist_util.is_main() and self.is_own)))
         if self._saved is not None:
             self._has_state = self.is_own
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
@@ -162,11 +166,6 @@ class Run:
     def _state_path(self) -> str:
         """The state to resume from."""
         return self.paths.state if self.resume == "auto" else self.resume
-
-    @property
-    def is_own(self) -> bool:
-        """Tells whether the state to resume from, if there is one, is of this very run."""
-        return self.resume == "auto" or os.path.realpath(self.resume) == os.path.realpath(self.paths.state)
 
     @property
     def saved_settings(self) -> dict[str, Any] | None:
@@ -226,13 +225,16 @@ class Run:
             lost = self.state.best_accuracy >= 0 and not self._adopt_best()
         if dist_util.max_over_ranks(int(lost)):
             self.state.best_accuracy, self.state.best_step = -1.0, 0
+            if self.state.step == self.settings["--num_steps"]:
+                self.state.last_eval_step = 0  # no later evaluation would find other weights
+        self._wrote_best = self.state.best_accuracy >= 0
 
     def _adopt_best(self) -> bool:
         """Finds the weights of the best evaluation, here or beside another run's state; False if they are not there."""
         source = self._state_path.removesuffix("_last.pt") + "_checkpoint.bin"
+        source = self.paths.checkpoint if self.is_own else source  # which a link may name otherwise
         is_best = self._is_best(source)
         if self.is_own and is_best:
-            self._wrote_best = True
             return True
         try:
             if not is_best:
@@ -273,7 +275,8 @@ class Run:
         if self._saved is not None:
             optimizer.load_state_dict(self._saved["optimizer"])
             precision.load_state_dict(self._saved["precision"], self.state.step)
-            log.load_state_dict(self._saved["log"], self.state.step, precision.device, self.is_own)
+            num_ranks = self._saved["environment"].get("processes", 1)
+            log.load_state_dict(self._saved["log"], self.state.step, precision.device, self.is_own, num_ranks)
             self._saved = None  # it is as large as the model and the optimizer
             logger.info("Resumed after step %d", self.state.step)
         return self.state
@@ -315,6 +318,7 @@ class Run:
         if dist_util.is_main():
             self._write_checkpoint(self._precision.float32_weights(self._model), metadata)
             logger.info("Saved model checkpoint to %s", self.paths.checkpoint)
+        self._wrote_best = True
 
     def _write_checkpoint(self, weights: Mapping[str, Tensor], metadata: checkpoint.CheckpointMetadata) -> None:
         """Writes the checkpoint.  The first write keeps what another run, or a person, left under its name.
@@ -336,7 +340,7 @@ class Run:
         except Exception as e:
             if self._has_state and os.path.exists(self.paths.state):
                 add_note(e, f"the run up to its last save is in {self.paths.state}")
-            elif self.state.best_step and os.path.exists(self.paths.checkpoint):  # saved less often than evaluated
+            elif self._wrote_best and os.path.exists(self.paths.checkpoint):  # saved less often than evaluated
                 where = f"of step {self.state.best_step}, are in {self.paths.checkpoint}"
                 add_note(e, f"the best weights so far, {where}")
             raise
