@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from unittest import mock
 
 import numpy as np
@@ -225,6 +226,23 @@ def test_a_signal_to_a_worker_that_has_just_started_does_not_end_it(folder, monk
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert sum(len(labels) for _, labels in evaluated(data.test, 2, 9, num_workers=2)) == len(data.test)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+class Cut(augment.EvalTransform):
+    """Fails in a worker's thread as the one does that hands tensors over, which calls the hook itself."""
+
+    def image(self, image, draws):
+        for error in (ConnectionResetError("the run is gone"), RuntimeError("a bug")):
+            sys.excepthook(type(error), error, None)
+        return super().image(image, draws)
+
+
+def test_a_worker_whose_run_is_gone_prints_no_stack(folder, decode_late, capfd):
+    data = load_datasets(str(folder), "", 0)
+    assert list(data_utils.eval_batches(data.test, 2, Cut(9), CPU, 1))
+    error = capfd.readouterr().err
+    assert "a bug" in error
+    assert "the run is gone" not in error
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_batch_is_explained(tmp_path, monkeypatch):
