@@ -160,10 +160,9 @@ def show_result(
     if is_last:
         log.hyperparameters(state.step, {**run.settings, "--dataset": args.dataset})
     if (state.best_step == state.step or is_last) and dist_util.is_main():
-        next_commands = (flags.to_resume(args), flags.to_evaluate(args), run.paths.checkpoint)
         report.write_report(run.paths.report, lambda: report.contents_of(
             run, log, data, precision, f"{args.model_type} on {args.dataset}", flags.with_defaults(args),
-            commands.after_training(*next_commands),
+            commands.after_training(flags.to_resume(args), flags.to_evaluate(args), run.paths.checkpoint),
         ))  # fmt: skip
 
 

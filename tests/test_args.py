@@ -14,6 +14,7 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
 from tests.helpers.runs import TINY, last_state
+from tests.test_old_files import CIRCUMSTANCES_KEYS, SETTINGS_KEYS
 from utils import args as flags
 from utils import checkpoint
 from utils.errors import UserError
@@ -138,17 +139,6 @@ def test_the_rank_decodes_with_its_share_of_the_cpus_at_most_eight(monkeypatch):
 
 # ---- what the flags decide on ----
 
-#: The keys of the states of format 1, which people have: a run resumes only where its own are the same.
-SETTINGS = {
-    "--pretrained_dir", "--model_type", "--dataset", "--zero_head", "--img_size", "--learning_rate", "--weight_decay",
-    "--num_steps", "--decay_type", "--warmup_steps", "--max_grad_norm", "--gelu", "--hflip", "--seed", "--eval_every",
-    "--loss_scale", "--dropout", "--train_batch_size of all processes", "precision",
-}  # fmt: skip
-ENVIRONMENT = {
-    "--device", "--train_batch_size", "--gradient_accumulation_steps", "--eval_batch_size", "--compile",
-    "--deterministic", "processes", "threads", "torch",
-}  # fmt: skip
-
 
 def test_a_saved_state_has_the_settings_of_format_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -162,9 +152,9 @@ def test_a_saved_state_has_the_settings_of_format_1(tmp_path, monkeypatch):
         "--loss_scale": 0, "--train_batch_size of all processes": 4,
     }  # fmt: skip
     assert expected.items() <= state.settings.items()
-    assert set(state.settings) >= SETTINGS
+    assert set(state.settings) >= SETTINGS_KEYS  # a run resumes only where these are the same
     assert state.settings["--dataset"].startswith("digits ")
-    assert set(state.environment) >= ENVIRONMENT
+    assert set(state.environment) >= CIRCUMSTANCES_KEYS
 
 
 def test_a_flag_that_decides_is_in_every_saved_state():

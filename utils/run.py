@@ -192,12 +192,12 @@ class Run:
         if self._saved is None:
             return
         was = {name: defaults.get(name, value) for name, value in settings.items()} | self._saved["settings"]
-        now, steps = dict(settings), was.get("--num_steps")
+        steps = was.get("--num_steps")
         if type(steps) is int and steps < settings["--num_steps"]:
             logger.warning("--num_steps was %s and is %d: the steps to come have the longer schedule's learning rates",
                            steps, settings["--num_steps"])  # fmt: skip
             was["--num_steps"] = settings["--num_steps"]
-        if changed := _differences(was, now):
+        if changed := _differences(was, settings):
             raise UserError(
                 f"{self._state_path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
                 "or another --name, or start over with --resume none"
@@ -233,13 +233,12 @@ class Run:
         """Finds the weights of the best evaluation, here or beside another run's state; False if they are not there."""
         source = self._state_path.removesuffix("_last.pt") + "_checkpoint.bin"
         source = self.paths.checkpoint if self.is_own else source  # which a link may name otherwise
-        is_best = self._is_best(source)
-        if self.is_own and is_best:
+        weights = self._read_best(source)
+        if self.is_own and weights is not None:
             return True
         try:
-            if not is_best:
+            if weights is None:
                 raise UserError(f"{source} is of another evaluation, or is not there")
-            weights = checkpoint.load_weights(source)
             metadata = checkpoint.read_metadata(source, weights)
             if metadata is None:
                 raise UserError(f"{checkpoint.metadata_path(source)} is not there")
@@ -250,18 +249,19 @@ class Run:
         self._write_checkpoint(weights, metadata)
         return True
 
-    def _is_best(self, path: str) -> bool:
-        """Compares the weights in a file with those of the state's best evaluation."""
+    def _read_best(self, path: str) -> dict[str, Tensor] | None:
+        """Returns the weights in a file if they are those of the state's best evaluation, else None."""
         try:
             weights = checkpoint.load_weights(path)
             if self.state.best_crc32:  # which older states lack
-                return checkpoint.checksum(weights) == self.state.best_crc32
+                return weights if checkpoint.checksum(weights) == self.state.best_crc32 else None
             metadata = checkpoint.read_metadata(path, weights)
         except UserError:  # missing, damaged, or copied without its metadata
-            return False
+            return None
         if metadata is None or metadata.model_type != self.settings.get("--model_type", metadata.model_type):
-            return False
-        return (metadata.step, metadata.accuracy) == (self.state.best_step, self.state.best_accuracy)
+            return None
+        is_best = (metadata.step, metadata.accuracy) == (self.state.best_step, self.state.best_accuracy)
+        return weights if is_best else None
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, log: TrainLog
