@@ -237,12 +237,12 @@ def evaluate_only(args: argparse.Namespace) -> int:
     precision = set_up(args)
     with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
         config = make_config(args.model_type, args.img_size, args.gelu, args.dropout)
-        datasets.check_layout(args.dataset)
+        found = datasets.find(args.dataset)
         path = args.load_model_dir or RunPaths(args.output_dir, args.name).checkpoint
         if not os.path.exists(path):
             raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
         source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
-        data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
+        data = datasets.load(found, args.data_dir, flags.decoding_workers(args))
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
         pretrained.warn_of_other_classes(source, args.dataset, data.classes)
         model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
@@ -311,7 +311,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         UserError: there are no such weights or data, or the saved run had other settings.
     """
     config, source = make_config(args.model_type, args.img_size, args.gelu, args.dropout), None
-    datasets.check_layout(args.dataset)
+    found = datasets.find(args.dataset)
     path = args.pretrained_dir
     if run.saved_settings is not None:
         path = run.saved_settings.get("--pretrained_dir", "") if path is None else path  # compared if it is given
@@ -321,7 +321,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         file = published.find(path, args.model_type)
         source = pretrained.load(metadata.open_weights(file, strict=False), args.model_type)
         path = file if path is None else path
-    data = datasets.load_datasets(args.dataset, args.data_dir, flags.decoding_workers(args))
+    data = datasets.load(found, args.data_dir, flags.decoding_workers(args))
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
         flags.settings(args, path, dataset, config.dropout_rate, run.batch.total, str(precision)),

@@ -13,7 +13,8 @@ import torch.utils.data
 from tests.helpers.folders import as_files, damage, noise, numbered_images, save
 from utils import augment, data_utils, datasets
 from utils.data_utils import StepSampler
-from utils.datasets import FileImages, ImageError, load_datasets
+from utils.datasets import FileImages, load_datasets
+from utils.images import ImageError
 
 CPU = torch.device("cpu")
 GREY_LEVEL = 1 / 127.5

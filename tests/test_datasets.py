@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.helpers.folders import as_files, damage, noise, numbered_images, save
 from utils import datasets
-from utils.datasets import FileImages, ImageError, MemoryImages, class_names, load_datasets
+from utils.datasets import FileImages, MemoryImages, class_names, load_datasets
+from utils.images import ImageError
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -27,38 +28,6 @@ def test_a_folder_gives_sorted_classes_and_all_its_images(folder):
         assert torch.equal(data.train.images[7].permute(1, 2, 0), torch.from_numpy(np.array(image)))
 
 
-def test_val_stands_in_for_test_where_there_is_none(folder, rng):
-    (folder / "test").rename(folder / "val")
-    assert len(load_datasets(str(folder), "", 1).test) == 6
-    for name in ("cat", "dog"):
-        save(noise(rng), folder, "test", name, "0.png")
-    assert len(load_datasets(str(folder), "", 1).test) == 2
-
-
-def test_images_of_many_names_are_found_and_other_files_and_hidden_ones_passed_over(folder, rng):
-    names = ["upper.PNG", "photo.JPG", "photo.jpeg", "x.bmp", "x.webp", "deeper/still/x.png"]
-    for name in names:
-        save(noise(rng), folder, "train", "cat", name)
-    for name in ("notes.txt", ".hidden.png", "Thumbs.db", "labels.csv", ".ipynb_checkpoints/0.png"):
-        path = folder / "train" / "cat" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes((folder / "train" / "cat" / "0.png").read_bytes())
-    for split in ("train", "test"):
-        save(noise(rng), folder, split, ".ipynb_checkpoints", "0.png")
-    data = load_datasets(str(folder), "", 1)
-    assert data.classes == ["cat", "dog"]
-    assert data.train.labels.tolist() == [0] * (5 + len(names)) + [1] * 5
-
-
-def test_grey_of_sixteen_and_of_thirty_two_bits_keeps_its_levels(tmp_path):
-    grey = np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4)
-    got = np.array(datasets.read_image(save(Image.fromarray(grey), tmp_path, "a.png")))
-    np.testing.assert_allclose(got, np.repeat(grey[..., None] / 257, 3, axis=2), atol=1)
-    for level, expected in ((200, 200), (51400, 200), (70000, 255)):  # bytes, or sixteen bits
-        path = save(Image.new("I", (4, 4), level), tmp_path, "a.tiff")
-        assert set(np.array(datasets.read_image(path)).ravel()) == {expected}
-
-
 def test_small_images_are_held_in_memory_up_to_a_limit_and_photos_are_not(folder, tmp_path, rng, monkeypatch):
     for limit, kind in ((10 * 3 * 6 * 6, MemoryImages), (10 * 3 * 6 * 6 - 1, FileImages)):
         with monkeypatch.context() as patch:
@@ -69,59 +38,12 @@ def test_small_images_are_held_in_memory_up_to_a_limit_and_photos_are_not(folder
     assert isinstance(load_datasets(str(tmp_path / "photos"), "", 1).train, FileImages)
 
 
-def moved(*path):
-    return lambda root: root.joinpath(*path).rename(root.parent / "elsewhere")
-
-
-def renamed(*path, new):
-    return lambda root: [p.rename(p.with_name(new(p.name))) for p in sorted(root.joinpath(*path).iterdir())]
-
-
-SPLITS = r"needs the folders train/<class>/ and test/<class>/ \(or val/<class>/\)"
-#: Changes to a folder that make its layout a wrong one, and the message about it.
-WRONG_LAYOUTS = {
-    "no train": (moved("train"), SPLITS),
-    "no test": (moved("test"), SPLITS),
-    "no classes": (renamed("train", new=lambda name: f".{name}"), "train has no class folders"),
-    "a class that is only tested": (moved("train", "cat"), "test has classes that .*train has not: cat$"),
-    "a class that is not tested": (moved("test", "cat"), "test/cat holds no image"),
-    "an empty class": (lambda root: (root / "train" / "zebra").mkdir(), "train/zebra holds no image"),
-    "a class of other files": (renamed("train", "dog", new=lambda name: f"{name}.txt"), "train/dog holds no image"),
-    "hidden images only": (renamed("test", "dog", new=lambda name: f".{name}"), "test/dog holds no image"),
-    "nothing": (moved(), "is neither a folder nor a known data set"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_LAYOUTS)
-def test_a_wrong_layout_is_refused_before_anything_is_read_and_in_the_same_words(folder, monkeypatch, case):
-    change, message = WRONG_LAYOUTS[case]
-    change(folder)
-    with pytest.raises(ValueError, match=message) as loading:
-        load_datasets(str(folder), "", 1)
-    monkeypatch.setattr(Image, "open", None)
-    with pytest.raises(ValueError, match=message) as checking:
-        datasets.check_layout(str(folder))
-    assert str(folder) in str(checking.value) == str(loading.value)
-
-
 def test_named_data_sets_have_no_layout_and_are_not_downloaded_to_check_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("cifar10", "cifar100", "digits"):
-        datasets.check_layout(name)
+        assert datasets.find(name) == name
         assert len(class_names(name)) == (100 if name == "cifar100" else 10)
     assert os.listdir() == []
-
-
-def test_images_in_deeper_folders_and_behind_links_are_found_once(folder, rng):
-    for split in ("train", "test"):
-        save(noise(rng), folder, split, "bee", "deeper", "still", "0.PNG")
-    (folder / "test").rename(folder / "elsewhere")
-    (folder / "val").symlink_to(folder / "elsewhere")
-    (folder / "train" / "dog" / "loop").symlink_to(folder / "train" / "dog", target_is_directory=True)
-    datasets.check_layout(str(folder))
-    data = load_datasets(str(folder), "", 1)
-    assert data.classes == ["bee", "cat", "dog"]
-    assert data.train.labels.bincount().tolist() == [1, 5, 5]
 
 
 def test_unknown_names_and_folders_without_classes_are_refused(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
 from tests.helpers.launching import TINY, job, ranks, real_torchrun, train_main, values_of, weights_of
 from utils import checkpoint, data_utils, dist_util, hardware
+from utils.images import ImageError
 
 SHORT = [*TINY, "--name", "a", "--num_steps", "4", "--warmup_steps", "1", "--eval_every", "4"]
 
@@ -135,14 +136,13 @@ def test_361_images_on_four_ranks_are_each_evaluated_once(tmp_path):
 
 def hurt(flags: list[str]) -> int:
     """A training in which rank 1 cannot read an image of its third batch, or gets one that is not finite."""
-    from utils import datasets
 
     original = data_utils.train_batches
 
     def batches(*args, **options):
         for i, (images, labels) in enumerate(original(*args, **options)):
             if i == 2 and dist_util.rank() == 1 and "--num_workers" in flags:
-                raise datasets.ImageError("b.png cannot be read; repair or remove it")
+                raise ImageError("b.png cannot be read; repair or remove it")
             yield images * (float("nan") if i == 2 and dist_util.rank() == 1 else 1), labels
 
     data_utils.train_batches = batches

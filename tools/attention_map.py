@@ -23,8 +23,9 @@ if not __package__:  # run as a file, from any folder
 
 from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
-from utils import augment, datasets, dist_util, figures, files, fonts, hardware
+from utils import augment, dist_util, figures, files, fonts, hardware
 from utils.errors import UserError
+from utils.images import read_image
 from utils.precision import Precision
 
 #: Sides between which panels are scaled, in pixels; an image of a size between them keeps it.
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output} does not end in .png, which is what is written")
     if not os.path.isfile(args.image):
         raise UserError(f"there is no image {args.image}")
-    image = datasets.read_image(args.image)
+    image = read_image(args.image)
     _cli.check_output(args.output, args.image, args.load_model_dir)
     device = dist_util.setup(args.device, -1)
     loaded = _finetuned.load(args, vis=True)

@@ -26,12 +26,13 @@ if not __package__:  # run as a file, from any folder
 
 from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
-from utils import augment, datasets, dist_util, hardware, memory
+from utils import augment, dist_util, folders, hardware, memory
 from utils.errors import UserError
+from utils.images import EXTENSIONS, ImageError, read_image
 from utils.precision import Precision
 
 #: An image's path, and the probability of every class (num_classes,), or why it cannot be read.
-Prediction = tuple[str, Tensor | datasets.ImageError]
+Prediction = tuple[str, Tensor | ImageError]
 
 
 def find_images(paths: list[str]) -> list[str]:
@@ -43,9 +44,9 @@ def find_images(paths: list[str]) -> list[str]:
     images = []
     for path in paths:
         if os.path.isdir(path):
-            below = datasets.images_below(path)
+            below = folders.images_below(path)
             if not below:
-                kinds = ", ".join(ending[1:] for ending in datasets.EXTENSIONS)
+                kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
                 raise UserError(f"the folder {path} holds no image ({kinds})")
             images += below
         elif os.path.exists(path):
@@ -66,10 +67,10 @@ def predict(model: VisionTransformer, paths: list[str], batch_size: int, device:
     """
     transform = augment.EvalTransform(model.img_size)
 
-    def prepare(path: str) -> Tensor | datasets.ImageError:
+    def prepare(path: str) -> Tensor | ImageError:
         try:
-            return transform.image(datasets.read_image(path), torch.empty(0))  # (3, S, S) uint8
-        except datasets.ImageError as e:
+            return transform.image(read_image(path), torch.empty(0))  # (3, S, S) uint8
+        except ImageError as e:
             return e
 
     with ThreadPoolExecutor(hardware.num_cpus()) as pool, torch.inference_mode():
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     with remedy, tqdm(total=len(paths), desc="Predicting", unit="image", leave=False, **options) as bar:
         for path, result in predict(model, paths, args.batch_size, device):
             bar.update()
-            if isinstance(result, datasets.ImageError):
+            if isinstance(result, ImageError):
                 with bar.external_write_mode(file=sys.stderr):
                     status = _cli.fail("predict", result, 2)
                 continue

@@ -1,15 +1,14 @@
 """Data sets: their images and labels.
 
-Small images sit in memory as uint8, large ones stay in their files.  Images of any mode become RGB here.
+Small images sit in memory as uint8, large ones stay in their files.  utils/folders.py lists a folder's images,
+utils/images.py decodes one, utils/cifar.py downloads CIFAR.
 This module must not know models or transforms (utils/data_utils.py makes the batches).
 """
 
 from __future__ import annotations
 
-import http.client
 import os
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,20 +19,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import cifar, dist_util
+from utils import cifar, dist_util, folders
 from utils.errors import UserError
+from utils.folders import Folder, Part
+from utils.images import read_image
 
 CLASS_NAMES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100, "digits": tuple("0123456789")}
 NAMED_DATASETS = tuple(CLASS_NAMES)
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: A folder's split is decoded once, into memory, if its images have one size and are this small.
 MEMORY_IMAGE_PX = 256 * 256
 MEMORY_LIMIT_BYTES = 2**30
 DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.npz")
-
-
-class ImageError(UserError):
-    """An image of the user's cannot be read; the message names its path."""
 
 
 @dataclass(frozen=True)
@@ -96,40 +92,46 @@ class DataSets:
         return DataSets(self.train.to(device), self.test.to(device), self.classes)
 
 
-def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
-    """Finds, downloads if need be, and where they are small decodes the images of a data set.
+def find(name: str) -> Folder | str:
+    """Finds a data set before anything that takes long: lists a folder's images; downloads and reads none.
 
     Args:
-        name: one of ``NAMED_DATASETS``, or a folder with train/<class>/* and test/<class>/* (or val/).
+        name: one of ``NAMED_DATASETS``, or a folder of images (utils/folders.py).
+
+    Returns:
+        The folder, or the name.
+
+    Raises:
+        UserError: no such data set, or a folder that is none.
+    """
+    _check_name(name)
+    return name if name in NAMED_DATASETS else folders.find(name)
+
+
+def load(found: Folder | str, data_dir: str, num_workers: int) -> DataSets:
+    """Downloads, if need be, what ``find`` found, and decodes it where the images are small.
+
+    Args:
+        found: by ``find``.
         data_dir: where downloads go.
         num_workers: threads that decode.
 
     Raises:
-        UserError: no such data set, or a folder that is none.
+        ImageError: an image cannot be read.
         ConnectionError: a download failed.
     """
-    if name in ("cifar10", "cifar100"):
-        with dist_util.main_process_first():
-            return _load_cifar(name, data_dir)
-    if name == "digits":
+    if isinstance(found, Folder):
+        train, test = (_load_part(part, num_workers) for part in (found.train, found.test))
+        return DataSets(train, test, found.classes)
+    if found == "digits":
         return _load_digits()
-    _check_name(name)
-    return _load_folder(name, num_workers)
+    with dist_util.main_process_first():
+        return _load_cifar(found, data_dir)
 
 
-def check_layout(name: str) -> None:
-    """Raises UserError unless ``name`` is a data set's, or a folder's whose every class has images in both splits.
-
-    Lists folders and reads no image, so that it can come before anything that takes long: 100,000 files on a
-    local disk take 0.1 s.
-    """
-    _check_name(name)
-    if name in NAMED_DATASETS:
-        return
-    train_dir, test_dir, classes = _layout(name)
-    for folder in (os.path.join(split_dir, name) for split_dir in (train_dir, test_dir) for name in classes):
-        if next(_each_image(folder), None) is None:
-            raise _empty_class(folder)
+def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
+    """Does ``find`` and ``load`` in turn."""
+    return load(find(name), data_dir, num_workers)
 
 
 def _check_name(name: str) -> None:
@@ -141,22 +143,8 @@ def _check_name(name: str) -> None:
 
 
 def _load_cifar(name: str, data_dir: str) -> DataSets:
-    import torchvision.datasets  # a second, not spent where no CIFAR is asked for
-
-    cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-    splits, classes = [], []
-    for train in (True, False):
-        try:
-            data = cls(root=data_dir, train=train, download=dist_util.is_first_of_machine())
-        except (OSError, RuntimeError, http.client.HTTPException) as e:
-            raise ConnectionError(
-                f"{name} could not be downloaded into {data_dir} ({e}); put {cls.url} there yourself "
-                f"(md5 {cls.tgz_md5}), or name another folder with --data_dir"
-            ) from e
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        splits.append(MemoryImages(images, torch.tensor(data.targets)))
-        classes = list(data.classes)
-    return DataSets(splits[0], splits[1], classes)
+    splits = [MemoryImages(*map(torch.from_numpy, split)) for split in cifar.load(name, data_dir)]
+    return DataSets(splits[0], splits[1], class_names(name))
 
 
 def _load_digits() -> DataSets:
@@ -171,67 +159,10 @@ def _load_digits() -> DataSets:
     return DataSets(splits[0], splits[1], class_names("digits"))
 
 
-def _layout(root: str) -> tuple[str, str, list[str]]:
-    """Returns a folder's two splits and the names of its classes; raises UserError if it lacks them."""
-    train_dir = os.path.join(root, "train")
-    test_dir = next((d for d in (os.path.join(root, s) for s in ("test", "val")) if os.path.isdir(d)), None)
-    if not os.path.isdir(train_dir) or test_dir is None:
-        raise UserError(f"--dataset {root} needs the folders train/<class>/ and test/<class>/ (or val/<class>/)")
-    classes = _subfolders(train_dir)
-    if not classes:
-        raise UserError(f"{train_dir} has no class folders; expected {train_dir}/<class>/<image>")
-    if unknown := sorted(set(_subfolders(test_dir)) - set(classes)):
-        raise UserError(f"{test_dir} has classes that {train_dir} has not: {', '.join(unknown[:10])}")
-    return train_dir, test_dir, classes
-
-
-def _load_folder(root: str, num_workers: int) -> DataSets:
-    train_dir, test_dir, classes = _layout(root)
-    splits: list[Images] = []
-    for folder in (train_dir, test_dir):
-        paths, numbers = _list_images(folder, classes)
-        labels = torch.tensor(numbers)
-        images = _decode_all(paths, num_workers)
-        splits.append(FileImages(paths, labels) if images is None else MemoryImages(images, labels))
-    return DataSets(splits[0], splits[1], classes)
-
-
-def _subfolders(folder: str) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def _list_images(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
-    """Returns paths and labels, in the order of the classes and of the names in them."""
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = images_below(os.path.join(folder, name))
-        if not images:
-            raise _empty_class(os.path.join(folder, name))
-        paths += images
-        labels += [label] * len(images)
-    return paths, labels
-
-
-def _empty_class(folder: str) -> UserError:
-    kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
-    return UserError(f"{folder} holds no image ({kinds}); fill the folder or remove the class")
-
-
-def images_below(folder: str) -> list[str]:
-    """Returns the images of a folder and of those in it, sorted; hidden ones are left out."""
-    return sorted(_each_image(folder))
-
-
-def _each_image(folder: str) -> Iterator[str]:
-    """Yields the images of a folder, then those of the folders in it, which are not listed before."""
-    seen: set[str] = set()  # a link may lead back up
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        subfolders[:] = [f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
-        for file in files:
-            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
-                yield os.path.join(parent, file)
+def _load_part(part: Part, num_workers: int) -> Images:
+    labels = torch.tensor(part.labels)
+    images = _decode_all(part.paths, num_workers)
+    return FileImages(part.paths, labels) if images is None else MemoryImages(images, labels)
 
 
 def class_names(name: str) -> list[str]:
@@ -243,26 +174,7 @@ def class_names(name: str) -> list[str]:
     if name in CLASS_NAMES:
         return list(CLASS_NAMES[name])
     _check_name(name)
-    train_dir = os.path.join(name, "train")
-    if not os.path.isdir(train_dir) or not (classes := _subfolders(train_dir)):
-        raise UserError(f"--dataset {name} has no class folders; expected {train_dir}/<class>/<image>")
-    return classes
-
-
-def read_image(path: str) -> Image.Image:
-    """Decodes an image of any mode as RGB.
-
-    Raises:
-        ImageError: it cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
-                grey = np.asarray(image).clip(0, 65535) >> 8  # Pillow would cut 16 bits off at 255
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        raise ImageError(f"{path} cannot be read as an image ({e}); repair or remove it") from e
+    return folders.class_names(name)
 
 
 def image_at(images: Images, index: int) -> tuple[str, Image.Image]:

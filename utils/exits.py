@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from utils import data_utils, dist_errors, dist_util
+from utils import dist_errors, dist_util, workers
 from utils.errors import UserError, notes
 from utils.memory import OutOfMemory
 from utils.signals import Stopped
@@ -53,7 +53,7 @@ def _message(error: BaseException) -> str:
     if _is_lost_contact(error):
         return dist_errors.lost_contact(error)
     if _worker_died(error):
-        return data_utils.WORKER_DIED
+        return workers.WORKER_DIED
     if _is_compile_error(error):
         reason = str(error).strip().partition("\n")[0]
         return f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"
@@ -65,7 +65,7 @@ def _is_lost_contact(error: BaseException) -> bool:
 
 
 def _worker_died(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and data_utils.worker_died(error)
+    return isinstance(error, RuntimeError) and workers.worker_died(error)
 
 
 def _is_compile_error(error: BaseException) -> bool:
