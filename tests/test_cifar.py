@@ -124,7 +124,7 @@ def test_an_extracted_file_that_was_tampered_with_is_never_unpickled(cifar, tmp_
     cifar.served.unlink()
     for file in ("data_batch_3", "test_batch", "batches.meta"):
         (tmp_path / cifar.folder / file).write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError, match=rf"\(damaged: {file}\), and cifar10 could not be downloaded"):
             load_datasets("cifar10", str(tmp_path), 1)
         assert not (tmp_path / "touched").exists()
         (tmp_path / cifar.folder / file).write_bytes(cifar.files[file])

@@ -253,7 +253,7 @@ def test_a_read_only_folder_that_is_not_whole_says_in_one_line_what_it_lacks(cif
         error = as_somebody(lambda: labels_of(cifar, shared / "data"))
     assert error.startswith("UserError: ")
     assert "\n" not in error
-    for text in ("data_batch_3 is missing", "test_batch (damaged)", f"{folder} cannot be written", "--data_dir"):
+    for text in ("missing: data_batch_3", "damaged: test_batch", f"{folder} cannot be written", "--data_dir"):
         assert text in error
 
 
@@ -272,7 +272,7 @@ def test_a_file_that_may_not_be_read_is_named(cifar, shared):
     with of_another_user(folder.parent):
         (folder / "data_batch_2").chmod(0)
         error = as_somebody(lambda: labels_of(cifar, shared / "data"))
-    assert "data_batch_2 (Permission denied)" in error
+    assert "(Permission denied: data_batch_2)" in error
 
 
 # ---- trainings, and several ranks ----

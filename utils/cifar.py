@@ -70,7 +70,7 @@ def load(name: str, data_dir: str) -> list[Split]:
     try:
         return _read(cls, root)
     except (OSError, RuntimeError) as e:
-        raise ConnectionError(f"{name} is not in {root} as it was published: {_faults(cls, folder)} in {folder}") from e
+        raise ConnectionError(_not_whole(cls, folder)) from e
 
 
 def _root(name: str, data_dir: str) -> str:
@@ -109,8 +109,9 @@ def _complete(name: str, cls: Any, root: str, folder: str) -> None:
     try:
         _download(cls, root)
     except (OSError, RuntimeError, http.client.HTTPException) as e:
+        lack = f"{_not_whole(cls, folder)}, and " if os.path.isdir(folder) else ""
         raise ConnectionError(
-            f"{name} could not be downloaded into {root} ({e}); put {cls.url} there yourself "
+            f"{lack}{name} could not be downloaded into {root} ({e}); put {cls.url} there yourself "
             f"(md5 {cls.tgz_md5}), or name another folder with --data_dir"
         ) from e
 
@@ -135,7 +136,7 @@ def _check_writable(cls: Any, folder: str, place: str) -> None:
     try:
         files.check_writable(place)
     except UserError as e:
-        raise UserError(f"{_faults(cls, folder)} in {folder}, and {e} (--data_dir)") from e
+        raise UserError(f"{_not_whole(cls, folder)} and cannot be completed: {e} (--data_dir)") from e
 
 
 def _each_fault(cls: Any, folder: str) -> dict[str, str]:
@@ -153,9 +154,12 @@ def _each_fault(cls: Any, folder: str) -> dict[str, str]:
     return found
 
 
-def _faults(cls: Any, folder: str) -> str:
-    return ", ".join(f"{name} is missing" if fault == "missing" else f"{name} ({fault})"
-                     for name, fault in _each_fault(cls, folder).items())  # fmt: skip
+def _not_whole(cls: Any, folder: str) -> str:
+    by_fault: dict[str, list[str]] = {}
+    for name, fault in _each_fault(cls, folder).items():
+        by_fault.setdefault(fault, []).append(name)
+    faults = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in by_fault.items())
+    return f"{folder} is not whole ({faults})"
 
 
 def _extract(archive: str, folder: str, names: list[str]) -> None:
