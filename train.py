@@ -40,6 +40,7 @@ from utils import (
     metadata,
     report,
 )
+from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
 from utils.batch import Batch
 from utils.errors import UserError
@@ -134,7 +135,8 @@ def after_step(
             result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, num_workers, stop)
             if result is not None:  # else a signal came meanwhile: the resumed run evaluates
                 state.last_eval_step = step
-                log.evaluation(step, result.accuracy, result.loss, time.perf_counter() - start)
+                log.evaluation(step, result.accuracy, result.loss, time.perf_counter() - start,
+                               result.balanced_accuracy)  # fmt: skip
                 log_result(step, result)
                 if result.accuracy > state.best_accuracy:
                     run.save_best(result, checkpoint.CheckpointMetadata(
@@ -230,6 +232,7 @@ def log_result(step: int | None, result: EvalResult) -> None:
         logger.info("Global Steps: %d", step)
     logger.info("Valid Loss: %.5f", result.loss)
     logger.info("Valid Accuracy: %.5f", result.accuracy)
+    logger.info("Valid Balanced Accuracy: %.5f", result.balanced_accuracy)
 
 
 def evaluate_only(args: argparse.Namespace) -> int:
@@ -272,11 +275,12 @@ def fine_tune(args: argparse.Namespace) -> int:
             if dist_util.is_main() and not os.path.exists(run.paths.checkpoint):
                 logger.warning("Its weights %s are not there any more", run.paths.checkpoint)
             return 0
-        log_start(args, "training", model, data, precision)
         num_epochs = args.num_steps * run.batch.total / len(data.train)
+        log_start(args, "training", model, data, precision, f", {num_epochs:.1f} epochs")
         logger.info("  Total optimization steps = %d (%.1f epochs)", args.num_steps, num_epochs)
         logger.info("  Total train batch size = %d (%d per rank, %d at a time)", run.batch.total, run.batch.per_rank,
                     run.batch.micro_batch)  # fmt: skip
+        remark_on_images(run, data)
         with run.noting_what_is_left():
             model, data = to_device(args, model, data, precision.device)
             with StopSignal() as stop, explain_out_of_memory(run.batch.out_of_memory_advice()):
@@ -364,16 +368,29 @@ def to_device(
 
 
 def log_start(
-    args: argparse.Namespace, title: str, model: nn.Module, data: datasets.DataSets, precision: Precision
+    args: argparse.Namespace,
+    title: str,
+    model: nn.Module,
+    data: datasets.DataSets,
+    precision: Precision,
+    epochs: str = "",
 ) -> None:
-    """Logs what is about to begin."""
+    """Logs what is about to begin; the line of the images ends with ``epochs``."""
     num_millions = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_millions,
                 precision.device, precision)  # fmt: skip
     logger.info("***** Running %s *****", title)
-    logger.info(
-        "  Images: %d to train on, %d to test on, %d classes", len(data.train), len(data.test), len(data.classes)
-    )
+    logger.info("  Images: %d to train on, %d to test on, %d classes%s", len(data.train), len(data.test),
+                len(data.classes), epochs)  # fmt: skip
+
+
+def remark_on_images(run: Run, data: datasets.DataSets) -> None:
+    """Logs that classes are unequal, and flags for few images unless the run resumes: it keeps its settings."""
+    if sizes := class_sizes(data.train.labels.numpy(), data.classes):
+        logger.info("  Images per class: %s", sizes)
+    small = for_small_set(run.batch, run.settings["--num_steps"], len(data.train))
+    if small and run.saved_settings is None:
+        logger.warning("%s", small)
 
 
 def main(argv: list[str] | None = None) -> int:

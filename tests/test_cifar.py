@@ -1,59 +1,17 @@
 """CIFAR from its archives, which are downloaded and may be anything."""
 
 import functools
-import hashlib
 import http.server
-import io
 import pickle
-import struct
-import tarfile
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 
+from tests.helpers.cifar import FakeCifar, Touch, md5, python2_pickle, tar_gz
 from tests.helpers.servers import serving
 from utils.datasets import class_names, load_datasets
-
-
-class Python2Pickler(pickle._Pickler):
-    """Writes strings and bools as Python 2 did, who made the published files."""
-
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
-
-    def save_string(self, text):
-        content = text if isinstance(text, bytes) else text.encode()
-        short = len(content) < 256
-        self.write(pickle.SHORT_BINSTRING if short else pickle.BINSTRING)
-        self.write(struct.pack("B" if short else "<i", len(content)) + content)
-        self.memoize(text)
-
-    dispatch[str] = dispatch[bytes] = save_string
-    dispatch[bool] = lambda self, value: self.save_long(int(value))
-
-
-def python2_pickle(value):
-    buffer = io.BytesIO()
-    pickler = Python2Pickler(buffer, protocol=2)
-    pickler.memo[None] = None  # Python 2 counts what it has written from 1
-    pickler.dump(value)
-    return buffer.getvalue()
-
-
-def tar_gz(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def md5(content):
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -86,49 +44,6 @@ def server(monkeypatch, tmp_path):
         yield server
 
 
-class FakeCifar:
-    """A small data set in CIFAR's format, put in the place of the published one."""
-
-    def __init__(self, name, server, monkeypatch, rng):
-        fine = name == "cifar100"
-        cls = self.published = torchvision.datasets.CIFAR100 if fine else torchvision.datasets.CIFAR10
-        self.classes, self.folder = class_names(name), "cifar-100-python" if fine else "cifar-10-batches-py"
-        train = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
-        meta, key = ("meta", "fine_label_names") if fine else ("batches.meta", "label_names")
-        self.rows, self.labels = {"train": [], "test": []}, {"train": [], "test": []}
-        self.files = {meta: python2_pickle({key: self.classes})}
-        for file in [*train, "test" if fine else "test_batch"]:
-            split = "test" if file.startswith("test") else "train"
-            rows = rng.integers(0, 256, (7, 3072), dtype=np.uint8)
-            labels = rng.integers(0, len(self.classes), 7).tolist()
-            self.rows[split].append(rows)
-            self.labels[split] += labels
-            batch = {"data": rows, "batch_label": file, "filenames": [f"{i}.png" for i in range(7)]}
-            batch |= {"fine_labels": labels, "coarse_labels": [0] * 7} if fine else {"labels": labels}
-            self.files[file] = python2_pickle(batch)
-        self.archive = tar_gz({f"{self.folder}/{file}": content for file, content in self.files.items()})
-        assert (cls.base_folder, cls.meta["filename"]) == (self.folder, meta)
-        assert [file for file, _ in cls.train_list] == train
-        self.served = server.folder / cls.filename
-        self.served.write_bytes(self.archive)
-        md5s = {file: md5(content) for file, content in self.files.items()}
-        monkeypatch.setattr(cls, "url", f"http://127.0.0.1:{server.server_port}/{cls.filename}")
-        monkeypatch.setattr(cls, "tgz_md5", md5(self.archive))
-        for attribute in ("train_list", "test_list"):
-            monkeypatch.setattr(cls, attribute, [[file, md5s[file]] for file, _ in getattr(cls, attribute)])
-        monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5s[meta]})
-
-
-class Touch:
-    """Its pickle creates a file when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 COARSE = (
     "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices "
     "household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes "
@@ -147,12 +62,12 @@ def test_cifars_names_are_those_of_the_published_files():
 
 @pytest.fixture
 def cifar(server, monkeypatch, rng):
-    return FakeCifar("cifar10", server, monkeypatch, rng)
+    return FakeCifar("cifar10", server.folder, server.server_port, monkeypatch, rng)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_downloaded_once_and_comes_through(server, monkeypatch, rng, tmp_path, name):
-    cifar = FakeCifar(name, server, monkeypatch, rng)
+    cifar = FakeCifar(name, server.folder, server.server_port, monkeypatch, rng)
     for _ in ("downloaded", "kept"):
         data = load_datasets(name, str(tmp_path / "data"), 1)
         assert data.classes == cifar.classes
@@ -196,7 +111,7 @@ def test_a_failed_download_is_refused_unread_with_the_remedy_and_the_next_good_a
     assert cifar.published.url in str(e.value)
     assert cifar.published.tgz_md5 in str(e.value)
     assert not touched.exists()
-    assert not (root / cifar.folder).exists()
+    assert not list(root.iterdir())
     server.fault = None
     by_hand = how in ("missing", "down")
     (root / cifar.published.filename if by_hand else cifar.served).write_bytes(cifar.archive)
@@ -209,10 +124,21 @@ def test_an_extracted_file_that_was_tampered_with_is_never_unpickled(cifar, tmp_
     cifar.served.unlink()
     for file in ("data_batch_3", "test_batch", "batches.meta"):
         (tmp_path / cifar.folder / file).write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError, match=rf"\(damaged: {file}\), and cifar10 could not be downloaded"):
             load_datasets("cifar10", str(tmp_path), 1)
         assert not (tmp_path / "touched").exists()
         (tmp_path / cifar.folder / file).write_bytes(cifar.files[file])
+
+
+def test_what_a_folder_lacks_is_downloaded(cifar, tmp_path):
+    folder = cifar.write(tmp_path)
+    for file in cifar.files:
+        (folder / file).write_bytes(b"x")
+        assert load_datasets("cifar10", str(folder), 1).test.labels.tolist() == cifar.labels["test"]
+        assert (folder / file).read_bytes() == cifar.files[file]
+        archive = tmp_path / cifar.published.filename
+        assert archive.read_bytes() == cifar.archive
+        archive.unlink()
 
 
 def test_an_extraction_that_was_cut_short_is_done_again(cifar, tmp_path):

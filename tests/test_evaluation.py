@@ -1,8 +1,11 @@
 """Accuracy, confusion matrix and worst mistakes of predictions; of one rank and of several."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 
 from utils import dist_util
 from utils.evaluation import EvalResult, Predictions
@@ -19,6 +22,27 @@ def test_accuracy_confusion_and_worst_mistakes():
     assert matrix.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert result.worst_mistakes(10) == [5, 3, 1, 6]  # of equals the first
     assert result.worst_mistakes(2) == [5, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("absent", [[], [3], [0, 4], [1, 2, 3, 4]])
+def test_balanced_accuracy_is_scikit_learns(seed, absent):
+    generator = torch.Generator().manual_seed(seed)
+    truth, predicted = torch.randint(0, 5, (2, 200), generator=generator)
+    kept = torch.rand(200, generator=generator) > 0.15 * truth  # the later, the fewer
+    kept &= ~torch.isin(truth, torch.tensor(absent, dtype=torch.long))
+    truth, predicted = truth[kept], predicted[kept]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no word for predictions of a class that is absent
+        expected = balanced_accuracy_score(truth.numpy(), predicted.numpy())
+    result = EvalResult(0.5, truth, predicted, torch.ones(len(truth)))
+    assert result.balanced_accuracy == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_class_of_one_image_counts_as_much_as_one_of_many():
+    truth = torch.tensor([0] * 99 + [1])
+    always_the_first = EvalResult(0.5, truth, torch.zeros(100, dtype=torch.long), torch.ones(100))
+    assert (always_the_first.accuracy, always_the_first.balanced_accuracy) == (0.99, 0.5)
 
 
 def test_without_mistakes_there_is_no_worst():

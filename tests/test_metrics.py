@@ -217,11 +217,12 @@ def test_evaluations_and_saves_do_not_count_as_training(make_log, tmp_path, cloc
         if step in (3, 4):
             with log.paused():
                 clock.now += 1000
-                log.evaluation(step, 0.5, 1.0, 1000.0)
+                log.evaluation(step, 0.5, 1.0, 1000.0, 0.25)
     assert log.speed() == pytest.approx(5 * 8 / 8)  # step 3 is in no line's time
     assert (log.train_secs, log.eval_secs) == (12, 2000)
     assert [line.get("eval_secs") for line in read_lines(tmp_path)] == [None, 1000, None, 2000, None]
     assert read_events(tmp_path)["test/accuracy"] == [(3, 0.5), (4, 0.5)]
+    assert read_events(tmp_path)["test/balanced_accuracy"] == [(3, 0.25), (4, 0.25)]
 
 
 def test_a_resumed_log_has_the_losses_and_the_seconds_so_far(make_log, tmp_path, clock):

@@ -45,7 +45,7 @@ CIRCUMSTANCES_KEYS = {
 }  # fmt: skip
 JSON_KEYS = {"model_type", "img_size", "classes", "gelu", "dataset", "step", "accuracy", "crc32"}
 TRAIN_LINE_KEYS = {"step", "train/loss", "train/lr", "images_per_sec"}
-TEST_LINE_KEYS = {"step", "test/accuracy", "test/loss"}
+TEST_LINE_KEYS = {"step", "test/accuracy", "test/loss", "test/balanced_accuracy"}
 SCALAR_TAGS = (TRAIN_LINE_KEYS | TEST_LINE_KEYS) - {"step"}
 IMAGE_TAGS = {"train/pictures", "test/confusion", "test/worst_mistakes"}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.reports import COMMANDS, EVIL, LINES, TIMED, make_contents
+from tests.helpers.reports import BALANCED, COMMANDS, EVIL, LINES, TIMED, make_contents
 from utils import figures, hardware, report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -113,6 +113,20 @@ def test_time_is_shown_where_every_line_has_it(make):
         text = " ".join(Page(report.render(make(lines=lines))).texts)
         assert "45 s" not in text
         assert "trained until then" not in text
+
+
+def test_balanced_accuracy_is_shown_beside_accuracy(make):
+    head = ["step", "accuracy", "loss"]
+    mixed = [*LINES[:3], *BALANCED[3:]]  # a run of an earlier version that was resumed by this one
+    for lines, more in ((LINES, []), (mixed, []), (BALANCED, ["balanced accuracy"])):
+        page = Page(report.render(make(lines=lines)))
+        assert "its balanced accuracy 58.33 %" in " ".join(page.texts)  # of 3/4, 2/2 and 0/2
+        assert page.table(*head, *more)[0] == ["20", "62.50 %", "0.75000", *["37.50 %" for _ in more]]
+
+
+def test_balanced_accuracy_leaves_out_classes_without_test_images(make):
+    page = Page(report.render(make(matrix=((3, 1, 0), (0, 2, 0), (0, 0, 0)))))
+    assert "its balanced accuracy 87.50 %" in " ".join(page.texts)
 
 
 def images_of(page):

@@ -30,7 +30,7 @@ STOP = "after step 3: step ends"  # the state is of step 2
 
 def test_a_new_run_needs_no_state(caplog):
     with caplog.at_level(logging.INFO):
-        assert run() == 0
+        assert run("--train_batch_size", "8") == 0  # as many images as there are
     assert "Resumed after" not in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "pretrained_dir" not in r.getMessage()]
 

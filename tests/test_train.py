@@ -64,7 +64,7 @@ def test_training_then_evaluating_its_checkpoint_gives_the_same_accuracy(logged)
         (2, True), (4, True), (4, False), (6, True), (6, False),
     ]  # fmt: skip
     assert set(lines[0]) == {"step", "train/loss", "train/lr", "images_per_sec", "secs"}
-    assert set(lines[2]) == {"step", "test/accuracy", "test/loss", "secs", "eval_secs"}
+    assert set(lines[2]) == {"step", "test/accuracy", "test/balanced_accuracy", "test/loss", "secs", "eval_secs"}
     assert lines[0]["train/lr"] == pytest.approx(0.03)
     assert lines[3]["train/lr"] == pytest.approx(0)
     best = max(line["test/accuracy"] for line in lines if "test/accuracy" in line)
@@ -82,6 +82,8 @@ def test_training_then_evaluating_its_checkpoint_gives_the_same_accuracy(logged)
     assert train.main(["--name", "a", *TINY, "-v", "true"]) == 0
     assert not [r for r in logged.records if r.levelname == "WARNING"]
     assert accuracies_of(logged) == [f"Valid Accuracy: {best:.5f}"]
+    balanced = next(line["test/balanced_accuracy"] for line in lines if line.get("test/accuracy") == best)
+    assert f"Valid Balanced Accuracy: {balanced:.5f}" in logged.messages
 
 
 def test_first_loss_from_a_zero_head_is_log_of_the_classes():

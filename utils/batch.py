@@ -43,6 +43,15 @@ class Batch:
         """Returns the division that the flags ask for."""
         return cls(per_rank, num_micro_batches, num_ranks, per_rank)
 
+    def smaller(self, most: int) -> Batch:
+        """Returns a division of at most so many images, if there are not more ranks: a power of two on each rank."""
+        per_rank = 2 ** (max(most // self.num_ranks, 1).bit_length() - 1)
+        return Batch(per_rank, self._parts(per_rank), self.num_ranks, per_rank)
+
+    def _parts(self, per_rank: int) -> int:
+        """Returns the least number of equal micro-batches that are no larger than this division's: they fit."""
+        return next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= self.micro_batch)
+
     def resumed(self, saved: Mapping[str, Any], was_ranks: int) -> Batch:
         """Returns the division that keeps a saved run's step when the same command resumes with other ranks.
 
@@ -65,7 +74,7 @@ class Batch:
                 f"numbers that can: {', '.join(map(str, fitting))}"
             )
         per_rank = total // n
-        parts = next(m for m in range(1, per_rank + 1) if per_rank % m == 0 and per_rank // m <= self.micro_batch)
+        parts = self._parts(per_rank)
         logger.log(
             logging.INFO if was_ranks == n else logging.WARNING,
             "--train_batch_size %d --gradient_accumulation_steps %d: %d ranks share the %d images of a step",

@@ -36,6 +36,14 @@ class EvalResult:
         """Share of the images whose class was predicted, 0 to 1."""
         return int((self.predicted == self.truth).sum()) / len(self.truth)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean over the classes that have images of the share recognised, 0 to 1; scikit-learn's has the same name."""
+        totals = torch.bincount(self.truth)
+        right = torch.bincount(self.truth[self.predicted == self.truth], minlength=len(totals))
+        present = totals > 0
+        return (right[present].double() / totals[present]).mean().item()
+
     def confusion(self, num_classes: int) -> np.ndarray:
         """Counts how often each class (row) was taken for each (column): (num_classes, num_classes) int64."""
         pairs = self.truth * num_classes + self.predicted

@@ -111,10 +111,14 @@ class TrainLog:
             step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
         )
 
-    def evaluation(self, step: int, accuracy: float, loss: float, secs: float) -> None:
+    def evaluation(
+        self, step: int, accuracy: float, loss: float, secs: float, balanced_accuracy: float | None = None
+    ) -> None:
         """Writes the line of an evaluation after a step, which took so many seconds."""
         self.eval_secs += secs
         values = {"test/accuracy": accuracy, "test/loss": loss}
+        if balanced_accuracy is not None:
+            values["test/balanced_accuracy"] = balanced_accuracy
         self._writer.write(step, values, {"secs": self.train_secs, "eval_secs": self.eval_secs})
 
     def image(self, step: int, tag: str, draw: Callable[[], Image.Image | None]) -> None:

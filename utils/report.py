@@ -109,21 +109,16 @@ def contents_of(
         best=EvalResult(**run.state.best_result),
         best_step=run.state.best_step,
         flags=flags,
-        facts=facts(precision.device, str(precision), run.batch.num_ranks),
+        facts={
+            **hardware.versions(),
+            "device": f"{precision.device}, {hardware.device_name(precision.device)}",
+            "precision": str(precision),
+            "ranks": str(run.batch.num_ranks),
+            "threads of each": str(torch.get_num_threads()),
+        },
         timing=timing(data, log),
         commands=commands,
     )
-
-
-def facts(device: torch.device, precision: str, num_ranks: int) -> dict[str, str]:
-    """Returns versions and hardware, by what they are called on the page."""
-    return {
-        **hardware.versions(),
-        "device": f"{device}, {hardware.device_name(device)}",
-        "precision": precision,
-        "ranks": str(num_ranks),
-        "threads of each": str(torch.get_num_threads()),
-    }
 
 
 def timing(data: datasets.DataSets, log: TrainLog) -> dict[str, str]:
@@ -212,26 +207,25 @@ def _image(image: Image.Image, alt: str) -> str:
 def _header(contents: Contents, lines: Sequence[Line]) -> str:
     tiles = [
         ("best test accuracy", _percent(contents.best.accuracy)),
+        ("its balanced accuracy", _percent(contents.best.balanced_accuracy)),
         ("its test loss", f"{contents.best.loss:.4f}"),
         ("after step", number(contents.best_step)),
         ("progress", f"{number(contents.step)} of {number(contents.num_steps)} steps"),
     ]
     if (secs := dict(_times(lines)).get(contents.best_step)) is not None:
-        tiles.insert(3, ("trained until then", duration(secs)))
-    finished = contents.step >= contents.num_steps
-    note = "" if finished else "<p>The training is not finished; each better evaluation rewrites this page.</p>"
+        tiles.insert(4, ("trained until then", duration(secs)))
+    note = "<p>The training is not finished; each better evaluation rewrites this page.</p>"
     listed = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles)
     return (
         f'<header><h1>{_text(contents.name)}</h1><p class="subject">{_text(contents.subject)}</p>'
-        f'<dl class="tiles">{listed}</dl>{note}</header>\n'
+        f'<dl class="tiles">{listed}</dl>{note * (contents.step < contents.num_steps)}</header>\n'
     )
 
 
 def _times(lines: Sequence[Line]) -> list[figures.Point]:
     """Steps with the seconds trained until then, from the start on; empty if a line lacks them, as earlier ones do."""
-    if not all("secs" in line for line in lines):
-        return []
-    return sorted({(0.0, 0.0), *((line["step"], line["secs"]) for line in lines)})
+    known = all("secs" in line for line in lines)
+    return sorted({(0.0, 0.0), *((line["step"], line["secs"]) for line in lines)}) if known else []
 
 
 # ---- curves ----
@@ -245,22 +239,28 @@ def _curves(lines: Sequence[Line], best_step: int) -> str:
             best = best_step if tag.startswith("test/") else None
             drawn = figures.chart(title, points, unit, best, times)
             charts.append(f"<figure><figcaption>{title}</figcaption>{drawn}</figure>")
-    evaluations = [line for line in lines if "test/accuracy" in line]
-    rows = (
-        _row(
-            number(line["step"]), *([duration(line["secs"])] if times else []), _percent(line["test/accuracy"]),
-            f"{line['test/loss']:.5f}", best=line["step"] == best_step,
-        )
-        for line in evaluations
-    )  # fmt: skip
-    head = ["step", *(["trained"] if times else []), "accuracy", "loss"]
-    table = _scroll(_table("The best is bold, and always in view", head, rows), "evaluations")
+    table = _scroll(_evaluations(lines, best_step), "evaluations")
     axis = "steps, and the time trained until then without evaluations" if times else "steps"
     return (
         f"<p>Below each curve are {axis}; the ring marks the best evaluation, which is what the checkpoint holds.</p>"
         f'<div class="charts">{"".join(charts)}'
         f'<figure class="evaluations"><figcaption id="evaluations">Evaluations</figcaption>{table}</figure></div>'
     )
+
+
+def _evaluations(lines: Sequence[Line], best_step: int) -> str:
+    """Returns the table of evaluations, with the columns that every line has: those of earlier versions have less."""
+    evaluations = [line for line in lines if "test/accuracy" in line]
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("trained", "secs", duration), ("accuracy", "test/accuracy", _percent), ("loss", "test/loss", "{:.5f}".format),
+        ("balanced accuracy", "test/balanced_accuracy", _percent),
+    ]  # fmt: skip
+    shown = [x for x in columns[0 if _times(lines) else 1 :] if all(x[1] in line for line in evaluations)]
+    rows = (
+        _row(number(line["step"]), *(text(line[tag]) for _, tag, text in shown), best=line["step"] == best_step)
+        for line in evaluations
+    )
+    return _table("The best is bold, and always in view", ["step", *(head for head, _, _ in shown)], rows)
 
 
 # ---- classes ----

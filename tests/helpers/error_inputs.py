@@ -327,7 +327,10 @@ INPUTS = [
             f"cifar-10-batches-py/{x}" for x in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch",
                                                  "batches.meta"))), "--data_dir", code=1),
         Case("cifar-other-archive", "a CIFAR-10 archive that is another", cifar("cifar-10-python.tar.gz"),
-             "--data_dir", code=1),
+             "c58f30108f718f92721af3b95e74349a"),
+        Case("data-dir-is-file", "the archive in the place of its folder",
+             made_before(lambda: Path("cifar-10-python.tar.gz").touch(), "--dataset", "cifar10", "--data_dir",
+                         "cifar-10-python.tar.gz"), "expected a folder"),
     ]),
     Group("Fine-tuned checkpoints, for `-v`", flags=RUN, cases=[
         Case("checkpoint-missing", "no checkpoint", "-v", "output/a_checkpoint.bin"),

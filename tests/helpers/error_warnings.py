@@ -14,8 +14,14 @@ import torch
 from tests.helpers.error_faults import FLOAT16, after_step, befallen, in_forward, whole
 from tests.helpers.error_inputs import finetuned, shapes, trained, weights
 from tests.helpers.errors import Case, Group, Launch
-from tests.helpers.runs import RUN
+from tests.helpers.runs import RUN, write_images
 from utils import checkpoint
+
+
+def few_images() -> list[str]:
+    write_images("pets")
+    return ["--dataset", "pets", "--train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_steps", "301",
+            "--eval_every", "301"]  # fmt: skip
 
 
 def described(**changes: Any) -> Callable[[], list[str]]:
@@ -80,6 +86,9 @@ WARNINGS = [
         Case("pretrained-none", "random weights", "--num_steps 5", "--pretrained_dir", 0),
         Case("pretrained-extra", "arrays that the model has no place for, the rest is loaded",
              lambda: [*weights(spare=torch.zeros(2).numpy()), "--num_steps", "5"], "spare", 0),
+        Case("batch-larger-than-set", "a batch larger than the training set",
+             "--num_steps 5 --train_batch_size 1438", "larger than the training set", 0),
+        Case("epochs-many", "a training of more than 300 epochs", few_images, "epochs of the 8 images", 0),
         Case("warm-up-too-long", "a warm-up as long as the training", "--num_steps 2", "--warmup_steps", 0,
              "Give a smaller `--warmup_steps`, a tenth of the steps, say."),
         Case("precision-no-effect", "a flag of `--fp16` without it", "--num_steps 5 --fp16_opt_level O1",
