@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -54,6 +55,8 @@ ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 PNG_SAMPLES = {"L;2": lambda x: x * 85, "L;4": lambda x: x * 17, "RGB;16B": lambda x: tuple(v >> 8 for v in x)}
 #: Errors of this machine that say nothing of the image.
 MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+#: Threads that look at images decode so many at once: many large ones would fill the memory.
+DECODING = threading.BoundedSemaphore(4)
 #: The modules whose warnings are of no use to users.
 PILLOW = r"(PIL|pillow_heif)(\.|$)"
 
@@ -106,6 +109,7 @@ def remedy(ending: str) -> str | None:
 def _formats() -> tuple[str, ...]:
     """Returns Pillow's names of the formats that are read here, after registering that of pillow_heif, if installed."""
     _silence_pillow()
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.preinit()  # so that the usual formats are tried first
     Image.init()
     with contextlib.suppress(ImportError):
@@ -124,7 +128,6 @@ def _silence_pillow() -> None:
     first = warnings.filters[0] if warnings.filters else None
     if first is None or getattr(first[3], "pattern", first[3]) != PILLOW:
         warnings.filterwarnings("ignore", module=PILLOW)
-    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
 
 
 # ---- reading ----
@@ -163,12 +166,15 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _open(path: str) -> ImageFile.ImageFile:
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[ImageFile.ImageFile]:
     """Opens an image; reads no more than its header where its format allows that."""
     _silence_pillow()
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
         raise OSError("it is not a file")
-    return Image.open(path, formats=_formats())
+    # Not by its path: Pillow 13 would map TIFFs into memory, and mix up the pixels of those turned by 90 degrees.
+    with open(path, "rb") as f, Image.open(f, formats=_formats()) as image:
+        yield image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -240,5 +246,6 @@ def look(path: str) -> frozenset[str]:
                      "orientation": image_ends.may_be_turned(image) and _turn(image) is not None}  # fmt: skip
             in_doubt = found["float"] or not image_ends.is_whole(image)
         if in_doubt:
-            read_image(path)
+            with DECODING:
+                read_image(path)
     return frozenset(name for name, has in found.items() if has)

@@ -21,7 +21,7 @@ from utils.images import ImageError, look
 
 #: Images are looked at one after the other until so many in a row have taken so many times the processor's time: the
 #: rest waits for a slow disk, and so many threads wait at once.
-ROW, SLOW, THREADS = 64, 4, 32
+ROW, SLOW, THREADS = 64, 4, 64
 
 #: An image's path, and its traits or its error.
 Look = tuple[str, frozenset[str] | ImageError]
