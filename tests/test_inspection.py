@@ -69,15 +69,15 @@ class SlowDisk:
 
 
 def test_where_a_disk_is_slow_many_wait_at_once(tmp_path, monkeypatch):
-    paths = write(tmp_path, 400)
-    for i in (3, 70, 399):
+    paths = write(tmp_path, 600)
+    for i in (3, 170, 599):
         damage(Path(paths[i]), "cut_off")
     expected = inspect_images(paths)
-    assert list(expected.reasons) == [paths[i] for i in (3, 70, 399)]
+    assert list(expected.reasons) == [paths[i] for i in (3, 170, 599)]
     disk, start = SlowDisk(tmp_path, 0.01, monkeypatch), time.perf_counter()
     assert inspect_images(paths) == expected
     assert len(disk.threads) > 10
-    assert time.perf_counter() - start < 400 * 0.01 / 2  # one by one they would take twice as long at least
+    assert time.perf_counter() - start < 600 * 0.01 / 2  # one by one they would take twice as long at least
 
 
 def test_an_error_of_the_machine_is_no_images_fault(tmp_path, monkeypatch):
