@@ -13,6 +13,7 @@ from PIL import Image
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from tests.helpers import odd_images
 from tools import attention_map
 from utils import checkpoint, figures, fonts
 
@@ -130,6 +131,18 @@ def test_the_png_shows_the_image_beside_its_overlay(finetuned_any, draw, tmp_pat
     np.testing.assert_array_equal(left, np.asarray(shown))
     maps, _ = attention_map.attend(load(finetuned_any), Image.open(path), torch.device("cpu"))
     np.testing.assert_array_equal(right, np.asarray(attention_map.overlay(shown, maps[-1])))
+
+
+def test_the_image_stands_upright_and_on_white(finetuned_any, tmp_path, capsys):
+    path, output = tmp_path / "turned.png", tmp_path / "map.png"
+    image = Image.new("RGBA", (300, 240), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (0, 0, 100, 100))
+    image.save(path, exif=odd_images.exif(6))
+    assert run(capsys, "--load_model_dir", finetuned_any, path, "--output", output)[0] == 0
+    left = sheet(output)[figures.TITLE_PX :, :240]
+    assert sheet(output).shape == (figures.TITLE_PX + 300, 2 * 240 + figures.GAP_PX, 3)
+    assert left[50, 190].tolist() == [200, 0, 0]
+    assert left[250, 50].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("grey", [0, 90, 255])

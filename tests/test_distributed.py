@@ -142,7 +142,7 @@ def hurt(flags: list[str]) -> int:
     def batches(*args, **options):
         for i, (images, labels) in enumerate(original(*args, **options)):
             if i == 2 and dist_util.rank() == 1 and "--num_workers" in flags:
-                raise ImageError("b.png cannot be read; repair or remove it")
+                raise ImageError({"b.png": "cut off"})
             yield images * (float("nan") if i == 2 and dist_util.rank() == 1 else 1), labels
 
     data_utils.train_batches = batches
@@ -167,7 +167,7 @@ ERRORS = {
     "the loss of one rank": ([[]] * 2, {"body": hurt}, [1, 1], ["train/loss is nan at step 3"]),
     "an image of one rank": (
         [["--num_workers", "0"]] * 2, {"body": hurt}, [1, 2],
-        [r"train.py: error: b.png cannot be read; repair or remove it$"],
+        [r"train.py: error: b.png cannot be read as an image \(cut off\); repair or remove it$"],
     ),
     "flags that differ": ([["--seed", "0"], ["--seed", "1"]], {}, [2, 2], ["--seed is 0 on rank 0 "]),
     # The other rank must not wait for the first in a reduction.

@@ -1,6 +1,7 @@
 """Folders for timm and transformers, taken by the libraries as the tool prints, give what tools.predict gives."""
 
 import json
+import shutil
 import subprocess
 import sysconfig
 import venv
@@ -14,6 +15,7 @@ from PIL import Image
 
 from models.configs import CONFIGS, canonical_name
 from models.modeling import VisionTransformer
+from tests.helpers import odd_images
 from tests.helpers.exporting import (
     NUM_CLASSES,
     assert_as_predicted,
@@ -23,8 +25,9 @@ from tests.helpers.exporting import (
     random_state,
     variables_of,
 )
-from tools import _export_timm
+from tools import _export_folder, _export_timm
 from utils import augment
+from utils.images import read_image
 
 PLAIN = [("testing", 48, "erf"), ("testing", 32, "tanh"), ("ViT-demo", 40, "erf")]
 
@@ -35,6 +38,22 @@ def images(tmp_path, monkeypatch, draw):
     monkeypatch.chdir(tmp_path)
     draw("image.jpg", size=(120, 81))
     return ["image.jpg", draw("wide.png", size=(90, 50), seed=1), draw("small.png", size=(17, 30), seed=2)]
+
+
+#: Images of these kinds are too odd for lines that are to be short.
+TOO_ODD = ("2 bits, a level", "4 bits, a level", "16 bits, a level", "RGB of 16 bits, a colour", "La in a TIFF",
+           "16 bits, turned", "floats to 1", "floats to 255")  # fmt: skip
+
+
+def test_the_printed_lines_open_images_as_the_training_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = make_checkpoint(tmp_path, "testing", 32)
+    assert all(_export_folder.OPEN_IMAGE in export_as(kind, path, tmp_path / kind) for kind in ("hf", "timm"))
+    for name, odd in odd_images.write(tmp_path, odd_images.ODD).items():
+        if name not in TOO_ODD:
+            shutil.copy(odd, "image.jpg")
+            opened = variables_of("from PIL import Image, ImageOps\n" + _export_folder.OPEN_IMAGE)["image"]
+            np.testing.assert_array_equal(np.asarray(opened), np.asarray(read_image(odd)), err_msg=name)
 
 
 # ---- transformers ----

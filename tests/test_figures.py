@@ -3,12 +3,14 @@
 import io
 import re
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.folders import as_files, damage, numbered_images
 from utils import datasets, figures, fonts
 from utils.evaluation import EvalResult
 from utils.metrics import TrainLog
@@ -73,6 +75,21 @@ def test_the_worst_mistakes_come_first_with_what_they_were_taken_for(monkeypatch
     titles = ["class 0, is class 1", "class 1, is class 0", "class 0, is class 1"]
     expected = figures.arrange([(title, m.image) for title, m in zip(titles, worst)], columns=4)
     np.testing.assert_array_equal(np.asarray(figures.mistakes(result, data)), np.asarray(expected))
+
+
+def test_a_mistake_that_cannot_be_read_any_more_is_left_out_with_a_warning(tmp_path, caplog):
+    images = as_files(numbered_images(3), tmp_path)
+    data = datasets.DataSets(images, images, ["ant", "bee", "cat"])
+    result = result_of([(0, 1), (1, 0), (2, 0)], [0.9, 0.8, 0.7])
+    damage(Path(images.paths[1]), "cut_off")
+    assert [m.name for m in figures.worst_mistakes(result, data)] == [images.paths[0], images.paths[2]]
+    assert [images.paths[1] in record.getMessage() for record in caplog.records] == [True]
+    for path in images.paths:
+        damage(Path(path), "noise")
+    caplog.clear()
+    assert figures.mistakes(result, data) is None
+    (record,) = caplog.records
+    assert all(path in record.getMessage() for path in images.paths)
 
 
 def test_without_mistakes_there_is_no_image_of_them():

@@ -12,9 +12,12 @@ from PIL import Image
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from tests.helpers import odd_images
+from tests.helpers.folders import save
 from tests.helpers.tools import run_tool
 from tools import predict
-from utils import checkpoint, datasets
+from utils import augment, checkpoint, data_utils, datasets
+from utils.images import read_image
 
 
 def run(path, *args):
@@ -74,12 +77,32 @@ def test_json_and_text_say_what_the_model_computes_in_any_batch(finetuned_any, d
 
 
 def test_folders_are_searched_to_the_bottom_in_order(finetuned_any, draw, tmp_path):
-    for name in ("set/b.png", "set/deep/er/a.JPG", "set/.hidden.png", "set/.git/c.png"):
+    for name in ("set/b.png", "set/deep/er/a.JPG", "set/deep/er/b.jfif", "set/.hidden.png", "set/.git/c.png"):
         draw(name)
     (tmp_path / "set" / "notes.txt").write_text("no image")
     objects = classify(finetuned_any, draw("z.bmp"), tmp_path / "set")
     names = [os.path.relpath(o["path"], tmp_path) for o in objects]
-    assert names == ["z.bmp", "set/b.png", "set/deep/er/a.JPG"]
+    assert names == ["z.bmp", "set/b.png", "set/deep/er/a.JPG", "set/deep/er/b.jfif"]
+
+
+def test_predict_and_evaluations_see_odd_images_as_people_do(finetuned_digits, tmp_path):
+    odd = list(odd_images.write(tmp_path, odd_images.ODD).values())
+    plain = [save(read_image(path), tmp_path, f"plain{i:02d}.png") for i, path in enumerate(odd)]
+    answers = [[x["probabilities"] for x in classify(finetuned_digits, *paths)] for paths in (odd, plain)]
+    assert answers[0] == answers[1]
+    assert len({tuple(x.values()) for x in answers[0]}) > 10  # answers that differ
+    size, labels = metadata_of(finetuned_digits)["img_size"], torch.zeros(len(odd), dtype=torch.int64)
+    evaluated = [
+        next(data_utils.eval_batches(datasets.FileImages(paths, labels), 99, augment.EvalTransform(size),
+                                     torch.device("cpu"), num_workers=1))[0]
+        for paths in (odd, plain)
+    ]  # fmt: skip
+    assert torch.equal(*evaluated)
+    model = VisionTransformer(CONFIGS["testing"], size, 10).eval()
+    model.load_state_dict(torch.load(finetuned_digits))
+    with torch.no_grad():
+        expected = model(evaluated[0])[0].softmax(dim=1).max(dim=1).values.tolist()
+    assert [max(x.values()) for x in answers[0]] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("flag", [[], ["--json"]])

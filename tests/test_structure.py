@@ -19,8 +19,9 @@ FILES = sorted(
     ]
 )
 
-#: What a user installs; Pillow comes with torchvision.  NVIDIA's apex is optional.
-RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "safetensors", "huggingface_hub", "PIL", "apex"}
+#: What a user installs; Pillow comes with torchvision.  NVIDIA's apex and pillow_heif are optional.
+RUNTIME = {"torch", "torchvision", "numpy", "tqdm", "tensorboard", "safetensors", "huggingface_hub", "PIL", "apex",
+           "pillow_heif"}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -76,6 +77,8 @@ ROOMS = {
     "utils.dist_util": {"utils.hardware", "utils.rendezvous"},
     "utils.evaluation": {"utils.dist_util"},
     "utils.folders": {"utils.images"},
+    "utils.images": {"utils.image_ends"},
+    "utils.inspection": {"utils.dist_util", "utils.images"},
     "utils.metrics": {"utils.dist_util", "utils.log_files"},
     "utils.precision": {"utils.dist_util"},
     "utils.signals": {"utils.dist_util"},
@@ -91,7 +94,14 @@ ROOMS = {
         "utils.metrics",
         "utils.precision",
     },
-    "utils.figures": {"utils.data_utils", "utils.datasets", "utils.evaluation", "utils.fonts", "utils.metrics"},
+    "utils.figures": {
+        "utils.data_utils",
+        "utils.datasets",
+        "utils.evaluation",
+        "utils.fonts",
+        "utils.images",
+        "utils.metrics",
+    },
     "utils.report": {
         "utils.datasets",
         "utils.evaluation",

@@ -23,6 +23,13 @@ from utils.errors import UserError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+#: Printed lines that open an image as ``images.read_image`` does, but for images of 16 bits, of floats and with damaged
+#: EXIF; they need PIL's Image and ImageOps.
+OPEN_IMAGE = (
+    "# as in the training: turned as its EXIF says, transparency on white\n"
+    'image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGBA")\n'
+    'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")\n'
+)
 
 
 def check_new_folder(path: str) -> None:

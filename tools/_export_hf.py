@@ -31,11 +31,13 @@ def write(loaded: _finetuned.Finetuned, path: str) -> str:
         folders.write_json(folder, folders.CONFIG, model_config(loaded))
         folders.write_json(folder, "preprocessor_config.json", image_config(loaded.model.img_size))
     return (
+        "from PIL import Image, ImageOps\n"
         "from transformers import AutoImageProcessor, pipeline\n"
         '# backend="pil" resizes as the training did; without it, pixels differ by up to one grey level\n'
         f'processor = AutoImageProcessor.from_pretrained({path!r}, backend="pil")\n'
         f'classify = pipeline("image-classification", model={path!r}, image_processor=processor)\n'
-        'print(classify("image.jpg"))'
+        f"{folders.OPEN_IMAGE}"
+        "print(classify(image))"
     )
 
 

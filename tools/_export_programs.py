@@ -90,9 +90,10 @@ def write_onnx(loaded: _finetuned.Finetuned, path: str, opset: int | None = None
         f"{note}import json\n"
         "import numpy as np\n"
         "import onnxruntime\n"
-        "from PIL import Image\n"
+        "from PIL import Image, ImageOps\n"
         f"model = onnxruntime.InferenceSession({path!r})  # opset {program.model.opset_imports['']}\n"
-        f'image = Image.open("image.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)\n'
+        f"{folders.OPEN_IMAGE}"
+        f"image = image.resize(({size}, {size}), Image.Resampling.BILINEAR)\n"
         "pictures = (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]  "
         f"# (1, 3, {size}, {size})\n"
         "logits, = model.run(None, {'pictures': pictures})\n"

@@ -69,12 +69,13 @@ def write(loaded: _finetuned.Finetuned, path: str) -> str:
     return (
         "import timm  # 1.0.16 or newer\n"
         "import torch\n"
-        "from PIL import Image\n"
+        "from PIL import Image, ImageOps\n"
         f"model = timm.create_model({'local-dir:' + path!r}, pretrained=True).eval()  # random without pretrained\n"
         f"{root}"
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+        f"{folders.OPEN_IMAGE}"
         "with torch.no_grad():\n"
-        '    logits = model(transform(Image.open("image.jpg").convert("RGB"))[None])\n'
+        "    logits = model(transform(image)[None])\n"
         "index = int(logits.argmax())\n"
         f"print({label})"
     )

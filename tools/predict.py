@@ -28,7 +28,7 @@ from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
 from utils import augment, dist_util, folders, hardware, memory
 from utils.errors import UserError
-from utils.images import EXTENSIONS, ImageError, read_image
+from utils.images import KINDS, ImageError, read_image
 from utils.precision import Precision
 
 #: An image's path, and the probability of every class (num_classes,), or why it cannot be read.
@@ -46,8 +46,7 @@ def find_images(paths: list[str]) -> list[str]:
         if os.path.isdir(path):
             below = folders.images_below(path)
             if not below:
-                kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
-                raise UserError(f"the folder {path} holds no image ({kinds})")
+                raise UserError(f"the folder {path} holds no image ({KINDS})")
             images += below
         elif os.path.exists(path):
             images.append(path)

@@ -173,8 +173,8 @@ def _batches(
         pin_memory=device.type == "cuda",
     )
     for batch in workers.batches_of(loader):
-        if isinstance(batch, str):
-            raise ImageError(batch)
+        if isinstance(batch, ImageError):
+            raise batch
         x, y = (to_device(t, device) for t in batch)
         yield transform.complete(x), y
 
@@ -182,27 +182,26 @@ def _batches(
 class _DecodeTask(Dataset):
     """Decodes and transforms one image in a worker process.
 
-    An unreadable image comes back as its error's text: raised in a worker, it would reach the user
-    as a stack.
+    An unreadable image comes back as its error: raised in a worker, it would reach the user as a stack.
     """
 
     def __init__(self, images: FileImages, transform: Transform) -> None:
         self.images = images
         self.transform = transform
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | str:
+    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | ImageError:
         index, draws = item
         try:
             image = read_image(self.images.paths[index])
         except ImageError as e:
-            return str(e)
+            return e
         return self.transform.image(image, draws), self.images.labels[index]
 
 
-def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:
+def _collate(items: list[tuple[Tensor, Tensor] | ImageError]) -> tuple[Tensor, Tensor] | ImageError:
     done: list[tuple[Tensor, Tensor]] = []
     for item in items:
-        if isinstance(item, str):
+        if isinstance(item, ImageError):
             return item
         done.append(item)
     images, labels = zip(*done)

@@ -211,6 +211,11 @@ def _all_gather(value: Any = None, error: Exception | None = None) -> list[Any]:
     return [value for value, _ in gathered]
 
 
+def gather(value: Any) -> list[Any]:
+    """Returns the value of every rank, by rank; every rank must call it, within ``all_ranks_or_none``."""
+    return _all_gather(value) if dist.is_initialized() else [value]
+
+
 @contextlib.contextmanager
 def all_ranks_or_none() -> Iterator[None]:
     """Lets all ranks complete the block, or none: an error of one ends it for all.

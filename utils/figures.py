@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from torch import Tensor
 from utils import datasets
 from utils.evaluation import EvalResult
 from utils.fonts import drawable, drawable_names, fitting, font_for, legend
+from utils.images import ImageError
 
 if TYPE_CHECKING:
     from utils.data_utils import MicroBatch
     from utils.metrics import TrainLog
+
+logger = logging.getLogger(__name__)
 
 #: So many of the first batch's images and of the worst mistakes are shown, with so long sides.
 BATCH_IMAGES, BATCH_PX, WORST_MISTAKES, MISTAKE_PX = 64, 96, 24, 128
@@ -92,11 +96,7 @@ def training_batch(images: Tensor, labels: Tensor, classes: list[str]) -> Image.
 
 
 def mistakes(result: EvalResult, data: datasets.DataSets) -> Image.Image | None:
-    """Draws an evaluation's worst mistakes, each under what it was taken for and what it is; None if there are none.
-
-    Raises:
-        ImageError: one of the images cannot be decoded.
-    """
+    """Draws an evaluation's worst mistakes, each under what it was taken for and what it is; None if there are none."""
     panels = []
     for m in worst_mistakes(result, data):
         names = f"{data.classes[m.predicted]}, is {data.classes[m.truth]}"
@@ -107,14 +107,19 @@ def mistakes(result: EvalResult, data: datasets.DataSets) -> Image.Image | None:
 def worst_mistakes(result: EvalResult, data: datasets.DataSets) -> list[Mistake]:
     """Returns the mistakes that were made with the most confidence, the worst first.
 
-    Raises:
-        ImageError: one of the images cannot be decoded.
+    Images that turned unreadable since are left out, with a warning.
     """
-    worst = []
+    worst, reasons = [], dict[str, str]()
     for i in result.worst_mistakes(WORST_MISTAKES):
-        name, image = datasets.image_at(data.test, i)
+        try:
+            name, image = datasets.image_at(data.test, i)
+        except ImageError as e:  # of one rank, the only one that draws: it must not end what all do
+            reasons |= e.reasons
+            continue
         truth, predicted = int(result.truth[i]), int(result.predicted[i])
         worst.append(Mistake(scaled(image, MISTAKE_PX), name, truth, predicted, float(result.confidence[i])))
+    if reasons:
+        logger.warning("not among the worst mistakes: %s", ImageError(reasons))
     return worst
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from utils.errors import UserError
-from utils.images import EXTENSIONS
+from utils.images import KINDS, endings
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def _list_images(folder: str, classes: list[str]) -> Part:
 
 
 def _empty_class(folder: str) -> UserError:
-    kinds = ", ".join(ending[1:] for ending in EXTENSIONS)
-    return UserError(f"{folder} holds no image ({kinds}); fill the folder or remove the class")
+    return UserError(f"{folder} holds no image ({KINDS}); fill the folder or remove the class")
 
 
 def images_below(folder: str) -> list[str]:
@@ -101,7 +100,7 @@ def _each_image(folder: str) -> Iterator[str]:
         seen.add(os.path.realpath(parent))
         subfolders[:] = [f for f in subfolders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
         for file in files:
-            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
+            if os.path.splitext(file)[1].lower() in endings() and not file.startswith("."):
                 yield os.path.join(parent, file)
 
 
