@@ -182,6 +182,14 @@ def warn_of_contradictions(source: Source, model_type: str, gelu: str) -> None:
         logger.warning("%s was trained with --gelu %s, not %s", source.path, metadata.gelu, gelu)
 
 
+def trained_on(source: Source) -> tuple[list[str] | None, float | None]:
+    """Returns the classes of a head's outputs, and the share of its data set that was tested on; None for unknown."""
+    metadata = source.metadata
+    if metadata is None:
+        return None, None
+    return metadata.classes, metadata.own and metadata.own.test_fraction
+
+
 def warn_of_other_classes(source: Source, dataset: str, classes: list[str]) -> None:
     """Warns where an evaluation is on as many classes as the training was, but on others."""
     trained = None if source.metadata is None else source.metadata.classes

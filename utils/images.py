@@ -32,3 +32,11 @@ def read_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise ImageError(f"{path} cannot be read as an image ({e}); repair or remove it") from e
+
+
+def endings() -> frozenset[str]:
+    return frozenset(EXTENSIONS)
+
+
+def remedy(ending: str) -> str | None:
+    return "pip install pillow_heif, or convert them to JPEG" if ending in (".heic", ".heif") else None
