@@ -182,12 +182,26 @@ def warn_of_contradictions(source: Source, model_type: str, gelu: str) -> None:
         logger.warning("%s was trained with --gelu %s, not %s", source.path, metadata.gelu, gelu)
 
 
-def trained_on(source: Source) -> tuple[list[str] | None, float | None]:
-    """Returns the classes of a head's outputs, and the share of its data set that was tested on; None for unknown."""
+class Trained(NamedTuple):
+    """A training, as the metadata of its weights tell of it.
+
+    Attributes:
+        classes: of the head's outputs; None where nothing names them.
+        test_fraction: share of its data set that was tested on; None where a part was, or nothing tells.
+        is_own: this project trained it, so that the classes are as its data set has them.
+    """
+
+    classes: list[str] | None
+    test_fraction: float | None
+    is_own: bool
+
+
+def trained_on(source: Source) -> Trained:
+    """Returns the metadata's facts of the data set that weights were trained on."""
     metadata = source.metadata
     if metadata is None:
-        return None, None
-    return metadata.classes, metadata.own and metadata.own.test_fraction
+        return Trained(None, None, False)
+    return Trained(metadata.classes, metadata.own and metadata.own.test_fraction, metadata.own is not None)
 
 
 def warn_of_other_classes(source: Source, dataset: str, classes: list[str]) -> None:

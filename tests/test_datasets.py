@@ -1,5 +1,6 @@
 """Data sets from folders, and the digits."""
 
+import itertools
 import os
 
 import numpy as np
@@ -33,8 +34,8 @@ def test_small_images_are_held_in_memory_up_to_a_limit_and_photos_are_not(folder
         with monkeypatch.context() as patch:
             patch.setattr(datasets, "MEMORY_LIMIT_BYTES", limit)
             assert isinstance(load_datasets(str(folder), "", 1).train, kind)
-    for split in ("train", "test"):
-        save(noise(rng, 257, 257), tmp_path, "photos", split, "cat", "0.png")
+    for split, name in itertools.product(("train", "test"), ("cat", "dog")):
+        save(noise(rng, 257, 257), tmp_path, "photos", split, name, "0.png")
     assert isinstance(load_datasets(str(tmp_path / "photos"), "", 1).train, FileImages)
 
 

@@ -127,20 +127,21 @@ def find_test(name: str, test_fraction: float | None = None) -> TestFolder | str
     return name if name in NAMED_DATASETS else folders.find_test(name, test_fraction)
 
 
-def for_head(found: TestFolder | str, classes: list[str] | None, trained_fraction: float | None) -> Folder | str:
+def for_head(
+    found: TestFolder | str, classes: list[str] | None, trained_fraction: float | None, is_own: bool
+) -> Folder | str:
     """Labels what ``find_test`` found by the outputs of a head; a data set with a name keeps its own order.
 
     Args:
         found: by ``find_test``.
-        classes: of the outputs; None where nothing names them.
-        trained_fraction: ``DataSets.test_fraction`` of the training.
+        classes, trained_fraction, is_own: as for ``TestFolder.for_head``.
 
     Raises:
         UserError: a class of a folder is unknown to the head.
     """
     if not isinstance(found, TestFolder):
         return found
-    labelled = found.for_head(classes, trained_fraction)
+    labelled = found.for_head(classes, trained_fraction, is_own)
     _warn(labelled)
     return labelled
 
@@ -177,11 +178,12 @@ def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
 
 
 def _check_name(name: str, test_fraction: float | None = None) -> None:
-    if name in NAMED_DATASETS and test_fraction is not None:
-        raise UserError(f"--test_fraction {test_fraction:g} has no effect: {name} has its own part to test on")
-    if os.path.isfile(name):
-        raise UserError(f"--dataset {name} is a file; expected a folder: unpack it, or give the folder it is in")
-    if name not in NAMED_DATASETS and not os.path.isdir(name):
+    if name in NAMED_DATASETS:
+        if test_fraction is not None:
+            raise UserError(f"--test_fraction {test_fraction:g} has no effect: {name} has its own images to test on")
+    elif os.path.isfile(name):
+        raise UserError(f"--dataset {name} is a file; expected a folder: unpack it, or give the one that it is in")
+    elif not os.path.isdir(name):
         raise UserError(
             f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
             "a folder needs train/<class>/ and test/<class>/, or <class>/"

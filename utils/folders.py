@@ -119,24 +119,25 @@ class TestFolder:
     test_fraction: float | None
     left_out: LeftOut
 
-    def for_head(self, classes: list[str] | None, trained_fraction: float | None) -> Folder:
+    def for_head(self, classes: list[str] | None, trained_fraction: float | None, is_own: bool) -> Folder:
         """Returns the images labelled by the outputs of a head; there are none to train on.
 
         Args:
             classes: of the outputs; None for those of the part to train on or, without one, of this folder.
             trained_fraction: share that the training has split its folder by; None if it has not, or nothing tells.
+            is_own: the classes are names of folders; False if they may be words for them, as ImageNet's are.
 
         Raises:
             UserError: a class is unknown to the head, or nothing tells which images are tested on.
         """
-        source = "the checkpoint"
-        if classes is None and self.layout.train is not None:
-            source = self.layout.train
-            classes = folders_in(source)
-        classes = self.layout.classes if classes is None else classes
+        source, train = "the checkpoint", self.layout.train
+        if classes is not None and not is_own and {*classes}.isdisjoint(self.layout.classes):
+            classes = None
+        if classes is None:
+            source, classes = (train, folders_in(train)) if train else (self.root, self.layout.classes)
         numbers = _numbers(self.images, classes, source)
         fraction = self._fraction(trained_fraction)
-        images, folder = self.images, self.layout.test or self.layout.train or self.root
+        images, folder = self.images, self.layout.test or train or self.root
         notes, warnings = [f"Tested on {folder}"], self.left_out.warnings()
         if fraction is not None:
             images = {path: _tested(path, paths, fraction) for path, paths in images.items()}
@@ -147,8 +148,8 @@ class TestFolder:
                                 "if the folder is the same, it was trained on some of these images")  # fmt: skip
         by_number = {numbers[path]: paths for path, paths in images.items()}
         if len(by_number) < len(classes):
-            notes.append(f"{len(by_number)} of the {len(classes)} classes have images here")
-        test = _part([by_number.get(i, []) for i in range(len(classes))])
+            notes.append(f"Classes with images: {len(by_number)} of {len(classes)}")
+        test = _part(by_number.get(i, []) for i in range(len(classes)))
         return Folder(self.root, classes, Part([], []), test, fraction, notes + self.left_out.notes(), warnings)
 
     def _fraction(self, trained_fraction: float | None) -> float | None:
@@ -192,11 +193,10 @@ def _numbers(folders: Iterable[str], classes: list[str], source: str) -> dict[st
         number = exact.get(name, forms.get(parts.nfc(name)))
         if number is None:
             known = parts.listed(classes)
-            inside = folders_in(folder)
             if words := parts.difference(name, classes):
                 known += f"; {words}"
-            elif inside and {*inside} <= {*classes}:
-                known += f", which are in it: give --dataset {folder}"
+            elif inner := parts.holder(folder, classes):
+                known += f"; {inner} holds {parts.listed(folders_in(inner))}: give --dataset {inner}"
             raise UserError(f"{folder} is a class that {source} has not; it has {known}")
         numbers[folder] = number
     return numbers

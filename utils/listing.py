@@ -1,7 +1,7 @@
 """Lists folders: what lies in one, the images below one, and a count of what is left out of them.
 
-What nobody means to be read needs no word: hidden names, and what systems and archives add.  This module must not know
-classes or data sets, and reads no file.
+Hidden names, and those that systems and archives add, need no word.  This module must not know classes or data sets,
+and reads no file.
 """
 
 from __future__ import annotations
@@ -49,18 +49,27 @@ class LeftOut:
         for ending, count in _most_common(self.endings):
             if remedy := images.remedy(ending):
                 by_remedy.setdefault(remedy, []).append(f"{count:,} {_shown(ending)}")
-        said = [f"{' and '.join(counts)} were not read: {remedy}" for remedy, counts in by_remedy.items()]
-        said += [f"{len(x):,} {y}, such as {_shown(min(x))}" for x, y in (
-            (self.loose, "images outside of the class folders"), (self.denied, "folders that may not be read"),
-        ) if x]  # fmt: skip
-        return [f"left out: {'; '.join(said)}"] if said else []
+        said = []
+        for remedy, counts in by_remedy.items():
+            is_one = len(counts) == 1 and counts[0].startswith("1 ")
+            said.append(f"{' and '.join(counts)} {'was' if is_one else 'were'} not read: {remedy}")
+        for paths, what in ((self.loose, "outside of the class folders"), (self.denied, "may not be read")):
+            if paths:
+                kind = "image" if paths is self.loose else "folder"
+                said.append(f"{counted(len(paths), kind)} {what}, such as {_shown(min(paths))}")
+        return ["; ".join(said)] if said else []
 
     def notes(self) -> list[str]:
         """Returns a line about the other files, by ending; none without them."""
         counts = [(ending, n) for ending, n in _most_common(self.endings) if not images.remedy(ending)]
         said = [f"{n:,} {_shown(ending) or 'without an ending'}" for ending, n in counts[:10]]
         said += [f"{sum(n for _, n in counts[10:]):,} of other endings"] if counts[10:] else []
-        return [f"Left out: {', '.join(said)}"] if said else []
+        return [f"{', '.join(said)} left out"] if said else []
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number and its noun."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _most_common(endings: Counter[str]) -> list[tuple[str, int]]:
@@ -75,7 +84,7 @@ def _shown(name: str) -> str:
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies in a folder itself.
+    """Folders and files that lie in a folder itself.
 
     Attributes:
         folders: the names of the folders in it, sorted.
@@ -113,7 +122,7 @@ def folders_in(folder: str) -> list[str]:
     try:
         found = [entry for entry in _entries(folder) if entry.is_dir()]
     except PermissionError as e:
-        raise UserError(f"the folder {folder} may not be read ({e.strerror}); change its permissions") from e
+        raise _denied(folder) from e
     above = _itself_and_above(folder)
     return sorted(x.name for x in found if not (x.is_symlink() and os.path.realpath(x.path) in above))
 
@@ -130,6 +139,9 @@ def images_below(folder: str, left_out: LeftOut) -> list[str]:
     Args:
         folder: where to look; links in it are followed, but not to where they come from.
         left_out: takes what is not read.
+
+    Raises:
+        UserError: the folder itself may not be read.
     """
     found: list[str] = []
     endings, others = images.endings(), left_out.endings
@@ -146,13 +158,20 @@ def images_below(folder: str, left_out: LeftOut) -> list[str]:
                     found.append(entry.path)
                 else:
                     others[ending] += 1
-        except PermissionError:
+        except PermissionError as e:
+            if parent == folder:
+                raise _denied(folder) from e
             left_out.denied.append(parent)
         waiting += reversed(subfolders)  # one after the other, to its bottom
     return sorted(found)
 
 
+def _denied(folder: str) -> UserError:
+    return UserError(f"the folder {folder} may not be read; change its permissions")
+
+
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Yields what lies in a folder and may be meant to be read."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] != "." and entry.name.lower() not in SILENT:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from utils.errors import UserError
-from utils.listing import Contents, LeftOut, folders_in, has_image, images_below, look_into
+from utils.listing import Contents, LeftOut, counted, folders_in, has_image, images_below, look_into
 
 #: How the parts are spelled, in any case; a part to test on wins over one to validate on.
 SPELLINGS = {
@@ -24,7 +24,7 @@ SPELLINGS = {
 _PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
 #: Names that are no part's, but hardly a class's: training_set, test-images.
 _LIKE_A_PART = re.compile(rf"({'|'.join(_PART_OF)})[ _.-]?(set|data|dataset|images?|imgs?|split)", re.IGNORECASE)
-WITHOUT_LABELS = " (tools.predict takes images whose classes are not known)"
+_UNLABELLED = "; tools.predict takes images whose classes nobody knows"
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,21 @@ def to_train(root: str) -> Layout:
         return Layout(root, None, _at_least_two(root, classes), [top], [])
     tested = names.get("test", names.get("val"))
     if "train" not in names:
-        others = listed(x for x in top.folders if x not in names.values())
-        move = f"move {others} into it, or {tested} elsewhere" if others else "an evaluation (-v) needs none"
-        raise UserError(f"{root} has the part {tested} to test on, but no train/ to train on; {move}")
+        others, remedy = listed(x for x in top.folders if x not in names.values()), "an evaluation (-v) needs none"
+        if others:
+            remedy = f"move {others} into {root}/train/, or, to have a part of them tested on, {tested} elsewhere"
+        raise UserError(f"{root} has {tested}/ to test on, but no train/ to train on; {remedy}")
     train = os.path.join(root, names["train"])
     trained_on = _class_folders(train)
-    _refuse_wrapped(train, trained_on, f"move these up into {train}")
+    _refuse_wrapped(train, f"move these up into {train}")
     unused = [os.path.join(root, x) for x in top.folders if x not in (names["train"], tested)]
     if tested is None:
         _refuse_images_beside(train, unused)
         return Layout(train, None, _at_least_two(train, trained_on.folders), [top, trained_on], unused)
     test = os.path.join(root, tested)
-    split = f"; or rename {test}, so that a part of {train} is tested on"
-    tested_on = _class_folders(test, WITHOUT_LABELS + split)
-    _refuse_wrapped(test, tested_on, f"move these up into {test}")
+    split = f", or rename or remove {test}, and a part of {train} is tested on"
+    tested_on = _class_folders(test, split + _UNLABELLED)
+    _refuse_wrapped(test, f"move these up into {test}")
     _compare(train, _at_least_two(train, trained_on.folders), test, tested_on.folders)
     return Layout(train, test, trained_on.folders, [top, trained_on, tested_on], unused)
 
@@ -89,7 +90,7 @@ def to_test(root: str) -> Layout:
     train = next((os.path.join(root, x) for x in top.folders if _PART_OF.get(x.lower()) == "train"), None)
     if tested := names.get("test", names.get("val")):
         test = os.path.join(root, tested)
-        contents = _class_folders(test, WITHOUT_LABELS)
+        contents = _class_folders(test, _UNLABELLED)
         return Layout(train, test, contents.folders, [contents], [])
     names = _parts(root, top.folders)
     if train is None or _train_is_a_class(root, names, top):
@@ -128,7 +129,7 @@ def _class_folders(part: str, unlabelled: str = "") -> Contents:
     contents = look_into(part)
     if contents.images and not contents.folders:
         remedy = f"expected {part}/<class>/<image>{unlabelled}"
-        raise UserError(f"{part} holds images ({len(contents.images):,}), but no class folders; {remedy}")
+        raise UserError(f"{part} holds {counted(len(contents.images), 'image')}, but no class folders; {remedy}")
     if not contents.folders:
         raise UserError(f"{part} has no class folders; expected {part}/<class>/<image>")
     return _in_one_form(part, contents)
@@ -137,7 +138,7 @@ def _class_folders(part: str, unlabelled: str = "") -> Contents:
 def _classes_of_root(root: str, top: Contents) -> list[str]:
     """Returns the names of the class folders in a folder without parts; raises UserError if it has none."""
     if not top.folders:
-        found = f"holds images ({len(top.images):,}), but no" if top.images else "has no"
+        found = f"holds {counted(len(top.images), 'image')}, but no" if top.images else "has no"
         expected = f"{root}/train/<class>/<image> and {root}/test/<class>/<image>, or {root}/<class>/<image>"
         raise UserError(f"{root} {found} class folders; expected {expected}")
     for name in top.folders:
@@ -152,12 +153,11 @@ def _classes_of_root(root: str, top: Contents) -> list[str]:
     return _in_one_form(root, top).folders
 
 
-def _refuse_wrapped(folder: str, contents: Contents, remedy: str) -> None:
+def _refuse_wrapped(folder: str, remedy: str) -> None:
     """Raises UserError if a folder holds one folder only, and that the class folders."""
-    inner, inside = folder, contents.folders
-    while len(inside) == 1 and not has_image(inner):
+    inner = folder
+    while len(inside := folders_in(inner)) == 1 and not has_image(inner):
         inner = os.path.join(inner, inside[0])
-        inside = folders_in(inner)
     if inner != folder and inside and not has_image(inner):
         remedy = remedy.format(inner=inner)
         raise UserError(f"{folder} has nothing but the folder {inner}, with {listed(inside)}; {remedy}")
@@ -165,7 +165,7 @@ def _refuse_wrapped(folder: str, contents: Contents, remedy: str) -> None:
 
 def _refuse_other_levels(root: str, top: Contents) -> None:
     """Raises UserError if the folders in a folder without parts are not its classes, but hold these or the parts."""
-    _refuse_wrapped(root, top, "give --dataset {inner}")
+    _refuse_wrapped(root, "give --dataset {inner}")
     classes = [os.path.join(root, name) for name in top.folders]
     inside = folders_in(classes[0])
     if min(len(classes), len(inside)) < 2 or any(folders_in(x) != inside or has_image(x) for x in classes):
@@ -203,7 +203,7 @@ def nfc(name: str) -> str:
 
 
 def difference(name: str, names: Iterable[str]) -> str:
-    """Says which of some names differs from another by what people do not see; "" for none."""
+    """Returns words on which of some names differs from another by what people do not see; "" for none."""
     for other in names:
         if nfc(name) == nfc(other):
             return f"{name!a} and {other!a} differ in their Unicode form"
@@ -216,6 +216,18 @@ def difference(name: str, names: Iterable[str]) -> str:
 
 def _spaced(name: str) -> str:
     return " ".join(nfc(name).split())
+
+
+def holder(folder: str, classes: Iterable[str]) -> str:
+    """Returns the folder, this or one below, in which there are parts or class folders of these names; "" for none."""
+    names = {*classes}
+    while inside := folders_in(folder):
+        if not names.isdisjoint(inside) or any(name.lower() in _PART_OF for name in inside):
+            return folder
+        if len(inside) > 1:
+            break
+        folder = os.path.join(folder, inside[0])
+    return ""
 
 
 def _in_one_form(folder: str, contents: Contents) -> Contents:
@@ -243,6 +255,6 @@ def _compare(train: str, trained: list[str], test: str, tested: list[str]) -> No
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns some of the names, for a message."""
+    """Returns some of the names, as a message has them."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if names[5:] else "")
