@@ -115,7 +115,7 @@ WRONG_LAYOUTS = {
     "test twice": ([*CLASSES, "TEST/x/1.png"], "TEST/ and test/, two spellings"),
     "val twice": ([*CLASSES, "val/a.txt", "valid/a.txt"], "val/ and valid/, two spellings"),
     "one class": (["ant/{0..3}.png"], "pets has one class, ant; expected two or more"),
-    "one class in parts": (below("train", "ant/1.png") + below("test", "ant/1.png"), "train has one class, ant"),
+    "one class in parts": (below("train", "ant/1.png") + below("test", "ant/1.png"), "pets has one class, ant"),
     "a class of one": (["ant/1.png", "bee/{0..3}.png"], "pets/ant holds one image; expected two or more"),
     "a class that is only tested": ([*CLASSES, "test/cat/1.png"], "test has classes that .*train has not: cat$"),
     "a class that is not tested": ([*CLASSES, "train/cat/1.png"], "test/cat holds no image"),

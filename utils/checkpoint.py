@@ -98,7 +98,8 @@ def write_with_metadata(path: str, crc32: int, metadata: CheckpointMetadata | No
         if metadata is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(metadata), "crc32": crc32}, indent=1, allow_nan=False)
+            known = {name: value for name, value in asdict(metadata).items() if value is not None}
+            text = json.dumps({**known, "crc32": crc32}, indent=1, allow_nan=False)
             with files.atomic_write(metadata_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 
@@ -176,7 +177,7 @@ def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata 
     try:
         with open(beside, encoding="utf-8") as f:
             found = json.load(f)
-        found = {"test_fraction": None, **found}  # which earlier versions did not write
+        found = {"test_fraction": None, **found}  # which is there only where it is known
         metadata = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
     except KeyError as e:
         raise UserError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e

@@ -111,14 +111,20 @@ def find(name: str, test_fraction: float | None = None) -> Folder | str:
         The folder, or the name.
 
     Raises:
-        UserError: no such data set, or a folder that is none.
+        UserError: no such data set, or a folder that is none, or of fewer than two classes.
     """
-    _check_name(name, test_fraction)
-    if name in NAMED_DATASETS:
-        return name
-    found = folders.find(name, test_fraction)
-    _warn(found)
+    found = _find(name, test_fraction)
+    if isinstance(found, Folder):
+        if len(found.classes) < 2:
+            one = f"one class, {found.classes[0]}"
+            raise UserError(f"--dataset {name} has {one}; expected two or more, each in a folder of its own")
+        _warn(found)
     return found
+
+
+def _find(name: str, test_fraction: float | None = None) -> Folder | str:
+    _check_name(name, test_fraction)
+    return name if name in NAMED_DATASETS else folders.find(name, test_fraction)
 
 
 def find_test(name: str, test_fraction: float | None = None) -> TestFolder | str:
@@ -173,8 +179,8 @@ def load(found: Folder | str, data_dir: str, num_workers: int) -> DataSets:
 
 
 def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
-    """Does ``find`` and ``load`` in turn."""
-    return load(find(name), data_dir, num_workers)
+    """Does ``find`` and ``load`` in turn, for uses of images that need no two classes."""
+    return load(_find(name), data_dir, num_workers)
 
 
 def _check_name(name: str, test_fraction: float | None = None) -> None:

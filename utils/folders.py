@@ -215,7 +215,7 @@ def _list_images(folder: str, classes: list[str], left_out: LeftOut) -> dict[str
     images = {}
     for name in classes:
         path, here = os.path.join(folder, name), LeftOut()
-        images[path] = listing.images_below(path, here)
+        images[path] = listing.images_below(path, here) if os.path.isdir(path) else []
         if not images[path]:
             found = "; ".join(here.warnings() + here.notes())
             raise UserError(f"{path} holds no image{found and f' ({found})'}; fill the folder or remove the class")

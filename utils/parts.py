@@ -50,14 +50,14 @@ def to_train(root: str) -> Layout:
     """Finds the parts of a folder to train on.
 
     Raises:
-        UserError: it has no class folders, fewer than two, or others in one part than in the other.
+        UserError: it has no class folders, or others in one part than in the other.
     """
     top = look_into(root)
     names = _parts(root, top.folders)
     if not names or _train_is_a_class(root, names, top):
         classes = _classes_of_root(root, top)
         _refuse_other_levels(root, top)
-        return Layout(root, None, _at_least_two(root, classes), [top], [])
+        return Layout(root, None, classes, [top], [])
     tested = names.get("test", names.get("val"))
     if "train" not in names:
         others, remedy = listed(x for x in top.folders if x not in names.values()), "an evaluation (-v) needs none"
@@ -70,12 +70,12 @@ def to_train(root: str) -> Layout:
     unused = [os.path.join(root, x) for x in top.folders if x not in (names["train"], tested)]
     if tested is None:
         _refuse_images_beside(train, unused)
-        return Layout(train, None, _at_least_two(train, trained_on.folders), [top, trained_on], unused)
+        return Layout(train, None, trained_on.folders, [top, trained_on], unused)
     test = os.path.join(root, tested)
     split = f", or rename or remove {test}, and a part of {train} is tested on"
     tested_on = _class_folders(test, split + _UNLABELLED)
     _refuse_wrapped(test, f"move these up into {test}")
-    _compare(train, _at_least_two(train, trained_on.folders), test, tested_on.folders)
+    _compare(train, trained_on.folders, test, tested_on.folders)
     return Layout(train, test, trained_on.folders, [top, trained_on, tested_on], unused)
 
 
@@ -188,12 +188,6 @@ def _refuse_images_beside(train: str, folders: list[str]) -> None:
             )
 
 
-def _at_least_two(folder: str, classes: list[str]) -> list[str]:
-    if len(classes) < 2:
-        raise UserError(f"{folder} has one class, {classes[0]}; expected two or more, each in a folder of its own")
-    return classes
-
-
 # ---- names of classes ----
 
 
@@ -242,16 +236,13 @@ def _in_one_form(folder: str, contents: Contents) -> Contents:
 
 
 def _compare(train: str, trained: list[str], test: str, tested: list[str]) -> None:
-    """Raises UserError if a class has a folder in one part only."""
-    unknown, missing = sorted(set(tested) - set(trained)), sorted(set(trained) - set(tested))
+    """Raises UserError if a class to test on is none to train on, or is spelled differently there."""
+    unknown = sorted(set(tested) - set(trained))
     for name in unknown:
-        if words := difference(name, missing):
+        if words := difference(name, sorted(set(trained) - set(tested))):
             raise UserError(f"{test} and {train} spell a class differently: {words} only; rename one of the folders")
     if unknown:
         raise UserError(f"{test} has classes that {train} has not: {listed(unknown)}")
-    if missing:
-        folder = os.path.join(test, missing[0])
-        raise UserError(f"{folder} holds no image; make and fill the folder, or remove the class from {train}")
 
 
 def listed(names: Iterable[str]) -> str:
