@@ -105,7 +105,11 @@ WRONG_LAYOUTS = {
         [f"{name}/{part}/1.png" for name in ("ant", "bee") for part in ("train", "test")],
         "has the parts in the classes; expected .*pets/test/ant/<image>",
     ),
-    "like parts": ([*below("training_set", *BOTH), *below("test_set", *BOTH)], "test_set, training_set.*rename these"),
+    "like parts": (
+        [*below("training_set", *BOTH), *below("test_set", *BOTH)],
+        "test_set, training_set: parts, by the name; call them train and test",
+    ),
+    "cats and dogs": (["train/cat.{0..3}.png", "test1/{0..3}.png"], "has test1: parts, by the name; call them"),
     "years": ([*below("2019", *BOTH), *below("2020", *BOTH)], "each of 2019, 2020 .* has the same folders, ant, bee"),
     "train beside classes": (
         [*below("train", *BOTH), "wasp/1.png"],

@@ -22,8 +22,8 @@ SPELLINGS = {
     "val": ("val", "valid", "validation", "eval"),
 }
 _PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
-#: Names that are no part's, but hardly a class's: training_set, test-images.
-_LIKE_A_PART = re.compile(rf"({'|'.join(_PART_OF)})[ _.-]?(set|data|dataset|images?|imgs?|split)", re.IGNORECASE)
+#: Names that are no part's, but hardly a class's: training_set, test-images, test1.
+_LIKE_A_PART = re.compile(rf"({'|'.join(_PART_OF)})[ _.-]?(set|data|dataset|images?|imgs?|split|\d+)", re.IGNORECASE)
 _UNLABELLED = "; tools.predict takes images whose classes nobody knows"
 
 
@@ -147,8 +147,8 @@ def _classes_of_root(root: str, top: Contents) -> list[str]:
             raise UserError(f"{root} has the parts in a folder of it; give --dataset {inner}")
     if like_parts := [name for name in top.folders if _LIKE_A_PART.fullmatch(name)]:
         raise UserError(
-            f"{root} has {listed(like_parts)}, but no train/ or test/; rename these if they are the parts, or move the "
-            f"class folders into {root}/train/"
+            f"{root} has {listed(like_parts)}: parts, by the name; call them train and test if they are, or move the class "
+            f"folders into {root}/train/ if they are classes"
         )
     return _in_one_form(root, top).folders
 
