@@ -42,7 +42,7 @@ def test_images_of_many_names_are_found_and_other_files_and_hidden_ones_passed_o
 def test_what_is_left_out_is_counted_by_ending_and_said_once(found, caplog, parts):
     paths = [part + path for part in parts for path in BOTH]
     root = found(
-        *paths, parts[0] + "ant/{0..2}.heic", parts[0] + "bee/deep/x.HEIC", parts[0] + "ant/{0..2}.txt",
+        *paths, parts[0] + "ant/{0..2}.cr2", parts[0] + "bee/deep/x.CR2", parts[0] + "ant/{0..2}.txt",
         parts[0] + "bee/noend", "README.md", "loose.png", parts[-1] + "loose2.png",
     ).root  # fmt: skip
     loose = sorted({f"{root}/loose.png", f"{root}/{parts[-1]}loose2.png"})
@@ -50,7 +50,7 @@ def test_what_is_left_out_is_counted_by_ending_and_said_once(found, caplog, part
     data = datasets.find(root)
     (warning,) = caplog.messages
     assert warning == (
-        f"{root}: 4 .heic were not read: pip install pillow_heif, or convert them to JPEG; "
+        f"{root}: 4 .cr2 were not read: convert them to JPEG or PNG; "
         f"2 images outside of the class folders, such as {loose[0]}"
     )
     assert data.notes[-1] == "3 .txt, 1 without an ending, 1 .md left out"

@@ -107,7 +107,7 @@ WRONG_LAYOUTS = {
     ),
     "like parts": (
         [*below("training_set", *BOTH), *below("test_set", *BOTH)],
-        "test_set, training_set: parts, by the name; call them train and test",
+        "has test_set, training_set: parts, by the name; call them train and test",
     ),
     "cats and dogs": (["train/cat.{0..3}.png", "test1/{0..3}.png"], "has test1: parts, by the name; call them"),
     "years": ([*below("2019", *BOTH), *below("2020", *BOTH)], "each of 2019, 2020 .* has the same folders, ant, bee"),
@@ -129,7 +129,7 @@ WRONG_LAYOUTS = {
         [*CLASSES, "train/cat/{0..2}.txt", "test/cat/1.png"],
         r"train/cat holds no image \(3 .txt left out\)",
     ),
-    "a class of another format": ([*BOTH, "cat/1.HEIC"], r"cat holds no image \(1 .heic was not read: "),
+    "a class of another format": ([*BOTH, "cat/1.CR2"], r"cat holds no image \(1 .cr2 was not read: convert"),
     "a Unicode form": (
         [*below("train", "ant/1.png", f"{NFC}/1.png"), *below("test", "ant/1.png", f"{NFD}/1.png")],
         r"'cafe\\u0301' and 'caf\\xe9' differ in their Unicode form only; rename one",

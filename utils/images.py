@@ -39,4 +39,6 @@ def endings() -> frozenset[str]:
 
 
 def remedy(ending: str) -> str | None:
-    return "pip install pillow_heif, or convert them to JPEG" if ending in (".heic", ".heif") else None
+    return {".heic": "pip install pillow_heif, or convert them to JPEG", ".cr2": "convert them to JPEG or PNG"}.get(
+        ending
+    )

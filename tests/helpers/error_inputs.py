@@ -387,7 +387,7 @@ INPUTS = [
              parts("{ant,caf\u00e9}", "{ant,cafe\u0301}"), "Unicode form"),
         Case("class-twice", "the same in one part", folder("{caf\u00e9,cafe\u0301}/1.png"), "Unicode form"),
         Case("class-other-format", "a class of images in a format that is not read",
-             folder("ant/{0..3}.png", "bee/{0..3}.heic"), "pip install pillow_heif"),
+             folder("ant/{0..3}.png", "bee/{0..3}.cr2"), "convert them to JPEG"),
         Case("class-empty", "a class without images", pets(lambda: os.mkdir("pets/train/wasp")), "pets/train/wasp"),
         Case("class-not-trained", "a class that is not trained on",
              pets(lambda: shutil.copytree("pets/test/ant", "pets/test/wasp")), "wasp"),

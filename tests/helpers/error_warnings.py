@@ -44,7 +44,7 @@ def split_folder(*flags: str) -> Callable[[], list[str]]:
     """A folder of images without parts, with some that are not read."""
 
     def make() -> list[str]:
-        tree("pets", "{ant,bee}/1.png", "ant/{2..5}.png", "bee/{2..5}.png", "bee/{1..36}.heic", "loose.png")
+        tree("pets", "{ant,bee}/1.png", "ant/{2..5}.png", "bee/{2..5}.png", "bee/{1..36}.cr2", "loose.png")
         return ["--dataset", "pets", *flags]
 
     return make
@@ -91,7 +91,7 @@ WARNINGS = [
         Case("classes-differ", "`-v` with as many classes, but others, or in another order",
              described(classes=[*"01234567", "nine", "8"]), "nine", 0, "The accuracy means nothing."),
         Case("images-left-out", "images of a format that is not read, and some that are in no class folder",
-             split_folder("--num_steps", "5"), "36 .heic were not read", 0),
+             split_folder("--num_steps", "5"), "36 .cr2 were not read", 0),
         Case("test-fraction-seen", "`-v` on more images than the training left out",
              lambda: [*described(classes=["ant", "bee", *"01234567"], test_fraction=0.2)(),
                       *split_folder("--test_fraction", "1")()], "--test_fraction 0.2", 0,
