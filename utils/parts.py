@@ -147,8 +147,8 @@ def _classes_of_root(root: str, top: Contents) -> list[str]:
             raise UserError(f"{root} has the parts in a folder of it; give --dataset {inner}")
     if like_parts := [name for name in top.folders if _LIKE_A_PART.fullmatch(name)]:
         raise UserError(
-            f"{root} has {listed(like_parts)}: parts, by the name; call them train and test, or, if they are classes, move "
-            f"all class folders into {root}/train/"
+            f"{root} has {listed(like_parts)}: parts, by the name; call them train and test, or, if they are classes, "
+            f"move all class folders into {root}/train/"
         )
     return _in_one_form(root, top).folders
 
