@@ -141,7 +141,7 @@ def after_step(
                 if result.accuracy > state.best_accuracy:
                     run.save_best(result, checkpoint.CheckpointMetadata(
                         canonical_name(args.model_type), args.img_size, data.classes, args.gelu, args.dataset, step,
-                        result.accuracy,
+                        result.accuracy, data.test_fraction,
                     ))  # fmt: skip
                 show_result(args, run, data, precision, log, result)
     signal_number = stop.any_rank()
@@ -240,12 +240,13 @@ def evaluate_only(args: argparse.Namespace) -> int:
     precision = set_up(args)
     with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
         config = make_config(args.model_type, args.img_size, args.gelu, args.dropout)
-        found = datasets.find(args.dataset)
+        found = datasets.find_test(args.dataset, args.test_fraction)
         path = args.load_model_dir or RunPaths(args.output_dir, args.name).checkpoint
         if not os.path.exists(path):
             raise UserError(f"there is no checkpoint {path}; train first, or name one with --load_model_dir")
         source = pretrained.load(metadata.open_weights(path, strict=False), args.model_type)
-        data = datasets.load(found, args.data_dir, flags.decoding_workers(args))
+        labelled = datasets.for_head(found, *pretrained.trained_on(source))
+        data = datasets.load(labelled, args.data_dir, flags.decoding_workers(args))
         pretrained.warn_of_contradictions(source, args.model_type, args.gelu)
         pretrained.warn_of_other_classes(source, args.dataset, data.classes)
         model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
@@ -315,7 +316,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         UserError: there are no such weights or data, or the saved run had other settings.
     """
     config, source = make_config(args.model_type, args.img_size, args.gelu, args.dropout), None
-    found = datasets.find(args.dataset)
+    found = datasets.find(args.dataset, args.test_fraction)
     path = args.pretrained_dir
     if run.saved_settings is not None:
         path = run.saved_settings.get("--pretrained_dir", "") if path is None else path  # compared if it is given
@@ -380,8 +381,10 @@ def log_start(
     logger.info("%s on %s: %.2f M parameters, %s, %s", args.model_type, args.dataset, num_millions,
                 precision.device, precision)  # fmt: skip
     logger.info("***** Running %s *****", title)
-    logger.info("  Images: %d to train on, %d to test on, %d classes%s", len(data.train), len(data.test),
-                len(data.classes), epochs)  # fmt: skip
+    trained_on = f"{len(data.train)} to train on, " if data.train else ""
+    logger.info("  Images: %s%d to test on, %d classes%s", trained_on, len(data.test), len(data.classes), epochs)
+    for note in data.notes:
+        logger.info("  %s", note)
 
 
 def remark_on_images(run: Run, data: datasets.DataSets) -> None:

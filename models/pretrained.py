@@ -182,6 +182,28 @@ def warn_of_contradictions(source: Source, model_type: str, gelu: str) -> None:
         logger.warning("%s was trained with --gelu %s, not %s", source.path, metadata.gelu, gelu)
 
 
+class Trained(NamedTuple):
+    """A training, as the metadata of its weights tell of it.
+
+    Attributes:
+        classes: of the head's outputs; None where nothing names them.
+        test_fraction: share of its data set that was tested on; None where a part was, or nothing tells.
+        is_own: this project trained it, so that the classes are as its data set has them.
+    """
+
+    classes: list[str] | None
+    test_fraction: float | None
+    is_own: bool
+
+
+def trained_on(source: Source) -> Trained:
+    """Returns the metadata's facts of the data set that weights were trained on."""
+    metadata = source.metadata
+    if metadata is None:
+        return Trained(None, None, False)
+    return Trained(metadata.classes, metadata.own and metadata.own.test_fraction, metadata.own is not None)
+
+
 def warn_of_other_classes(source: Source, dataset: str, classes: list[str]) -> None:
     """Warns where an evaluation is on as many classes as the training was, but on others."""
     trained = None if source.metadata is None else source.metadata.classes

@@ -38,6 +38,7 @@ def test_names_and_defaults_are_the_contract():
         dropout=None, gelu="erf", hflip=False, device="auto", num_workers=None, resume="auto", save_every=None,
         deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2",
         amp_dtype="auto", amp_backend="native", compile=False, loss_scale=0, eval_only=False, load_model_dir=None,
+        test_fraction=None,
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ OUT_OF_BOUNDS = {
     "num_steps": ["0"], "gradient_accumulation_steps": ["0"], "save_every": ["0"], "warmup_steps": ["-1"],
     "num_workers": ["-1"], "seed": ["-1", str(2**63)], "learning_rate": ["-1", "nan", "inf"],
     "weight_decay": ["-0.1", "nan", "inf"], "loss_scale": ["-1", "nan", "inf"], "max_grad_norm": ["0", "-1", "nan"],
-    "dropout": ["-0.1", "1", "nan"],
+    "dropout": ["-0.1", "1", "nan"], "test_fraction": ["0", "-0.1", "1.1", "nan"],
 }  # fmt: skip
 
 
@@ -75,11 +76,12 @@ def test_values_out_of_bounds_are_the_users_to_mend(name, value):
 
 def test_values_at_their_bounds_are_taken():
     for name, values in OUT_OF_BOUNDS.items():
-        if values[0] == "0" and name != "max_grad_norm":
+        if values[0] == "0" and name not in ("max_grad_norm", "test_fraction"):
             check(f"--{name}", "1", "--warmup_steps", "0")
     for name in ("learning_rate", "weight_decay", "loss_scale", "warmup_steps", "seed", "dropout", "num_workers"):
         check(f"--{name}", "0")
     check("--max_grad_norm", "inf", "--seed", str(2**63 - 1))
+    check("--test_fraction", "1", "-v")
 
 
 def test_every_number_has_a_bound():
@@ -94,6 +96,7 @@ def test_every_number_has_a_bound():
         ["--train_batch_size", "8", "--gradient_accumulation_steps", "3"],
         ["--fp16", "--amp_backend", "apex", "--amp_dtype", "bfloat16"],
         ["--load_model_dir", "a.bin"],
+        ["--test_fraction", "1"],
     ],
 )  # fmt: skip
 def test_flags_that_contradict_are_the_users_to_mend(words):

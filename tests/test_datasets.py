@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.folders import as_files, damage, noise, numbered_images, save
+from tests.helpers.folders import as_files, damage, noise, numbered_images, save, tree
 from utils import datasets
 from utils.datasets import FileImages, MemoryImages, class_names, load_datasets
 from utils.images import ImageError
@@ -56,6 +56,30 @@ def test_unknown_names_and_folders_without_classes_are_refused(tmp_path, monkeyp
     for path in (tmp_path / "none", tmp_path / "none" / "train"):
         with pytest.raises(ValueError, match="has no class folders"):
             class_names(str(path))
+
+
+@pytest.mark.parametrize("layout", ["{0}/1.png {0}/2.png", "TRAIN/{0}/1.png Val/{0}/1.png", "testing/{0}/1.png"])
+def test_classes_are_named_whatever_the_layout(tmp_path, layout):
+    paths = [path.format(name) for path in layout.split() for name in ("ant", "bee")]
+    assert class_names(tree(tmp_path / "pets", *paths)) == ["ant", "bee"]
+
+
+def test_a_split_by_names_is_known_to_the_data_set_and_stays_on_a_device(tmp_path):
+    data = load_datasets(tree(tmp_path / "pets", "ant/{0..9}.png", "bee/{0..9}.png"), "", 1)
+    for where in (data, data.to(META)):
+        assert where.test_fraction == 0.2
+        assert len(where.train) + len(where.test) == 20
+        assert len(where.notes) == 1
+
+
+def test_images_to_test_on_alone_are_a_data_set_with_a_checksum(tmp_path):
+    root, checksums = tree(tmp_path / "pets", "test/ant/{0..2}.png"), set()
+    for classes in (["ant", "bee"], ["bee", "ant"]):
+        found = datasets.for_head(datasets.find_test(root), classes, None, True)
+        data = datasets.load(found, "", 1)
+        assert (len(data.train), len(data.test), data.classes) == (0, 3, classes)
+        checksums.add(data.checksum())
+    assert len(checksums) == 2
 
 
 def test_an_unreadable_image_is_named_while_decoding_into_memory(folder):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from utils import metadata
+from utils import checkpoint, metadata
 from utils.errors import UserError
 
 TIMM = {"architecture": "vit"}
@@ -58,6 +58,34 @@ def test_a_file_that_cannot_be_read_is_an_error_or_a_warning_that_names_it(read,
     assert read(config, images, strict=False) is None
     (warning,) = caplog.messages
     assert re.match(error, warning)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """``own(**changes)`` gives the metadata that stand beside weights of this project; "none" takes a key away."""
+
+    def read(**changes):
+        path, state = str(tmp_path / "a_checkpoint.bin"), {"a": torch.zeros(1)}
+        whole = checkpoint.CheckpointMetadata("testing", 32, ["ant", "bee"], "erf", "pets", 4, 0.5, 0.2)
+        checkpoint.save_weights(path, state, whole)
+        beside = tmp_path / "a_checkpoint.json"
+        content = {**json.loads(beside.read_text()), **changes}
+        beside.write_text(json.dumps({key: x for key, x in content.items() if key not in changes or x != "none"}))
+        return metadata.open_weights(path, strict=True).metadata.own
+
+    return read
+
+
+def test_the_share_of_a_split_is_in_the_metadata_and_may_be_missing(own):
+    assert own().test_fraction == 0.2
+    assert own(test_fraction=None).test_fraction is None
+    assert own(test_fraction="none").test_fraction is None  # of a version that knew no such split
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.2, 2, True, "0.2", [0.2], float("nan")])
+def test_an_impossible_share_is_an_error_that_names_it(own, value):
+    with pytest.raises(UserError, match=r"json does not describe a checkpoint \(test_fraction: .*remove it"):
+        own(test_fraction=value)
 
 
 def test_weights_that_cannot_be_read_are_an_error_that_begins_with_their_path(tmp_path):

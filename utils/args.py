@@ -51,7 +51,8 @@ class Flag:
         composed: the value enters ``settings`` or ``environment`` only together with other facts, such as the number of
             ranks.
         per_rank: ranks may have different values.
-        least, above, below: the value must be at least ``least``, more than ``above`` and less than ``below``.
+        least, above, most, below: the value must be at least ``least``, more than ``above``, at most ``most`` and less
+            than ``below``.
         parse: makes the value from text; by default the type of ``default``, or str.
         choices: the values it may have; None for any.
         metavar: what stands for the value in ``--help``, instead of its name or its choices.
@@ -67,6 +68,7 @@ class Flag:
     per_rank: bool = False
     least: float | None = None
     above: float | None = None
+    most: float | None = None
     below: float | None = None
     parse: Callable[[str], Any] | None = None
     choices: tuple[str, ...] | None = None
@@ -97,6 +99,7 @@ class Flag:
             for words, bound, holds in (
                 ("at least", self.least, operator.ge),
                 ("more than", self.above, operator.gt),
+                ("at most", self.most, operator.le),
                 ("less than", self.below, operator.lt),
             )
             if bound is not None
@@ -123,7 +126,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "Data": (
         Flag("--dataset", "cifar10", "cifar10, cifar100, digits, or a folder of images: train/CLASS/ and test/CLASS/ "
-             "or val/CLASS/", "result", composed=True, per_rank=True),
+             "or val/CLASS/, or CLASS/ alone, of which a part is tested on", "result", composed=True, per_rank=True),
+        Flag("--test_fraction", None, "share of a folder's images to test on where it has no part for that, chosen by "
+             "their names; 1, with -v, for all", "result", composed=True, parse=float, above=0, most=1,
+             unset="0.2; with -v that of the training"),
         Flag("--data_dir", "./data", "folder that cifar10 and cifar100 are downloaded to", per_rank=True),
         Flag("--img_size", 224, "side of the images that the model sees, in pixels; a multiple of the patch, any for "
              "R50 and R26 hybrids", "result", least=1),
@@ -252,6 +258,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--amp_backend apex computes in float16 only; use --amp_backend native for bfloat16")
     if args.load_model_dir is not None and not args.eval_only:
         raise UserError("--load_model_dir names what -v evaluates; training starts from --pretrained_dir")
+    if args.test_fraction == 1 and not args.eval_only:
+        raise UserError("--test_fraction 1 leaves no image to train on; it is for -v")
     _warn_of_flags_without_effect(args)
 
 

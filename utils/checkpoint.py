@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pickle import UnpicklingError
+from types import NoneType
 from typing import IO, Any
 
 import torch
@@ -41,6 +42,8 @@ class CheckpointMetadata:
         dataset: what they were trained on; empty where it is not known.
         step: steps of their training; 0 where it is not known.
         accuracy: on the test images, 0 to 1; -1 where it is not known.
+        test_fraction: share of the data set that was tested on, by the images' names (utils/split.py); None where the
+            data set has a part to test on, or it is not known.
     """
 
     model_type: str
@@ -50,15 +53,18 @@ class CheckpointMetadata:
     dataset: str
     step: int
     accuracy: float
+    test_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        kinds: tuple[Any, ...] = (str, int, list, str, str, int, (int, float))
+        kinds: tuple[Any, ...] = (str, int, list, str, str, int, (int, float), (int, float, NoneType))
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         wrong = [n for (n, x), kind in zip(values.items(), kinds) if not isinstance(x, kind) or isinstance(x, bool)]
         if wrong or not all(isinstance(name, str) for name in self.classes):
             raise UserError(f"{', '.join(wrong) or 'classes'}: of another kind than expected")
         if self.img_size < 1 or not self.classes or len(set(self.classes)) < len(self.classes):
             raise UserError("img_size or classes: impossible values")
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise UserError("test_fraction: impossible value")
 
 
 def save_weights(path: str, state: Mapping[str, Tensor], metadata: CheckpointMetadata | None = None) -> int:
@@ -92,7 +98,8 @@ def write_with_metadata(path: str, crc32: int, metadata: CheckpointMetadata | No
         if metadata is not None:
             f.flush()
             os.fsync(f.fileno())
-            text = json.dumps({**asdict(metadata), "crc32": crc32}, indent=1, allow_nan=False)
+            known = {name: value for name, value in asdict(metadata).items() if value is not None}
+            text = json.dumps({**known, "crc32": crc32}, indent=1, allow_nan=False)
             with files.atomic_write(metadata_path(path)) as beside:
                 beside.write(text.encode() + b"\n")
 
@@ -170,6 +177,7 @@ def read_metadata(path: str, state: Mapping[str, Tensor]) -> CheckpointMetadata 
     try:
         with open(beside, encoding="utf-8") as f:
             found = json.load(f)
+        found = {"test_fraction": None, **found}  # which is there only where it is known
         metadata = CheckpointMetadata(**{field.name: found[field.name] for field in fields(CheckpointMetadata)})
     except KeyError as e:
         raise UserError(f"{beside} does not describe a checkpoint: it has no {e}; remove it") from e

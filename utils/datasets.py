@@ -7,10 +7,11 @@ This module must not know models or transforms (utils/data_utils.py makes the ba
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from tqdm import tqdm
 
 from utils import cifar, dist_util, folders
 from utils.errors import UserError
-from utils.folders import Folder, Part
+from utils.folders import Folder, Part, TestFolder
 from utils.images import read_image
+
+logger = logging.getLogger("train")
 
 CLASS_NAMES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100, "digits": tuple("0123456789")}
 NAMED_DATASETS = tuple(CLASS_NAMES)
@@ -76,11 +79,16 @@ Images = MemoryImages | FileImages
 
 @dataclass(frozen=True)
 class DataSets:
-    """The images to train on and to evaluate; ``classes`` are the labels' names."""
+    """The images to train on and to evaluate; ``classes`` are the labels' names, ``notes`` lines to log about them.
+
+    ``test_fraction`` is the share that a split by names tests on; None where the data set has a part to test on.
+    """
 
     train: Images
     test: Images
     classes: list[str]
+    test_fraction: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     def checksum(self) -> str:
         """Returns a text that changes with the images, their order and their classes."""
@@ -89,23 +97,64 @@ class DataSets:
 
     def to(self, device: torch.device) -> DataSets:
         """Moves the images that are in memory to a device."""
-        return DataSets(self.train.to(device), self.test.to(device), self.classes)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def find(name: str) -> Folder | str:
+def find(name: str, test_fraction: float | None = None) -> Folder | str:
     """Finds a data set before anything that takes long: lists a folder's images; downloads and reads none.
 
     Args:
         name: one of ``NAMED_DATASETS``, or a folder of images (utils/folders.py).
+        test_fraction: share of a folder's images to test on, where it has no part for that; None for the default.
 
     Returns:
         The folder, or the name.
 
     Raises:
-        UserError: no such data set, or a folder that is none.
+        UserError: no such data set, or a folder that is none, or of fewer than two classes.
     """
-    _check_name(name)
-    return name if name in NAMED_DATASETS else folders.find(name)
+    found = _find(name, test_fraction)
+    if isinstance(found, Folder):
+        if len(found.classes) < 2:
+            one = f"one class, {found.classes[0]}"
+            raise UserError(f"--dataset {name} has {one}; expected two or more, each in a folder of its own")
+        _warn(found)
+    return found
+
+
+def _find(name: str, test_fraction: float | None = None) -> Folder | str:
+    _check_name(name, test_fraction)
+    return name if name in NAMED_DATASETS else folders.find(name, test_fraction)
+
+
+def find_test(name: str, test_fraction: float | None = None) -> TestFolder | str:
+    """Finds a data set as ``find`` does, of which nothing but the images to test on is needed."""
+    _check_name(name, test_fraction)
+    return name if name in NAMED_DATASETS else folders.find_test(name, test_fraction)
+
+
+def for_head(
+    found: TestFolder | str, classes: list[str] | None, trained_fraction: float | None, is_own: bool
+) -> Folder | str:
+    """Labels what ``find_test`` found by the outputs of a head; a data set with a name keeps its own order.
+
+    Args:
+        found: by ``find_test``.
+        classes, trained_fraction, is_own: as for ``TestFolder.for_head``.
+
+    Raises:
+        UserError: a class of a folder is unknown to the head.
+    """
+    if not isinstance(found, TestFolder):
+        return found
+    labelled = found.for_head(classes, trained_fraction, is_own)
+    _warn(labelled)
+    return labelled
+
+
+def _warn(found: Folder) -> None:
+    for line in found.warnings:
+        logger.warning("%s: %s", found.root, line)
 
 
 def load(found: Folder | str, data_dir: str, num_workers: int) -> DataSets:
@@ -122,7 +171,7 @@ def load(found: Folder | str, data_dir: str, num_workers: int) -> DataSets:
     """
     if isinstance(found, Folder):
         train, test = (_load_part(part, num_workers) for part in (found.train, found.test))
-        return DataSets(train, test, found.classes)
+        return DataSets(train, test, found.classes, found.test_fraction, found.notes)
     if found == "digits":
         return _load_digits()
     with dist_util.main_process_first():
@@ -130,15 +179,20 @@ def load(found: Folder | str, data_dir: str, num_workers: int) -> DataSets:
 
 
 def load_datasets(name: str, data_dir: str, num_workers: int) -> DataSets:
-    """Does ``find`` and ``load`` in turn."""
-    return load(find(name), data_dir, num_workers)
+    """Does ``find`` and ``load`` in turn, for uses of images that need no two classes."""
+    return load(_find(name), data_dir, num_workers)
 
 
-def _check_name(name: str) -> None:
-    if name not in NAMED_DATASETS and not os.path.isdir(name):
+def _check_name(name: str, test_fraction: float | None = None) -> None:
+    if name in NAMED_DATASETS:
+        if test_fraction is not None:
+            raise UserError(f"--test_fraction {test_fraction:g} has no effect: {name} has its own images to test on")
+    elif os.path.isfile(name):
+        raise UserError(f"--dataset {name} is a file; expected a folder: unpack it, or give the one that it is in")
+    elif not os.path.isdir(name):
         raise UserError(
             f"--dataset {name} is neither a folder nor a known data set ({', '.join(NAMED_DATASETS)}); "
-            "a folder needs train/<class>/ and test/<class>/"
+            "a folder needs train/<class>/ and test/<class>/, or <class>/"
         )
 
 
@@ -160,8 +214,8 @@ def _load_digits() -> DataSets:
 
 
 def _load_part(part: Part, num_workers: int) -> Images:
-    labels = torch.tensor(part.labels)
-    images = _decode_all(part.paths, num_workers)
+    labels = torch.tensor(part.labels, dtype=torch.int64)
+    images = _decode_all(part.paths, num_workers) if part.paths else None  # -v has none to train on
     return FileImages(part.paths, labels) if images is None else MemoryImages(images, labels)
 
 

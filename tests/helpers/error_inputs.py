@@ -25,8 +25,10 @@ from models import layouts, npz
 from models.configs import CONFIGS
 from tests.helpers import fake_npz
 from tests.helpers.errors import Case, Group, Launch
+from tests.helpers.folders import tree
 from tests.helpers.forked import holding, run_forked
 from tests.helpers.runs import ROOT, RUN, write_images
+from utils import checkpoint
 
 CONFIG, CLASSES = CONFIGS["testing"], 10
 DEMO = str(ROOT / "checkpoint" / "ViT-demo.npz")
@@ -121,6 +123,21 @@ def pets(change: Callable[[], object] = lambda: None) -> Callable[[], list[str]]
     return make
 
 
+def folder(*paths: str) -> Callable[[], list[str]]:
+    """A folder with small images at these paths."""
+
+    def make() -> list[str]:
+        tree("pets", *paths)
+        return ["--dataset", "pets"]
+
+    return make
+
+
+def parts(train: str = "{ant,bee}", test: str = "{ant,bee}", *paths: str) -> Callable[[], list[str]]:
+    """A folder with the parts train and test, of one image a class."""
+    return folder(f"train/{train}/1.png", f"test/{test}/1.png", *paths)
+
+
 def cut_image() -> None:
     os.truncate("pets/train/bee/3.png", os.path.getsize("pets/train/bee/3.png") // 2)
 
@@ -161,6 +178,21 @@ def finetuned(edit: Callable[[dict], Any] = lambda state: state, *flags: str, **
         state = {name: torch.zeros(shape) for name, shape in shapes().items()}
         torch.save(edit(state), "output/a_checkpoint.bin", **options)
         return ["-v", *flags]
+
+    return make
+
+
+def described_pets(*folders: str) -> Callable[[], list[str]]:
+    """A checkpoint of ant, bee and eight more with its metadata, and images to test on in these folders."""
+
+    def make() -> list[str]:
+        classes = ["ant", "bee", *(str(i) for i in range(8))]
+        metadata = checkpoint.CheckpointMetadata("testing", 32, classes, "erf", "pets", 4, 0.5)
+        state = {name: torch.zeros(shape) for name, shape in shapes().items()}
+        os.makedirs("output")
+        checkpoint.save_weights("output/a_checkpoint.bin", state, metadata)
+        tree("pets/test", *(f"{name}/1.png" for name in folders))
+        return ["-v", "--dataset", "pets"]
 
     return make
 
@@ -270,6 +302,7 @@ INPUTS = [
         Case("img-size-too-small", "a size below one patch", "--img_size 8"),
         Case("accumulation-not-divisor", "a batch that micro-batches do not divide",
              "--train_batch_size 8 --gradient_accumulation_steps 3"),
+        Case("test-fraction-all", "all images to test on, in a training", "--test_fraction 1"),
         Case("seed-too-large", "a seed too large", f"--seed {2**63}"),
         Case("workers-negative", "negative workers", "--num_workers -1"),
         Case("checkpoint-while-training", "a checkpoint to evaluate, in a training", "--load_model_dir a.bin"),
@@ -310,16 +343,55 @@ INPUTS = [
     ]),
     Group("Data", flags=RUN, cases=[
         Case("dataset-unknown", "no such data set", "--dataset nosuch"),
-        Case("dataset-no-test", "a folder without a test part", pets(lambda: shutil.rmtree("pets/test")), "test/"),
-        Case("dataset-no-train", "a folder without a training part", pets(lambda: shutil.rmtree("pets/train")),
+        Case("dataset-is-file", "a file in the folder's place",
+             made_before(lambda: Path("pets.zip").touch(), "--dataset", "pets.zip"), "pets.zip"),
+        Case("dataset-empty", "a folder without class folders", folder("notes.txt"), "pets/<class>/"),
+        Case("dataset-images-only", "images that are in no class folders", folder("{0..3}.png"), "4 images"),
+        Case("dataset-no-train", "a folder with a part to test on only", pets(lambda: shutil.rmtree("pets/train")),
              "train/"),
+        Case("dataset-classes-beside-test", "class folders beside the part to test on",
+             folder("{ant,bee}/1.png", "test/ant/1.png", "test/bee/1.png"), "pets/train/"),
+        Case("dataset-flat-train", "training images in no class folders", folder("train/{0..3}.png"),
+             "pets/train/<class>/"),
+        Case("dataset-flat-test", "test images in no class folders", folder("train/{ant,bee}/1.png", "test/1.png"),
+             "tools.predict"),
         Case("dataset-before-weights", "the same, and the weights are missing as well",
-             lambda: [*pets(lambda: shutil.rmtree("pets/test"))(), "--pretrained_dir", "nosuch.npz"], "test/"),
+             lambda: [*folder("train/{ant,bee}/1.png", "test/1.png")(), "--pretrained_dir", "nosuch.npz"], "test/"),
         Case("dataset-before-checkpoint", "the same, and the checkpoint to evaluate is missing as well",
-             lambda: [*pets(lambda: shutil.rmtree("pets/test"))(), "-v"], "test/"),
+             lambda: [*folder("train/{ant,bee}/1.png", "test/1.png")(), "-v"], "test/"),
+        Case("dataset-nested", "the folder lies in another of its name", folder("pets/{ant,bee}/1.png"),
+             "--dataset pets/pets"),
+        Case("dataset-parts-nested", "so do the parts", folder("pets/train/ant/1.png", "docs/notes.txt"),
+             "--dataset pets/pets"),
+        Case("dataset-folder-between", "a folder between a part and its classes",
+             folder("train/images/{ant,bee}/1.png", "test/ant/1.png"), "pets/train/images"),
+        Case("dataset-parts-in-classes", "parts in the classes, instead of classes in the parts",
+             folder("ant/{train,test}/1.png", "bee/{train,test}/1.png"), "pets/test/ant/"),
+        Case("dataset-like-parts", "parts of other names", folder("training_set/{ant,bee}/1.png", "test_set/ant/1.png"),
+             "training_set"),
+        Case("dataset-same-folders", "class folders in each of several folders",
+             folder("2019/{ant,bee}/1.png", "2020/{ant,bee}/1.png"), "2019"),
+        Case("dataset-part-twice", "a part in two spellings", folder("train/ant/1.png", "Training/bee/1.png"),
+             "Training/"),
+        Case("dataset-train-or-class", "a folder `train/` that may be a part or a class",
+             folder("bus/1.png", "train/{steam,diesel}/1.png"), "--dataset pets/train"),
+        Case("test-fraction-no-effect", "a share to test on beside a part to test on",
+             lambda: [*parts()(), "--test_fraction", "0.3"], "--test_fraction"),
+        Case("test-fraction-of-named", "the same for a data set with a name", "--test_fraction 0.3"),
+        Case("class-alone", "a single class", folder("ant/{0..3}.png"), "ant"),
+        Case("class-of-one-image", "a class of one image, where there is no part to test on",
+             folder("ant/1.png", "bee/{0..3}.png"), "pets/ant"),
+        Case("class-in-other-case", "a class that is spelled differently in the parts", parts(test="{Ant,bee}"),
+             "'Ant' and 'ant'"),
+        Case("class-in-other-form", "the same to the eye, as on macOS: another Unicode form",
+             parts("{ant,caf\u00e9}", "{ant,cafe\u0301}"), "Unicode form"),
+        Case("class-twice", "the same in one part", folder("{caf\u00e9,cafe\u0301}/1.png"), "Unicode form"),
+        Case("class-other-format", "a class of images in a format that is not read",
+             folder("ant/{0..3}.png", "bee/{0..3}.cr2"), "convert them to JPEG"),
         Case("class-empty", "a class without images", pets(lambda: os.mkdir("pets/train/wasp")), "pets/train/wasp"),
         Case("class-not-trained", "a class that is not trained on",
              pets(lambda: shutil.copytree("pets/test/ant", "pets/test/wasp")), "wasp"),
+        Case("class-not-tested", "a class that is not tested on", parts(test="ant"), "pets/test/bee"),
         Case("image-cut-off", "an image that is cut off", pets(cut_image),
              "pets/train/bee/3.png"),
         Case("image-bomb", "an image that unpacks to fill the memory", pets(bomb_image), "pets/train/bee/3.png"),
@@ -336,6 +408,13 @@ INPUTS = [
         Case("checkpoint-missing", "no checkpoint", "-v", "output/a_checkpoint.bin"),
         Case("checkpoint-other-size", "another size", finetuned(lambda x: x, "--img_size", "64"), "--img_size 32"),
         Case("checkpoint-other-classes", "other classes", lambda: [*finetuned()(), *pets()()], "10"),
+        Case("checkpoint-class-unknown", "a class that it was not trained for", described_pets("ant", "cat"), "cat"),
+        Case("checkpoint-class-in-other-case", "the same but for its spelling", described_pets("Ant"),
+             "'Ant' and 'ant'"),
+        Case("checkpoint-folder-between", "a folder between the classes and what is given",
+             described_pets("images/ant"), "--dataset pets/test/images"),
+        Case("checkpoint-nothing-to-test", "no part to test on, after a training that had one",
+             lambda: [*described_pets("ant")(), *(shutil.move("pets/test", "pets/train") and [])], "--test_fraction 1"),
         Case("checkpoint-other-model", "another model", finetuned(lambda x: x, "--model_type", "ViT-demo"),
              "--model_type testing"),
         Case("checkpoint-no-state-dict", "no state_dict", finetuned(lambda x: {"weights": list(x.values())}),

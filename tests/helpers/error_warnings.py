@@ -14,6 +14,7 @@ import torch
 from tests.helpers.error_faults import FLOAT16, after_step, befallen, in_forward, whole
 from tests.helpers.error_inputs import finetuned, shapes, trained, weights
 from tests.helpers.errors import Case, Group, Launch
+from tests.helpers.folders import tree
 from tests.helpers.runs import RUN, write_images
 from utils import checkpoint
 
@@ -35,6 +36,16 @@ def described(**changes: Any) -> Callable[[], list[str]]:
                         accuracy=0.5)  # fmt: skip
         checkpoint.save_weights("output/a_checkpoint.bin", state, checkpoint.CheckpointMetadata(**metadata | changes))
         return ["-v"]
+
+    return make
+
+
+def split_folder(*flags: str) -> Callable[[], list[str]]:
+    """A folder of images without parts, with some that are not read."""
+
+    def make() -> list[str]:
+        tree("pets", "{ant,bee}/1.png", "ant/{2..5}.png", "bee/{2..5}.png", "bee/{1..36}.cr2", "loose.png")
+        return ["--dataset", "pets", *flags]
 
     return make
 
@@ -79,6 +90,12 @@ WARNINGS = [
              described(model_type="ViT-demo"), "--model_type ViT-demo", 0, "Give `-v` the flag of the training."),
         Case("classes-differ", "`-v` with as many classes, but others, or in another order",
              described(classes=[*"01234567", "nine", "8"]), "nine", 0, "The accuracy means nothing."),
+        Case("images-left-out", "images of a format that is not read, and some that are in no class folder",
+             split_folder("--num_steps", "5"), "36 .cr2 were not read", 0),
+        Case("test-fraction-seen", "`-v` on more images than the training left out",
+             lambda: [*described(classes=["ant", "bee", *"01234567"], test_fraction=0.2)(),
+                      *split_folder("--test_fraction", "1")()], "--test_fraction 0.2", 0,
+             "Give `-v` no `--test_fraction`, or other images."),
         Case("metadata-of-other-weights", "metadata beside other weights, which are not used", of_other_weights,
              "output/a_checkpoint.json", 0, "The tools stop here, with exit code 2."),
         Case("metadata-damaged", "metadata that cannot be read", damaged_metadata, "output/a_checkpoint.json", 0,

@@ -1,5 +1,6 @@
 """Small images, in memory and in files, and damage to one."""
 
+import io
 import os
 
 import numpy as np
@@ -39,3 +40,24 @@ def as_files(images, root):
     arrays = images.images.permute(0, 2, 3, 1).numpy()
     paths = [save(Image.fromarray(array), root, f"{i}.png") for i, array in enumerate(arrays)]
     return FileImages(paths, images.labels)
+
+
+def tree(root, *paths):
+    """Writes a small PNG under every path below a folder, with braces as bash has them; returns the folder."""
+    file = io.BytesIO()
+    Image.new("RGB", (6, 6)).save(file, "png")
+    os.makedirs(root, exist_ok=True)
+    for path in paths:
+        before, brace, rest = path.partition("{")
+        inside, _, after = rest.partition("}")
+        first, dots, last = inside.partition("..")
+        several = map(str, range(int(first), int(last) + 1)) if dots else inside.split(",")
+        for name in [before + x + after for x in several] if brace else [path]:
+            os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+            with open(os.path.join(root, name), "wb") as f:
+                f.write(file.getvalue())
+    return str(root)
+
+
+def below(part, *paths):
+    return [f"{part}/{path}" for path in paths]
