@@ -344,6 +344,7 @@ class Run:
                     self.save()
                 except (OSError, FloatingPointError) as failed:  # the user still needs to know of the image
                     add_note(e, f"step {self.state.step} is not saved: {failed}")
+                dist_util.barrier()  # a launcher ends all ranks once one is gone
             raise
 
     @contextlib.contextmanager

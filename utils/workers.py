@@ -22,7 +22,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, queues
+from multiprocessing import connection, queues, util
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -56,6 +56,9 @@ def _signals_later() -> Iterator[None]:
 def outlive_signals(worker: int) -> None:
     """Keeps a worker alive on Ctrl-C and SIGTERM, which may reach all processes: the current step needs its images."""
     sys.excepthook = _print_unless_cut_off
+    with contextlib.suppress(OSError):
+        for fd in (os.dup(2), os.dup(2)):  # with which one that has no more files removes its temporary folder
+            util.Finalize(None, os.close, (fd,), exitpriority=-50)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -109,8 +112,8 @@ class _Queue(queues.Queue):
         item = super().get(block, timeout)
         try:
             return item and (item[0], ForkingPickler.loads(item[1]))
-        except Exception as e:  # whatever it is, it is told under the batch's number
-            return item[0], _Lost(e)
+        except Exception as e:  # whatever it is, it is told under the batch's number; its frames would keep the loader
+            return item[0], _Lost(e.with_traceback(None))
 
 
 def _pickled(batch: Any) -> bytes:
@@ -200,7 +203,7 @@ def explain_death(error: BaseException) -> str:
         if int(found[1]) in NO_FILES:
             return str(_not_handed_over(OSError(int(found[1]), os.strerror(int(found[1])))))
         return f"a process that decodes images ended with exit code {found[1]}; --num_workers 0 may show why"
-    if (found := re.search(r"killed by signal: ([^.]+)", text)) and found[1] != "Killed":
+    if (found := re.search(r"killed by signal: ([\w ]*\w)", text)) and found[1] != "Killed":
         return f"a process that decodes images was killed ({found[1]}): an image may crash what decodes it"
     return "a process that decodes images was killed, perhaps for lack of memory; fewer --num_workers need less"
 
@@ -224,6 +227,8 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         for batch in batches:
             if isinstance(batch, _Lost):
                 raise _explained(batch.error, workers) from batch.error
+            if isinstance(batch, OSError) and batch.errno in NO_FILES:
+                raise _not_handed_over(batch)
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -231,6 +236,8 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         if not worker_died(e):
             raise
         raise ChildProcessError(explain_death(e)) from e
+    finally:
+        del batches  # ends the workers, though an error that a batch was keeps this frame
 
 
 def _free(error: OSError) -> None:
