@@ -202,6 +202,7 @@ LONG = {
     "models/npz.py": "one format, read and written, whose arrays follow from one table",
     "utils/args.py": "a third of it is the table of flags, from which the rest follows",
     "utils/run.py": "one object owns a run's files, its state and the order of resuming",
+    "tests/helpers/error_faults.py": "a table of errors and what provokes them",
     "tests/helpers/error_inputs.py": "a table of errors and what provokes them",
     "tests/helpers/error_tools.py": "a table of errors and what provokes them",
     "tests/data/google_npz.py param_shapes": "a table of arrays' names and shapes",
