@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.boundaries import killed_at
+from tests.helpers.error_faults import after_step, limit_file_sizes
 from tests.helpers.forked import run_forked
 from tests.helpers.launching import ranks
 from tests.helpers.runs import SHORT, assert_same, last_state, outcome, several_sizes, undisturbed, write_images
@@ -71,6 +72,17 @@ def test_a_damaged_image_to_train_on_costs_no_step(workers, bad_step, last_eval_
             ends_with_the_name_of(path, bad_step - 1, last_eval_step, "--num_workers", workers)
     assert trained("--num_workers", workers)[0] == 0
     assert_same(outcome(), undisturbed("--train_batch_size", str(BATCH), images=of_several_sizes))
+
+
+def test_an_image_is_named_even_if_the_step_cannot_be_saved():
+    with damaged(path := trained_on_in(4, 1)):
+        code, _, err = run_forked(
+            ["train.py", *SHORT, "--train_batch_size", "2"], prepare=after_step(3, limit_file_sizes)
+        )
+    *_, line = err.splitlines()
+    assert (code, "Traceback" in err, last_state().step) == (2, False, 2)
+    assert line.startswith(f"train.py: error: {path} cannot be read as an image")
+    assert "step 3 is not saved: " in line
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

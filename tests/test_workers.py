@@ -80,6 +80,10 @@ def lose_a_server():
     raise ConnectionResetError("the file server is gone")
 
 
+def want_too_much():
+    return bytearray(2**60)
+
+
 def raise_what_cannot_be_sent():
     raise NeedsTwo("a", "b")
 
@@ -98,6 +102,7 @@ KILLED = "process that decodes images was killed"
         (crash, ChildProcessError, rf"^a {KILLED} \(Segmentation fault\): an image may crash"),
         (leave, ChildProcessError, "^a process that decodes images ended with exit code 3; --num_workers 0"),
         (lose_the_disk, OSError, r"^\[Errno 5\] Input/output error: 'a.png'$"),
+        (want_too_much, MemoryError, ""),
         (lose_a_server, ConnectionResetError, "^the file server is gone$"),
         (raise_what_cannot_be_sent, OSError, "^worker processes cannot hand over .*; give --num_workers 0$"),
         (raise_what_cannot_arrive, OSError, "^worker processes cannot hand over .*; give --num_workers 0$"),

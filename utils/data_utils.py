@@ -221,8 +221,8 @@ def _to_the_end(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
 class _DecodeTask(Dataset):
     """Decodes and transforms one image in a worker process.
 
-    What is wrong with an image, a disk or a network comes back as an error: raised in a worker, it would reach the
-    user as a stack.
+    What is wrong with an image or the machine comes back as an error: raised in a worker, it would reach the user as a
+    stack.
     """
 
     def __init__(self, images: FileImages, transform: Transform) -> None:
@@ -234,7 +234,7 @@ class _DecodeTask(Dataset):
         try:
             image = read_image(self.images.paths[index])
             return self.transform.image(image, torch.tensor(draws, dtype=torch.float64)), self.images.labels[index]
-        except (ImageError, OSError) as e:
+        except (ImageError, MemoryError, OSError) as e:
             return e
 
 

@@ -183,6 +183,8 @@ def _not_handed_over(error: Exception) -> Exception:
         text, remedy = "too many open files", "raise the limit (ulimit -n), or "
     elif "AF_UNIX path too long" in text:
         remedy = f"set TMPDIR to a shorter path than {tempfile.gettempdir()}, or "
+    elif os.strerror(errno.ENOSPC) in text:
+        remedy = f"make room in /dev/shm (Docker, Kubernetes: --shm-size) and {tempfile.gettempdir()}, or "
     return OSError(
         f"worker processes cannot hand over the images that they decode: {text}; {remedy}give --num_workers 0"
     )
