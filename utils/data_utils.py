@@ -248,5 +248,5 @@ def _collate(items: Sequence[tuple[Tensor, Tensor] | Exception], smaller: str) -
     images, labels = zip(*done)
     try:
         return workers.share((torch.stack(images), torch.stack(labels)), smaller)
-    except OSError as e:
+    except (MemoryError, OSError) as e:
         return e

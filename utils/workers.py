@@ -141,6 +141,7 @@ def share(batch: tuple[Tensor, ...], smaller: str) -> tuple[Tensor, ...]:
 
     Raises:
         OSError: there is no room, or another reason.
+        MemoryError: the system has no memory.
     """
     worker = get_worker_info()
     if worker is None:
@@ -165,8 +166,8 @@ def _no_room(num_batches: int, num_bytes: int, smaller: str) -> str:
     return (
         f"/dev/shm is too small for the batches that worker processes decode: {num_batches} of {_megabytes(num_bytes)} "
         f"(two for each of --num_workers) need {_megabytes(need)}{' on each rank' if num_ranks > 1 else ''}; it has "
-        f"{total}, {free} of them free; enlarge it (Docker, Kubernetes: --shm-size {enough}g, by default they give "
-        f"64 MB), or give --num_workers 0 or {smaller}"
+        f"{total}, {free} of them free; enlarge it (Docker: --shm-size {enough}g; Kubernetes: an emptyDir of medium "
+        f"Memory at /dev/shm), or give --num_workers 0 or {smaller}"
     )
 
 
@@ -184,7 +185,7 @@ def _not_handed_over(error: Exception) -> Exception:
     elif "AF_UNIX path too long" in text:
         remedy = f"set TMPDIR to a shorter path than {tempfile.gettempdir()}, or "
     elif os.strerror(errno.ENOSPC) in text:
-        remedy = f"make room in /dev/shm (Docker, Kubernetes: --shm-size) and {tempfile.gettempdir()}, or "
+        remedy = f"make room in /dev/shm (Docker: --shm-size) and {tempfile.gettempdir()}, or "
     return OSError(
         f"worker processes cannot hand over the images that they decode: {text}; {remedy}give --num_workers 0"
     )
@@ -215,7 +216,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
 
     Raises:
         ChildProcessError: one of them died.
-        OSError: they cannot be started, or a batch cannot be handed over.
+        OSError, MemoryError: they cannot be started, or a batch cannot be handed over.
     """
     others = multiprocessing.active_children()
     try:
@@ -229,7 +230,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         for batch in batches:
             if isinstance(batch, _Lost):
                 raise _explained(batch.error, workers) from batch.error
-            if isinstance(batch, OSError) and batch.errno in NO_FILES:
+            if isinstance(batch, OSError) and workers and batch.errno in (*NO_FILES, errno.ENOMEM):
                 raise _not_handed_over(batch)
             if isinstance(batch, Exception):
                 raise batch
