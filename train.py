@@ -74,7 +74,7 @@ def train(
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()
     batches = make_batches(args, run.batch, data.train, state.step + 1, precision.device)
 
-    with log:
+    with log, run.saving_before_image_errors():
         if state.step and not run.is_own:
             run.save()  # under its own name from now on
         if state.last_eval_step < state.step and is_due(state.step, args.eval_every, args.num_steps):
@@ -130,6 +130,8 @@ def after_step(
     """
     state, step = run.state, run.state.step
     if is_due(step, args.eval_every, args.num_steps):
+        if state.last_eval_step == 0 and isinstance(data.test, datasets.FileImages):
+            run.save()  # no test image was decoded yet: one that crashes what decodes it must not cost the steps
         start, num_workers = time.perf_counter(), flags.decoding_workers(args)
         with log.paused():
             result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, num_workers, stop)

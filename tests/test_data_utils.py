@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -244,14 +243,6 @@ def test_a_worker_whose_run_is_gone_prints_no_stack(folder, decode_late, capfd):
     error = capfd.readouterr().err
     assert "a bug" in error
     assert "the run is gone" not in error
-
-
-def test_a_worker_that_dies_in_the_middle_of_a_batch_is_explained(tmp_path, monkeypatch):
-    images = as_files(numbered_images(6), tmp_path)
-    for error in (ConnectionResetError("reset by peer"), EOFError(), RuntimeError("DataLoader worker (pid 1) died")):
-        monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", mock.Mock(side_effect=error))
-        with pytest.raises(ChildProcessError, match="--num_workers"):
-            take(images, sampler_of(6, 6), num_workers=1)
 
 
 @pytest.mark.usefixtures("decode_late")

@@ -10,8 +10,9 @@ models, and reads no flags: functions take the values they need.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import workers
+from utils import dist_errors, workers
 from utils.datasets import FileImages, Images, MemoryImages
 from utils.hardware import to_device
 from utils.images import ImageError, read_image
@@ -114,14 +115,17 @@ def train_batches(
     """Yields the training's micro-batches: for each of ``steps`` in turn, its images, ``micro_batch_size`` at a time.
 
     Raises:
-        ImageError: an image cannot be decoded.
+        ImageError: an image cannot be decoded, on whichever rank.
     """
     micro_batches = (
         pair
         for indices, draws in map(sampler, steps)
         for pair in zip(indices.split(micro_batch_size), draws.split(micro_batch_size))
     )
-    return _batches(images, micro_batches, transform, device, num_workers)
+    if isinstance(images, MemoryImages):
+        return _transformed(images, micro_batches, transform, device)
+    batches = _decoded(images, micro_batches, transform, device, num_workers, "more --gradient_accumulation_steps")
+    return _on_all_ranks(batches)
 
 
 def eval_batches(
@@ -136,11 +140,13 @@ def eval_batches(
     """Yields this rank's share of all images, each once, in order; the last batch may be smaller.
 
     Raises:
-        ImageError: an image cannot be decoded.
+        ImageError: an image cannot be decoded, on whichever rank; after the last batch of the others.
     """
     mine = torch.arange(len(images))[rank::world_size]
     batches = [(indices, torch.empty(len(indices), 0)) for indices in mine.split(batch_size) if len(indices)]
-    return _batches(images, batches, transform, device, num_workers)
+    if isinstance(images, MemoryImages):
+        return _transformed(images, batches, transform, device)
+    return _to_the_end(_decoded(images, batches, transform, device, num_workers, "a smaller --eval_batch_size"))
 
 
 def num_eval_batches(images: Images, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
@@ -148,61 +154,99 @@ def num_eval_batches(images: Images, batch_size: int, rank: int = 0, world_size:
     return math.ceil(len(range(rank, len(images), world_size)) / batch_size)
 
 
-def _batches(
-    images: Images,
-    choices: Iterable[tuple[Tensor, Tensor]],
+#: Batches to make: indices (B,) of images and their random numbers (B, num_draws).
+Choices = Iterable[tuple[Tensor, Tensor]]
+
+
+def _transformed(
+    images: MemoryImages, choices: Choices, transform: Transform, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Yields batches of images in memory."""
+    here = images.to(device)
+    for indices, draws in choices:
+        at = to_device(indices, device)
+        yield transform.batch(here.images[at], draws), here.labels[at]
+
+
+def _decoded(
+    images: FileImages,
+    choices: Choices,
     transform: Transform,
     device: torch.device,
     num_workers: int,
+    smaller: str,
 ) -> Iterator[MicroBatch]:
-    """Yields a batch for each of ``choices``: indices (B,) of images and their random numbers (B, num_draws)."""
-    if isinstance(images, MemoryImages):
-        here = images.to(device)
-        for indices, draws in choices:
-            at = to_device(indices, device)
-            yield transform.batch(here.images[at], draws), here.labels[at]
-        return
-    items = (list(zip(indices.tolist(), draws)) for indices, draws in choices)
+    """Yields batches of images in files; ``smaller`` is what makes them smaller, for messages."""
+    # Workers get no tensors, for which the run would need shared memory and a socket, too.
+    items = (list(zip(indices.tolist(), draws.tolist())) for indices, draws in choices)
     loader = DataLoader(
         _DecodeTask(images, transform),
         batch_sampler=cast(Sampler, items),
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=functools.partial(_collate, smaller=smaller),
         worker_init_fn=workers.outlive_signals,
+        multiprocessing_context=workers.context(num_workers),
         generator=torch.Generator(),  # else it would draw from the global one, which is dropout's
         pin_memory=device.type == "cuda",
     )
     for batch in workers.batches_of(loader):
-        if isinstance(batch, ImageError):
-            raise batch
         x, y = (to_device(t, device) for t in batch)
         yield transform.complete(x), y
+
+
+def _on_all_ranks(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Yields as many batches on each rank, or raises ImageError on all: none waits in a reduction for another."""
+    ready, failed = [], None
+    while True:
+        try:
+            ready.append(next(batches))
+        except StopIteration:
+            return
+        except ImageError as e:
+            failed = e
+        dist_errors.raise_together(failed)
+        yield ready.pop()  # nothing here keeps it: on a GPU it would take its memory in every step
+
+
+def _to_the_end(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Yields each rank's batches, however many, and raises ImageError on all of them at the end."""
+    failed = None
+    try:
+        yield from batches
+    except ImageError as e:
+        failed = e
+    dist_errors.raise_together(failed)
 
 
 class _DecodeTask(Dataset):
     """Decodes and transforms one image in a worker process.
 
-    An unreadable image comes back as its error: raised in a worker, it would reach the user as a stack.
+    What is wrong with an image or the machine comes back as an error: raised in a worker, it would reach the user as a
+    stack.
     """
 
     def __init__(self, images: FileImages, transform: Transform) -> None:
         self.images = images
         self.transform = transform
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | ImageError:
+    def __getitem__(self, item: tuple[int, list[float]]) -> tuple[Tensor, Tensor] | Exception:
         index, draws = item
         try:
             image = read_image(self.images.paths[index])
-        except ImageError as e:
+            return self.transform.image(image, torch.tensor(draws, dtype=torch.float64)), self.images.labels[index]
+        except (ImageError, MemoryError, OSError) as e:
             return e
-        return self.transform.image(image, draws), self.images.labels[index]
 
 
-def _collate(items: list[tuple[Tensor, Tensor] | ImageError]) -> tuple[Tensor, Tensor] | ImageError:
+def _collate(items: Sequence[tuple[Tensor, Tensor] | Exception], smaller: str) -> tuple[Tensor, ...] | Exception:
+    """Stacks images and labels, in a worker in shared memory; an error comes back in their place."""
     done: list[tuple[Tensor, Tensor]] = []
     for item in items:
-        if isinstance(item, ImageError):
+        if isinstance(item, Exception):
             return item
         done.append(item)
     images, labels = zip(*done)
-    return torch.stack(images), torch.stack(labels)
+    try:
+        return workers.share((torch.stack(images), torch.stack(labels)), smaller)
+    except (MemoryError, OSError) as e:
+        return e

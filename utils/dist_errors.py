@@ -1,4 +1,4 @@
-"""Explains the end of a run of several ranks: which of them are gone, and which one prints the error."""
+"""The end of a run of several ranks: who raises an error, which of them are gone, and which one prints it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from utils import dist_util
 
 T = TypeVar("T")
@@ -19,6 +21,19 @@ T = TypeVar("T")
 GRACE_SECS = 20
 #: How long the store may take to answer.
 STORE_SECS = 3
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises on every rank the error of the first that has one; every rank must call it.
+
+    For errors after which each rank still has something to do.  Where none has one, it costs one number of the hosts.
+    """
+    if dist_util.max_over_ranks(int(error is not None)) and dist.is_initialized():
+        errors: list[Exception | None] = [None] * dist_util.world_size()
+        dist.all_gather_object(errors, error)
+        error = next(e for e in errors if e is not None)
+    if error is not None:
+        raise error.with_traceback(None)  # whose frames would keep the loader, and with it its processes
 
 
 def is_error_reporter() -> bool:

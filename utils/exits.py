@@ -45,15 +45,15 @@ def _code(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     known = isinstance(error, OSError | OutOfMemory | FloatingPointError)
-    return 1 if known or _is_lost_contact(error) or _worker_died(error) or _is_compile_error(error) else None
+    return 1 if known or _is_lost_contact(error) or workers.worker_died(error) or _is_compile_error(error) else None
 
 
 def _message(error: BaseException) -> str:
     """Returns an error's text for the user."""
     if _is_lost_contact(error):
         return dist_errors.lost_contact(error)
-    if _worker_died(error):
-        return workers.WORKER_DIED
+    if workers.worker_died(error):
+        return workers.explain_death(error)
     if _is_compile_error(error):
         reason = str(error).strip().partition("\n")[0]
         return f"torch.compile failed ({reason}); install what it lacks, or leave --compile out"
@@ -62,10 +62,6 @@ def _message(error: BaseException) -> str:
 
 def _is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, Exception) and dist_util.is_lost_contact(error)
-
-
-def _worker_died(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and workers.worker_died(error)
 
 
 def _is_compile_error(error: BaseException) -> bool:

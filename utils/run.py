@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from utils import checkpoint, dist_util, files
 from utils.batch import Batch
 from utils.errors import UserError, add_note
+from utils.images import ImageError
 
 if TYPE_CHECKING:
     from utils.evaluation import EvalResult
@@ -331,6 +332,20 @@ class Run:
             logger.warning("%s was not written by this run; it is kept as %s", path, kept)
         self._wrote_best = True
         self.state.best_crc32 = checkpoint.save_weights(path, weights, metadata)
+
+    @contextlib.contextmanager
+    def saving_before_image_errors(self) -> Iterator[None]:
+        """Saves the last complete step before an image that cannot be read ends the training; on every rank."""
+        try:
+            yield
+        except ImageError as e:
+            if self.state.step:
+                try:
+                    self.save()
+                except (OSError, FloatingPointError) as failed:  # the user still needs to know of the image
+                    add_note(e, f"step {self.state.step} is not saved: {failed}")
+                dist_util.barrier()  # a launcher ends all ranks once one is gone
+            raise
 
     @contextlib.contextmanager
     def noting_what_is_left(self) -> Iterator[None]:

@@ -6,11 +6,14 @@ Whatever ends a run, its files are whole, and the last saved state is there to r
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from tests.helpers.errors import Case, Group, Launch
 from tests.helpers.forked import run_forked
 from tests.helpers.runs import RUN, every_name_is_whole, last_state, lines, several_sizes, write_images
 from utils import datasets
+
+CLONE_NEWNS = 0x20000  # linux/sched.h
 
 #: 13 steps; evaluations, and with them saves, after 5, 10 and 13; two micro-batches a step.
 AT = 5  # the last saved step before what happens after step 7
@@ -157,12 +162,14 @@ def limit_file_sizes() -> None:
 PETS = ["--dataset", "pets", "--num_steps", "200", "--eval_every", "5"]
 
 
-def pets_of_several_sizes(prepare: Callable[[], None], *flags: str) -> Callable[[], Launch]:
+def pets_of_several_sizes(
+    prepare: Callable[[], None], *flags: str, after: Callable[[], object] = whole
+) -> Callable[[], Launch]:
     """The same with images that worker processes decode."""
 
     def make() -> Launch:
         write_images("pets", several_sizes())
-        return Launch([*PETS, *flags], prepare=prepare, after=whole, writes=True)
+        return Launch([*PETS, *flags], prepare=prepare, after=after, writes=True)
 
     return make
 
@@ -174,9 +181,48 @@ def kill_workers() -> None:
         os.kill(p.pid, signal.SIGKILL)
 
 
+def small_shared_memory(size: str) -> Callable[[], None]:
+    """Gives a child, in which the result is called, a /dev/shm of its own."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+
+    def prepare() -> None:
+        assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+
+    return prepare
+
+
+def too_small_for_a_batch() -> Launch:
+    write_images("pets", several_sizes())
+    flags = [*PETS, "--img_size", "64", "--train_batch_size", "512", "--num_workers", "2"]
+    return Launch(flags, prepare=small_shared_memory("2m"), after=lambda: whole(None), writes=True)
+
+
+def use_temporary_folder(path: str) -> None:
+    """Lets a child, which knows that of the test, use another."""
+    os.makedirs(path)
+    os.environ["TMPDIR"], tempfile.tempdir = path, None
+    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+
+
+def open_no_more_files() -> None:
+    """Leaves a process the files that it has."""
+    fd = os.dup(0)
+    os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fd, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
 def cut_images() -> None:
     for path in Path("pets/train").rglob("*.png"):
         os.truncate(path, os.path.getsize(path) // 2)
+
+
+def saved_since() -> None:
+    """Fails unless the state is of a step that followed: processes had decoded some batches before."""
+    assert last_state().step >= 7
+    whole(last_state().step)
 
 
 def no_memory_of_host(output: Any) -> Any:
@@ -251,10 +297,16 @@ FAULTS = [
     Group("The machine", flags=RUN, cases=[
         Case("worker-killed", "a process that decodes images is killed",
              pets_of_several_sizes(after_step(7, kill_workers), "--num_workers", "2"), "--num_workers", 1),
+        Case("shared-memory-small", "a small /dev/shm, as of a container", too_small_for_a_batch, "--shm-size", 1),
+        Case("temporary-folder-long", "a temporary folder whose path is too long for a socket",
+             pets_of_several_sizes(lambda: use_temporary_folder(os.path.abspath("x" * 100)), "--num_workers", "2",
+                                   after=lambda: whole(None)), "TMPDIR", 1),
+        Case("open-files-limit", "too many open files",
+             pets_of_several_sizes(after_step(7, open_no_more_files), "--num_workers", "2"), "ulimit -n", 1),
         Case("image-turned-unreadable", "an image that turned unreadable",
-             pets_of_several_sizes(after_step(7, cut_images)), "pets/train/"),
+             pets_of_several_sizes(after_step(7, cut_images), after=lambda: whole(7)), "pets/train/"),
         Case("image-turned-unreadable-worker", "the same, found by a worker",
-             pets_of_several_sizes(after_step(7, cut_images), "--num_workers", "2"), "pets/train/"),
+             pets_of_several_sizes(after_step(7, cut_images), "--num_workers", "2", after=saved_since), "pets/train/"),
         Case("memory-step-cpu", "no memory for a step, on a CPU", befallen(in_forward(7, no_memory_of_host)),
              "--gradient_accumulation_steps 4", 1),
         Case("memory-step-gpu", "no memory for a step, on a GPU",
