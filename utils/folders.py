@@ -1,8 +1,8 @@
 """The images of a folder: which classes, which to train on, which to test on.
 
 Lists folders and reads no image, so that it can come before anything that takes long: 100,000 files on a local disk
-take 0.2 s in parts, 0.4 s where their names split them.  utils/parts.py knows the layouts, utils/split.py which images
-are tested on where no part says so.  This module must not know what becomes of the files.
+take 0.2 s, or 0.4 s where their names split them.  utils/parts.py knows the layouts, utils/split.py which images are
+tested on where no part says so.  This module must not know what becomes of the files.
 """
 
 from __future__ import annotations
