@@ -328,12 +328,14 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         file = published.find(path, args.model_type)
         source = pretrained.load(metadata.open_weights(file, strict=False), args.model_type)
         path = file if path is None else path
-    data = datasets.load(found, args.data_dir, flags.decoding_workers(args))
+    with run.remembering_unreadable(args.dataset):
+        data = datasets.load(found, args.data_dir, flags.decoding_workers(args), run.fingerprint)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
         flags.settings(args, path, dataset, config.dropout_rate, run.batch.total, str(precision)),
         flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
         flags.defaults(),
+        data.manifest,
     )
     keep_head = False
     if source is not None:

@@ -204,7 +204,7 @@ def test_other_images_are_another_data_set(capsys):
     killed_at(STOP)
     shutil.copy("pets/train/ant/0.png", "pets/train/ant/1.png")
     assert run() == 2
-    assert "--dataset was folder " in capsys.readouterr().err
+    assert "had 16 images then, 16 now (other contents or classes)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

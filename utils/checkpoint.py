@@ -263,13 +263,14 @@ STATE_KINDS: dict[str, type] = {
     "best_step": int,
     "best_result": dict,
     "best_crc32": int,
+    "data": dict,
     "model": dict,
     "optimizer": dict,
     "precision": dict,
     "log": dict,
 }
 #: What a state counts as having that is older than the entry.
-STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0}
+STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}}
 #: Names of format 1, which is read for ever, and what they are called now.
 FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 

@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import cifar, dist_util, folders
+from utils import cifar, dist_util, folders, inspection
 from utils.errors import UserError
 from utils.folders import Folder, Part, TestFolder
-from utils.images import read_image
+from utils.images import ImageError, read_image
+from utils.manifest import Manifest
 
 logger = logging.getLogger("train")
 
@@ -37,10 +38,11 @@ DIGITS_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets",
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Images in memory: (N, 3, H, W) uint8, labels (N,) int64."""
+    """Images in memory: (N, 3, H, W) uint8, labels (N,) int64, and the files' paths where they are from files."""
 
     images: Tensor
     labels: Tensor
+    paths: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +53,7 @@ class MemoryImages:
 
     def to(self, device: torch.device) -> MemoryImages:
         """Moves both to a device, once for all steps and evaluations."""
-        return MemoryImages(self.images.to(device), self.labels.to(device))
+        return MemoryImages(self.images.to(device), self.labels.to(device), self.paths)
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,14 @@ Images = MemoryImages | FileImages
 
 @dataclass(frozen=True)
 class DataSets:
-    """The images to train on and to evaluate; ``classes`` are the labels' names, ``notes`` lines to log about them.
+    """The images to train on and to evaluate.
 
-    ``test_fraction`` is the share that a split by names tests on; None where the data set has a part to test on.
+    Attributes:
+        train, test: the images.
+        classes: the labels' names.
+        test_fraction: share that a split by names tests on; None where the data set has a part to test on.
+        notes: lines to log about what is read.
+        manifest: a folder's files.
     """
 
     train: Images
@@ -89,6 +96,7 @@ class DataSets:
     classes: list[str]
     test_fraction: float | None = None
     notes: list[str] = field(default_factory=list)
+    manifest: Manifest | None = None
 
     def checksum(self) -> str:
         """Returns a text that changes with the images, their order and their classes."""
@@ -157,21 +165,21 @@ def _warn(found: Folder) -> None:
         logger.warning("%s: %s", found.root, line)
 
 
-def load(found: Folder | str, data_dir: str, num_workers: int) -> DataSets:
-    """Downloads, if need be, what ``find`` found, and decodes it where the images are small.
+def load(found: Folder | str, data_dir: str, num_workers: int, known_fingerprint: str = "") -> DataSets:
+    """Downloads, if need be, what ``find`` found; decodes images where they are small, and looks at all others.
 
     Args:
         found: by ``find``.
         data_dir: where downloads go.
         num_workers: threads that decode.
+        known_fingerprint: a folder of this one (``Manifest.fingerprint``) was looked at before.
 
     Raises:
-        ImageError: an image cannot be read.
+        ImageError: images cannot be read; the message has all of them.
         ConnectionError: a download failed.
     """
     if isinstance(found, Folder):
-        train, test = (_load_part(part, num_workers) for part in (found.train, found.test))
-        return DataSets(train, test, found.classes, found.test_fraction, found.notes)
+        return _load_folder(found, num_workers, known_fingerprint)
     if found == "digits":
         return _load_digits()
     with dist_util.main_process_first():
@@ -197,8 +205,11 @@ def _check_name(name: str, test_fraction: float | None = None) -> None:
 
 
 def _load_cifar(name: str, data_dir: str) -> DataSets:
-    splits = [MemoryImages(*map(torch.from_numpy, split)) for split in cifar.load(name, data_dir)]
-    return DataSets(splits[0], splits[1], class_names(name))
+    train, test = (
+        MemoryImages(torch.from_numpy(images), torch.from_numpy(labels))
+        for images, labels in cifar.load(name, data_dir)
+    )
+    return DataSets(train, test, class_names(name))
 
 
 def _load_digits() -> DataSets:
@@ -213,10 +224,26 @@ def _load_digits() -> DataSets:
     return DataSets(splits[0], splits[1], class_names("digits"))
 
 
-def _load_part(part: Part, num_workers: int) -> Images:
+def _load_folder(found: Folder, num_workers: int, known_fingerprint: str) -> DataSets:
+    reasons: dict[str, str] = {}  # why images cannot be read, by their paths
+    train, test = (_load_part(part, num_workers, reasons) for part in (found.train, found.test))
+    in_files = [path for part in (train, test) if isinstance(part, FileImages) for path in part.paths]
+    fingerprint = inspection.fingerprint(in_files, found.root) if in_files else ""
+    if dist_util.max_over_ranks(int(fingerprint != known_fingerprint)):
+        reasons |= inspection.inspect_images(in_files).reasons
+    if reasons:
+        raise ImageError(reasons)
+    train_names, test_names = (
+        [os.path.relpath(path, found.root) for path in part.paths] for part in (found.train, found.test)
+    )
+    manifest = Manifest(found.root, train_names, test_names, not in_files, fingerprint)
+    return DataSets(train, test, found.classes, found.test_fraction, found.notes, manifest)
+
+
+def _load_part(part: Part, num_workers: int, reasons: dict[str, str]) -> Images:
     labels = torch.tensor(part.labels, dtype=torch.int64)
-    images = _decode_all(part.paths, num_workers) if part.paths else None  # -v has none to train on
-    return FileImages(part.paths, labels) if images is None else MemoryImages(images, labels)
+    images = _decode_all(part.paths, num_workers, reasons)
+    return FileImages(part.paths, labels) if images is None else MemoryImages(images, labels, part.paths)
 
 
 def class_names(name: str) -> list[str]:
@@ -239,29 +266,45 @@ def image_at(images: Images, index: int) -> tuple[str, Image.Image]:
     """
     if isinstance(images, FileImages):
         return images.paths[index], read_image(images.paths[index])
-    return f"image {index}", Image.fromarray(images.images[index].permute(1, 2, 0).cpu().numpy())
+    name = f"image {index}" if images.paths is None else images.paths[index]
+    return name, Image.fromarray(images.images[index].permute(1, 2, 0).cpu().numpy())
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W) uint8
 
 
-def _decode_all(paths: list[str], num_workers: int) -> Tensor | None:
-    """Decodes all images to (N, 3, H, W) uint8, or returns None if they differ in size or take too much memory."""
-    first = _to_tensor(read_image(paths[0]))
-    if first[0].numel() > MEMORY_IMAGE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
+def _decode_all(paths: list[str], num_workers: int, reasons: dict[str, str]) -> Tensor | None:
+    """Decodes all images to (N, 3, H, W) uint8, or returns None if they differ in size or take too much memory.
+
+    Args:
+        paths: of the images.
+        num_workers: threads that decode.
+        reasons: takes why images cannot be read, by their paths.
+    """
+
+    def decode(path: str) -> Tensor | None:
+        try:
+            return _to_tensor(read_image(path))
+        except ImageError as e:
+            reasons.update(e.reasons)
+            return None
+
+    first = next((image for image in map(decode, paths) if image is not None), None)
+    if first is None or first[0].numel() > MEMORY_IMAGE_PX or first.numel() * len(paths) > MEMORY_LIMIT_BYTES:
         return None
     images = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
 
-    def decode(i: int) -> bool:
-        image = _to_tensor(read_image(paths[i]))
-        if image.shape != first.shape:
-            return False
-        images[i] = image
-        return True
+    def place(i: int) -> bool:
+        image = decode(paths[i])
+        if image is None:
+            return True
+        if image.shape == first.shape:
+            images[i] = image
+        return image.shape == first.shape
 
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        done = pool.map(decode, range(len(paths)))
+        done = pool.map(place, range(len(paths)))
         for same_size in tqdm(done, "Decoding", len(paths), unit="image", leave=False, **dist_util.bar_options()):
             if not same_size:
                 pool.shutdown(cancel_futures=True)

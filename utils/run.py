@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, dist_util, files
+from utils import checkpoint, dist_util, files, manifest
 from utils.batch import Batch
 from utils.errors import UserError, add_note
 from utils.images import ImageError
+from utils.manifest import Manifest
 
 if TYPE_CHECKING:
     from utils.evaluation import EvalResult
@@ -115,6 +116,7 @@ class Run:
         environment: what may change the last digits.
         batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
         is_own: the state to resume from, if there is one, is of this very run.
+        manifest: the files of the images, where they are a folder's.
     """
 
     def __init__(self, paths: RunPaths, resume: str, batch: Batch) -> None:
@@ -123,6 +125,8 @@ class Run:
         self.state = RunState()
         self.settings: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
+        self.manifest: Manifest | None = None
+        self._unreadable: set[str] = set()  # names of images that turned out so
         self._saved: dict[str, Any] | None = None  # what the file of the state holds, until ``restore``
         self._locks = contextlib.ExitStack()
         self._wrote_best = False  # the checkpoint under the run's name is its own
@@ -178,18 +182,42 @@ class Run:
         assert self._saved is not None
         return self._saved.pop("model")
 
-    def set_settings(self, settings: dict[str, Any], environment: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the images that were looked at when the state was saved; "" if there are none."""
+        return "" if self._saved is None else self._saved["data"].get("fingerprint", "")
+
+    @contextlib.contextmanager
+    def remembering_unreadable(self, root: str) -> Iterator[None]:
+        """Notes in the state to resume from which images below ``root`` cannot be read: they may go."""
+        try:
+            yield
+        except ImageError as e:
+            if self._saved is not None and self._saved["data"] and self.is_own and dist_util.is_main():
+                data = self._saved["data"]
+                data["unreadable"] = sorted({*data["unreadable"], *(os.path.relpath(path, root) for path in e.reasons)})
+                checkpoint.save_state(self.paths.state, {key: self._saved[key] for key in checkpoint.STATE_KINDS})
+            raise
+
+    def set_settings(
+        self,
+        settings: dict[str, Any],
+        environment: dict[str, Any],
+        defaults: Mapping[str, Any],
+        images: Manifest | None = None,
+    ) -> None:
         """Sets what decides on the result, and compares it with what the state was saved under.
 
         Args:
             settings: what decides on the result, by the names of the flags.
             environment: what may change the last digits.
             defaults: of the settings; a setting that a state lacks counts as its default.
+            images: the files that the data's checksum is of, where they are a folder's.
 
         Raises:
             UserError: they differ; the message lists every difference.
         """
-        self.settings, self.environment = settings, environment
+        self.settings, self.environment, self.manifest = settings, environment, images
         if self._saved is None:
             return
         was = {name: defaults.get(name, value) for name, value in settings.items()} | self._saved["settings"]
@@ -198,7 +226,8 @@ class Run:
             logger.warning("--num_steps was %s and is %d: the steps to come have the longer schedule's learning rates",
                            steps, settings["--num_steps"])  # fmt: skip
             was["--num_steps"] = settings["--num_steps"]
-        if changed := _differences(was, settings):
+        explained = self._compare_images(was)
+        if changed := [*explained, *_differences(was, settings)]:
             raise UserError(
                 f"{self._state_path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
                 "or another --name, or start over with --resume none"
@@ -208,6 +237,27 @@ class Run:
             logger.warning(
                 "%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed)
             )
+
+    def _compare_images(self, was: dict[str, Any]) -> list[str]:
+        """Tells what changed in a folder of images, and makes the saved settings ``was`` those of the folder as it is.
+
+        The run resumes without images that it could not read.
+        """
+        assert self._saved is not None
+        name, now, saved = "--dataset", self.manifest, self._saved["data"]
+        if now is None or not str(was.get(name)).startswith("folder "):
+            return []
+        same, was[name] = was[name] == self.settings[name], self.settings[name]
+        if not (gone := manifest.gone_without_harm(saved, now)):
+            return [f"{name}: {text}"] if (text := manifest.difference(saved, now, same)) else []
+        logger.warning(
+            "%s, which could not be read, are gone: the order of the images is that of the smaller folder from here on",
+            ", ".join(gone),
+        )
+        self.state.best_result = manifest.without(self.state.best_result, saved, now)
+        if not self.state.best_result:  # which accuracies to come cannot be compared with
+            self.state.best_accuracy, self.state.best_step, self.state.last_eval_step = -1.0, 0, 0
+        return []
 
     # ---- once the model is there ----
 
@@ -300,6 +350,7 @@ class Run:
                     "settings": self.settings,  # compared on resume: they decide on the result
                     "environment": self.environment,  # a change of it is a warning: it may change the last digits
                     "batch": {"total": self.batch.total, "given": self.batch.given},  # kept with other ranks
+                    "data": {} if self.manifest is None else self.manifest.state_dict(self._unreadable),  # file names
                     **vars(self.state),  # step, last_eval_step, best_accuracy, best_step, best_result, best_crc32
                     "model": weights,  # float32, by the checkpoint's names
                     "optimizer": self._optimizer.state_dict(),  # momentum
@@ -339,6 +390,8 @@ class Run:
         try:
             yield
         except ImageError as e:
+            if self.manifest is not None:
+                self._unreadable |= self.manifest.names(e.reasons)
             if self.state.step:
                 try:
                     self.save()

@@ -1,0 +1,163 @@
+"""What a run remembers of its files, and what it makes of a change of them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.folders import damage
+from tests.helpers.forked import run_forked
+from tests.helpers.runs import SHORT, last_state, run_in_child, several_sizes, write_images
+from utils import checkpoint
+
+LATE = "output/a_last.pt"
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path, monkeypatch):
+    """Runs write output/ and logs/ below the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(in_memory):
+    write_images("pets", None if in_memory else several_sizes())
+
+
+def stopped_after_two_steps():
+    """A run of which two of the four steps are saved."""
+    run_in_child("--num_steps", "2")
+
+
+def resume(*flags):
+    """Resumes it; returns the exit code and standard error."""
+    code, _, err = run_forked(["train.py", *SHORT, *flags])
+    return code, err
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_run_resumes_once_the_images_are_gone_that_turned_unreadable(in_memory, part):
+    write(in_memory)
+    stopped_after_two_steps()
+    bad = [Path("pets", part, "ant", "1.png"), Path("pets", part, "bee", "0.png")]
+    for path in bad:
+        damage(path, "cut_off")
+    code, err = resume()
+    assert code == 2
+    assert all(str(path) in err for path in bad)
+    for path in bad:
+        path.unlink()
+    code, err = resume()
+    assert code == 0, err
+    assert "ant/1.png" in err
+    assert "the order of the images is that of the smaller folder" in err
+    state = last_state()
+    assert state.step == 4
+    assert len(state.best_result["truth"]) == 8 - 2 * (part == "test")
+    assert state.data["unreadable"] == []
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_other_changes_of_a_folder_are_told_in_numbers_and_names(in_memory):
+    write(in_memory)
+    stopped_after_two_steps()
+    before = Path(LATE).read_bytes()
+    os.rename("pets/train/ant/1.png", "taken.png")
+    code, err = resume()
+    assert code == 2
+    assert "its folder had 16 images then, 15 now (gone: train/ant/1.png)" in err
+    os.rename("taken.png", "pets/test/ant/9.png")
+    assert "had 16 images then, 16 now (gone: train/ant/1.png; new: test/ant/9.png)" in resume()[1]
+    os.rename("pets/test/ant/9.png", "pets/train/ant/1.png")
+    assert Path(LATE).read_bytes() == before
+    assert resume()[0] == 0
+
+
+def test_a_file_of_the_same_name_with_another_image_is_told_where_images_are_in_memory():
+    write(in_memory=True)
+    stopped_after_two_steps()
+    shutil.copy("pets/train/ant/1.png", "pets/train/bee/1.png")
+    code, err = resume()
+    assert code == 2
+    assert "its folder had 16 images then, 16 now (other contents or classes)" in err
+
+
+def test_an_unreadable_image_and_one_that_is_taken_away_do_not_resume():
+    write(in_memory=False)
+    stopped_after_two_steps()
+    damage(Path("pets/train/ant/1.png"), "cut_off")
+    assert resume()[0] == 2
+    os.unlink("pets/train/ant/1.png")
+    os.unlink("pets/train/ant/2.png")
+    code, err = resume()
+    assert code == 2
+    assert "gone: train/ant/1.png, train/ant/2.png" in err
+
+
+def saved_by_an_earlier_version():
+    """Takes the files' names out of the state, and puts in the checksum that the earlier version found."""
+    state = torch.load(LATE, weights_only=True)
+    del state["data"]
+    torch.save(state, LATE)
+
+
+def test_a_state_of_an_earlier_version_resumes_where_nothing_is_read_otherwise():
+    write(in_memory=False)
+    stopped_after_two_steps()
+    saved_by_an_earlier_version()
+    assert resume()[0] == 0
+    assert last_state().data["train"].split("\0") == [f"train/{c}/{i}.png" for c in ("ant", "bee") for i in range(4)]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_state_of_an_earlier_version_tells_what_is_read_otherwise_now(in_memory):
+    write(in_memory)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for i in range(2):
+        with Image.open(f"pets/train/ant/{i}.png") as image:
+            image.load()
+        image.save(f"pets/train/ant/{i}.png", exif=turned)
+    with Image.open("pets/test/bee/0.png") as image:
+        image.convert("RGBA").save("pets/test/bee/0.png")
+    stopped_after_two_steps()
+    saved_by_an_earlier_version()
+    if in_memory:  # its checksum is of the pixels, which are others
+        state = torch.load(LATE, weights_only=True)
+        state["settings"]["--dataset"] = "folder 00000000-11111111-22222222"
+        torch.save(state, LATE)
+    code, err = resume()
+    assert code == 2
+    assert "2 with an EXIF orientation" in err
+    assert "1 with transparency" in err
+    assert "images then" not in err
+
+
+def test_a_state_of_an_earlier_version_tells_of_other_images_without_their_names():
+    write(in_memory=False)
+    stopped_after_two_steps()
+    saved_by_an_earlier_version()
+    os.unlink("pets/train/ant/1.png")
+    code, err = resume()
+    assert code == 2
+    assert "its images were others (there are 15 now)" in err
+
+
+def test_images_are_not_looked_at_again_unless_names_sizes_or_times_change(monkeypatch):
+    write(in_memory=False)
+    stopped_after_two_steps()
+    assert checkpoint.load_state(LATE)["data"]["fingerprint"]
+
+    def fail(paths):
+        raise AssertionError("looked again")
+
+    from utils import inspection
+
+    monkeypatch.setattr(inspection, "inspect_images", fail)
+    code, err = resume()
+    assert code == 0, err
+    os.utime("pets/train/ant/1.png", (0, 0))
+    assert "looked again" in resume("--num_steps", "6")[1]
