@@ -241,9 +241,13 @@ def _load_folder(found: Folder, num_workers: int, known_fingerprint: str) -> Dat
 
 
 def _load_part(part: Part, num_workers: int, reasons: dict[str, str]) -> Images:
-    labels = torch.tensor(part.labels, dtype=torch.int64)
-    images = _decode_all(part.paths, num_workers, reasons)
-    return FileImages(part.paths, labels) if images is None else MemoryImages(images, labels, part.paths)
+    """Decodes a part's images if they fit into memory, and adds to ``reasons`` which of them cannot be read."""
+    labels, bad = torch.tensor(part.labels, dtype=torch.int64), dict[str, str]()
+    images = _decode_all(part.paths, num_workers, bad)
+    if images is None:  # those that were tried are looked at with all others
+        return FileImages(part.paths, labels)
+    reasons |= bad
+    return MemoryImages(images, labels, part.paths)
 
 
 def class_names(name: str) -> list[str]:
