@@ -100,6 +100,7 @@ ROOMS = {
         "utils.manifest",
         "utils.batch",
         "utils.checkpoint",
+        "utils.dist_errors",
         "utils.dist_util",
         "utils.evaluation",
         "utils.files",

@@ -33,7 +33,13 @@ def raise_together(error: Exception | None) -> None:
         dist.all_gather_object(errors, error)
         error = next(e for e in errors if e is not None)
     if error is not None:
+        vars(error)["on_all_ranks"] = True
         raise error.with_traceback(None)  # whose frames would keep the loader, and with it its processes
+
+
+def is_on_all_ranks(error: Exception) -> bool:
+    """Returns true if every rank has this error, so that they can still do something together."""
+    return dist_util.world_size() == 1 or vars(error).get("on_all_ranks", False)
 
 
 def is_error_reporter() -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, dist_util, files, manifest
+from utils import checkpoint, dist_errors, dist_util, files, manifest
 from utils.batch import Batch
 from utils.errors import UserError, add_note
 from utils.images import ImageError
@@ -386,13 +386,13 @@ class Run:
 
     @contextlib.contextmanager
     def saving_before_image_errors(self) -> Iterator[None]:
-        """Saves the last complete step before an image that cannot be read ends the training; on every rank."""
+        """Saves the last complete step before an image that cannot be read ends the training on every rank."""
         try:
             yield
         except ImageError as e:
             if self.manifest is not None:
                 self._unreadable |= self.manifest.names(e.reasons)
-            if self.state.step:
+            if self.state.step and dist_errors.is_on_all_ranks(e):
                 try:
                     self.save()
                 except (OSError, FloatingPointError) as failed:  # the user still needs to know of the image
