@@ -260,3 +260,13 @@ def test_an_unreadable_image_is_named_when_its_turn_comes(folder, how):
                 read(num_workers)
             assert str(e.value).startswith(str(folder / split / "dog" / "1.png"))
             assert "\n" not in str(e.value)
+
+
+def test_all_unreadable_images_of_a_batch_are_named(tmp_path):
+    images = as_files(numbered_images(6), tmp_path)
+    for i in (1, 4):
+        damage(tmp_path / f"{i}.png", "noise")
+    for num_workers in (0, 1):
+        with pytest.raises(ImageError) as e:
+            evaluated(images, 6, 9, num_workers)
+        assert list(e.value.reasons) == [images.paths[1], images.paths[4]]

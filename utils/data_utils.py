@@ -241,10 +241,16 @@ class _DecodeTask(Dataset):
 def _collate(items: Sequence[tuple[Tensor, Tensor] | Exception], smaller: str) -> tuple[Tensor, ...] | Exception:
     """Stacks images and labels, in a worker in shared memory; an error comes back in their place."""
     done: list[tuple[Tensor, Tensor]] = []
+    reasons: dict[str, str] = {}
     for item in items:
-        if isinstance(item, Exception):
+        if isinstance(item, ImageError):
+            reasons |= item.reasons
+        elif isinstance(item, Exception):
             return item
-        done.append(item)
+        else:
+            done.append(item)
+    if reasons:
+        return ImageError(reasons)
     images, labels = zip(*done)
     try:
         return workers.share((torch.stack(images), torch.stack(labels)), smaller)
