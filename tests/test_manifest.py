@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers.folders import damage
 from tests.helpers.forked import run_forked
-from tests.helpers.runs import SHORT, last_state, run_in_child, several_sizes, write_images
+from tests.helpers.runs import SHORT, last_state, lines, run_in_child, several_sizes, write_images
 from utils import checkpoint
 
 LATE = "output/a_last.pt"
@@ -161,3 +161,49 @@ def test_images_are_not_looked_at_again_unless_names_sizes_or_times_change(monke
     assert code == 0, err
     os.utime("pets/train/ant/1.png", (0, 0))
     assert "looked again" in resume("--num_steps", "6")[1]
+
+
+def a_folder_without_parts():
+    """Takes the parts of pets together: each class has eight images, of which some are tested on."""
+    for name in ("ant", "bee"):
+        for i in range(4):
+            os.makedirs(f"plain/{name}", exist_ok=True)
+            os.rename(f"pets/train/{name}/{i}.png", f"plain/{name}/{i}.png")
+            os.rename(f"pets/test/{name}/{i}.png", f"plain/{name}/{i + 4}.png")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_folder_that_is_moved_or_renamed_is_the_same(in_memory):
+    write(in_memory)
+    a_folder_without_parts()
+    run_in_child("--dataset", "plain", "--num_steps", "2")
+    os.makedirs("elsewhere")
+    os.rename("plain", "elsewhere/animals")
+    code, err = resume("--dataset", "elsewhere/animals/")
+    assert code == 0, err
+
+
+def test_another_share_to_test_on_is_told_from_other_images():
+    write(in_memory=False)
+    a_folder_without_parts()
+    run_in_child("--dataset", "plain", "--num_steps", "2")
+    code, err = resume("--dataset", "plain", "--test_fraction", "0.6")
+    assert code == 2
+    assert "had 16 images then, 16 now (others to train on, of another --test_fraction: " in err
+
+
+def test_a_run_resumes_without_an_unreadable_image_whose_class_then_tests_on_another():
+    write(in_memory=False)
+    a_folder_without_parts()
+    flags = ["--dataset", "plain", "--test_fraction", "0.05"]  # only 6.png of each class is below
+    run_in_child(*flags, "--num_steps", "2")
+    assert last_state().data["test"].split("\0") == ["ant/6.png", "bee/6.png"]
+    damage(Path("plain/ant/6.png"), "cut_off")
+    assert resume(*flags)[0] == 2
+    os.unlink("plain/ant/6.png")
+    code, err = resume(*flags)
+    assert code == 0, err
+    state = last_state()
+    assert state.data["test"].split("\0") == ["ant/0.png", "bee/6.png"]
+    assert (state.step, len(state.best_result["truth"])) == (4, 2)
+    assert [line["step"] for line in lines() if "test/accuracy" in line] == [2, 2, 4]  # once more on the new images

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -26,10 +27,12 @@ if not __package__:  # run as a file, from any folder
 
 from models.modeling import VisionTransformer
 from tools import _cli, _finetuned
-from utils import augment, dist_util, folders, hardware, memory
+from utils import augment, dist_util, hardware, listing, memory
 from utils.errors import UserError
 from utils.images import KINDS, ImageError, read_image
 from utils.precision import Precision
+
+logger = logging.getLogger(__name__)
 
 #: An image's path, and the probability of every class (num_classes,), or why it cannot be read.
 Prediction = tuple[str, Tensor | ImageError]
@@ -44,7 +47,10 @@ def find_images(paths: list[str]) -> list[str]:
     images = []
     for path in paths:
         if os.path.isdir(path):
-            below = folders.images_below(path)
+            left_out = listing.LeftOut()
+            below = listing.images_below(path, left_out)
+            for line in left_out.warnings():
+                logger.warning("%s: %s", path, line)
             if not below:
                 raise UserError(f"the folder {path} holds no image ({KINDS})")
             images += below

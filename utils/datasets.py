@@ -58,17 +58,18 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images that are decoded when they are needed; labels (N,) int64."""
+    """Images that are decoded when they are needed; labels (N,) int64; ``root`` is the folder that they belong to."""
 
     paths: list[str]
     labels: Tensor
+    root: str = "."
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def checksum(self) -> int:
         """Returns the CRC-32 of the files' names, their folders' and the labels."""
-        names = "\n".join("/".join(os.path.normpath(path).split(os.sep)[-3:]) for path in self.paths)
+        names = "\n".join("/".join(name.split(os.sep)[-3:]) for name in _below(self.root, self.paths))
         return zlib.crc32(self.labels.numpy().data, zlib.crc32(names.encode("utf-8", "surrogateescape")))
 
     def to(self, device: torch.device) -> FileImages:
@@ -226,26 +227,30 @@ def _load_digits() -> DataSets:
 
 def _load_folder(found: Folder, num_workers: int, known_fingerprint: str) -> DataSets:
     reasons: dict[str, str] = {}  # why images cannot be read, by their paths
-    train, test = (_load_part(part, num_workers, reasons) for part in (found.train, found.test))
+    train, test = (_load_part(part, found.root, num_workers, reasons) for part in (found.train, found.test))
     in_files = [path for part in (train, test) if isinstance(part, FileImages) for path in part.paths]
     fingerprint = inspection.fingerprint(in_files, found.root) if in_files else ""
     if dist_util.max_over_ranks(int(fingerprint != known_fingerprint)):
         reasons |= inspection.inspect_images(in_files).reasons
     if reasons:
         raise ImageError(reasons)
-    train_names, test_names = (
-        [os.path.relpath(path, found.root) for path in part.paths] for part in (found.train, found.test)
-    )
+    train_names, test_names = (_below(found.root, part.paths) for part in (found.train, found.test))
     manifest = Manifest(found.root, train_names, test_names, not in_files, fingerprint)
     return DataSets(train, test, found.classes, found.test_fraction, found.notes, manifest)
 
 
-def _load_part(part: Part, num_workers: int, reasons: dict[str, str]) -> Images:
+def _below(root: str, paths: list[str]) -> list[str]:
+    """Returns the names below a folder of the paths that lie in it; of others the whole paths."""
+    prefix = os.path.join(root, "")
+    return [os.path.normpath(path.removeprefix(prefix)) for path in paths]
+
+
+def _load_part(part: Part, root: str, num_workers: int, reasons: dict[str, str]) -> Images:
     """Decodes a part's images if they fit into memory, and adds to ``reasons`` which of them cannot be read."""
     labels, bad = torch.tensor(part.labels, dtype=torch.int64), dict[str, str]()
     images = _decode_all(part.paths, num_workers, bad)
     if images is None:  # those that were tried are looked at with all others
-        return FileImages(part.paths, labels)
+        return FileImages(part.paths, labels, root)
     reasons |= bad
     return MemoryImages(images, labels, part.paths)
 

@@ -93,11 +93,6 @@ def class_names(root: str) -> list[str]:
     return only_test.classes if only_test.train is None and only_test.test else parts.to_train(root).classes
 
 
-def images_below(folder: str) -> list[str]:
-    """Returns the images of a folder and of those in it, sorted; hidden ones are left out."""
-    return listing.images_below(folder, LeftOut())
-
-
 # ---- to test on only ----
 
 

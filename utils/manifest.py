@@ -117,7 +117,8 @@ def difference(saved: Mapping[str, Any], now: Manifest, same_checksum: bool) -> 
     changes = [f"{what} {_some(names)}" for what, names in (("gone:", gone), ("new:", new)) if names]
     if not changes:
         moved = {*names_in(saved, "train")} ^ {*now.train}
-        changes = [f"to train on or to test on now: {_some(sorted(moved))}" if moved else "other contents or classes"]
+        other_split = f"others to train on, of another --test_fraction: {_some(sorted(moved))}"
+        changes = [other_split if moved else "other contents or classes"]
     return f"its folder had {len(was)} images then, {num_now} now ({'; '.join(changes)})"
 
 
