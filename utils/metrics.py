@@ -77,8 +77,10 @@ class TrainLog:
     def paused(self) -> Iterator[None]:
         """Leaves the block's time out of the training's: it evaluates or saves."""
         self._count_secs()
-        yield
-        self._start_clock()
+        try:
+            yield
+        finally:  # a run that an image ends is saved with its seconds
+            self._start_clock()
 
     def step(self, step: int, loss: Tensor, learning_rate: float, applied: Tensor) -> None:
         """Counts one step, and writes a line if one is due.
