@@ -21,7 +21,7 @@ from utils.images import ImageError, look
 
 #: Images are looked at one after the other until so many in a row take so many times the processor's time: these wait
 #: for a slow disk, and from there on so many threads wait at once.  Where 5 ms pass before a file is open, 100,000 take
-#: 17 s instead of 570; where the files are in memory, one thread takes 5 s, and many 9 (AMD EPYC, 2 cores, Pillow 13).
+#: 22 s instead of 570; where the files are in memory, one thread takes 5 s, and many 9 (AMD EPYC, 2 cores, Pillow 13).
 ROW, SLOW, THREADS = 128, 8, 64
 
 #: An image's path, and its traits or its error.
