@@ -66,10 +66,10 @@ def test_where_a_disk_is_slow_many_wait_at_once(tmp_path, monkeypatch):
         damage(Path(paths[i]), "cut_off")
     expected = inspect_images(paths)
     assert list(expected) == [paths[i] for i in (3, 170, 599)]
-    disk, start = SlowDisk(tmp_path, 0.01, monkeypatch), time.perf_counter()
+    disk, start = SlowDisk(tmp_path, 0.005, monkeypatch), time.perf_counter()
     assert inspect_images(paths) == expected
     assert len(disk.threads) > 10
-    assert time.perf_counter() - start < 600 * 0.01 / 2  # one by one they would take twice as long at least
+    assert time.perf_counter() - start < 600 * 0.005 / 2  # one by one they would take twice as long at least
 
 
 def test_an_error_of_the_machine_is_no_images_fault(tmp_path, monkeypatch):
