@@ -164,8 +164,9 @@ class Run:
             logger.warning("--num_steps was %s and is %d: the steps to come have the longer schedule's learning rates",
                            steps, settings["--num_steps"])  # fmt: skip
             was["--num_steps"] = settings["--num_steps"]
-        explained = self._compare_images(was)
-        if changed := [*explained, *_differences(was, settings)]:
+        if (explained := self._compare_images(was)) is not None:
+            was["--dataset"] = settings["--dataset"]
+        if changed := [*(explained or []), *_differences(was, settings)]:
             raise UserError(
                 f"{self._state_path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
                 "or another --name, or start over with --resume none"
@@ -176,18 +177,18 @@ class Run:
                 "%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed)
             )
 
-    def _compare_images(self, was: dict[str, Any]) -> list[str]:
-        """Tells what changed in a folder of images, and makes the saved settings ``was`` those of the folder as it is.
+    def _compare_images(self, was: Mapping[str, Any]) -> list[str] | None:
+        """Tells what changed in a folder of images since the settings ``was``; None where these are of no folder.
 
         The run resumes without images that it could not read.
         """
         assert self._saved is not None
         name, now, saved = "--dataset", self.manifest, self._saved["data"]
         if now is None or not str(was.get(name)).startswith("folder "):
-            return []
-        same, was[name] = was[name] == self.settings[name], self.settings[name]
+            return None
         if not (gone := manifest.gone_without_harm(saved, now)):
-            return [f"{name}: {text}"] if (text := manifest.difference(saved, now, same)) else []
+            text = manifest.difference(saved, now, was[name] == self.settings[name])
+            return [f"{name}: {text}"] if text else []
         logger.warning(
             "%s, which could not be read, are gone: the order of the images is that of the smaller folder from here on",
             ", ".join(gone),
