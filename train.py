@@ -28,18 +28,7 @@ from models import commands, pretrained, published
 from models.configs import canonical_name, make_config
 from models.modeling import VisionTransformer
 from utils import args as flags
-from utils import (
-    augment,
-    checkpoint,
-    data_utils,
-    datasets,
-    dist_util,
-    exits,
-    figures,
-    hardware,
-    metadata,
-    report,
-)
+from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, metadata, report
 from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
 from utils.batch import Batch
@@ -48,7 +37,8 @@ from utils.evaluation import EvalResult, Predictions
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
 from utils.precision import Precision
-from utils.run import Run, RunPaths
+from utils.run import Run
+from utils.run_state import RunPaths
 from utils.scheduler import make_schedule
 from utils.signals import Stopped, StopSignal, handlers_restored, leave
 
@@ -137,8 +127,7 @@ def after_step(
             result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, num_workers, stop)
             if result is not None:  # else a signal came meanwhile: the resumed run evaluates
                 state.last_eval_step = step
-                log.evaluation(step, result.accuracy, result.loss, time.perf_counter() - start,
-                               result.balanced_accuracy)  # fmt: skip
+                log.evaluation(step, result, time.perf_counter() - start)
                 log_result(step, result)
                 if result.accuracy > state.best_accuracy:
                     run.save_best(result, checkpoint.CheckpointMetadata(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from PIL import Image
 
 from models.configs import CONFIGS, ViTConfig
 from tests.helpers import fake_npz
-from tests.helpers.folders import noise, save
-from utils import datasets
+from tests.helpers.folders import noise, save, tree
+from utils import datasets, folders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -128,6 +129,24 @@ def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
             for i in range(count):
                 save(noise(rng), root, split, name, f"{i}.png")
     return root
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Callable[..., folders.Folder]:
+    """``found(*paths, test_fraction=None)`` makes a folder ``pets`` of small images, and finds it."""
+
+    def make(*paths: str, test_fraction: float | None = None) -> folders.Folder:
+        return folders.find(tree(tmp_path / "pets", *paths), test_fraction)
+
+    return make
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that everybody may look into, as those of ``tmp_path`` are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What a training says of its images before it begins, and that the flags it advises fit."""
 
 import logging
-import os
 import re
 import shlex
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 import train
 from tests.conftest import REPOSITORY
 from tests.helpers import folders
-from tests.helpers.launching import TINY as RANKS_TINY
-from tests.helpers.launching import ranks, train_main
 from tests.helpers.runs import TINY
 from utils.advice import class_sizes, for_small_set
 from utils.args import make_parser
@@ -135,10 +132,9 @@ def test_a_training_of_few_images_says_which_flags_fit_and_with_them_says_nothin
 
     caplog.clear()
     flags, args = advised(remark)
-    assert train.main([*RUN, "--name", "b", "--dataset", "pets", *flags]) == 0
+    assert (args.train_batch_size, args.num_steps) == (4, 400)
+    assert train.main([*RUN, "--name", "b", "--dataset", "pets", *flags, "--num_steps", "22"]) == 0  # all would be slow
     assert remarks(caplog) == []
-    assert f"  Total optimization steps = {args.num_steps} (100.0 epochs)" in caplog.messages
-    assert "  Images: 16 to train on, 4 to test on, 2 classes, 100.0 epochs" in caplog.messages
 
     caplog.clear()
     assert train.main([*RUN, *more, "--num_steps", "4", "-v"]) == 0  # no training
@@ -146,20 +142,3 @@ def test_a_training_of_few_images_says_which_flags_fit_and_with_them_says_nothin
     assert train.main([*RUN, *more, "--num_steps", "4"]) == 0  # resumes, with the settings that it began with
     assert "Total optimization steps = 4" in caplog.text
     assert remarks(caplog) == []
-
-
-def test_equal_classes_are_not_remarked_on(pets, caplog):
-    caplog.set_level(logging.INFO)
-    for i in range(4, 12):
-        os.remove(f"pets/train/bee/{i}.png")
-    assert train.main([*RUN, "--dataset", "pets", "--num_steps", "1", "--train_batch_size", "2"]) == 0
-    assert "Images per class" not in caplog.text
-
-
-def test_several_ranks_say_it_once_for_their_common_batch(pets, tmp_path):
-    flags = [*RANKS_TINY, "--name", "a", "--dataset", str(tmp_path / "pets"), "--num_steps", "1", "--img_size", "16",
-             "--train_batch_size", "9"]  # fmt: skip
-    with ranks(tmp_path, [flags, flags], train_main) as run:
-        assert run.results() == [0, 0], run.output()
-        assert run.output().count("a batch of 18 is larger than the training set of 16 images; ") == 1
-        assert "--train_batch_size 2 --num_steps 400 --warmup_steps 20 " in run.output()

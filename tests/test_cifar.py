@@ -139,12 +139,3 @@ def test_what_a_folder_lacks_is_downloaded(cifar, tmp_path):
         archive = tmp_path / cifar.published.filename
         assert archive.read_bytes() == cifar.archive
         archive.unlink()
-
-
-def test_an_extraction_that_was_cut_short_is_done_again(cifar, tmp_path):
-    load_datasets("cifar10", str(tmp_path), 1)
-    for file in ("data_batch_3", "test_batch"):
-        (tmp_path / cifar.folder / file).unlink()
-        data = load_datasets("cifar10", str(tmp_path), 1)
-        assert data.classes == cifar.classes
-        assert data.test.labels.tolist() == cifar.labels["test"]

@@ -7,8 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 import torchvision.datasets
 
 from tests.helpers.cifar import FakeCifar, Touch, md5, tar_gz
-from tests.helpers.forked import Forked, run_forked
+from tests.helpers.forked import Forked, as_nobody, run_forked
 from tests.helpers.launching import ranks
 from tests.helpers.runs import RUN
 from utils import dist_util, files
@@ -203,54 +202,25 @@ def of_another_user(folder: Path) -> Iterator[None]:
     yield
 
 
-def as_somebody(body: Callable[[], object]) -> str:
-    """Runs a function in a child that is not root; returns its result, or its error, as text."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            if os.getuid() == 0:
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
-            os.write(write, str(body()).encode())
-        except BaseException as e:
-            os.write(write, f"{type(e).__name__}: {e}".encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as f:
-        text = f.read()
-    os.waitpid(pid, 0)
-    return text
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder that everybody may look into, as those of ``tmp_path`` are not."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
-
 READ_ONLY = pytest.mark.parametrize("read_only", [on_a_read_only_disk, of_another_user])
 
 
 @READ_ONLY
 @pytest.mark.parametrize("itself", [False, True])
 @pytest.mark.parametrize("archive", [None, b"bad"])
-def test_a_whole_read_only_folder_is_used(cifar, shared, read_only, itself, archive):
-    folder = cifar.write(shared / "data", archive=archive)
-    with read_only(shared / "data"):
-        assert as_somebody(lambda: labels_of(cifar, folder if itself else folder.parent)) == "True"
+def test_a_whole_read_only_folder_is_used(cifar, public, read_only, itself, archive):
+    folder = cifar.write(public / "data", archive=archive)
+    with read_only(public / "data"):
+        assert as_nobody(lambda: labels_of(cifar, folder if itself else folder.parent)) == "True"
 
 
 @READ_ONLY
 @pytest.mark.parametrize("with_archive", [False, True])
-def test_a_read_only_folder_that_is_not_whole_says_in_one_line_what_it_lacks(cifar, shared, read_only, with_archive):
-    folder = cifar.write(shared / "data", without="data_batch_3", archive=cifar.archive if with_archive else None)
+def test_a_read_only_folder_that_is_not_whole_says_in_one_line_what_it_lacks(cifar, public, read_only, with_archive):
+    folder = cifar.write(public / "data", without="data_batch_3", archive=cifar.archive if with_archive else None)
     os.truncate(folder / "test_batch", 10)
-    with read_only(shared / "data"):
-        error = as_somebody(lambda: labels_of(cifar, shared / "data"))
+    with read_only(public / "data"):
+        error = as_nobody(lambda: labels_of(cifar, public / "data"))
     assert error.startswith("UserError: ")
     assert "\n" not in error
     for text in ("missing: data_batch_3", "damaged: test_batch", f"{folder} cannot be written", "--data_dir"):
@@ -258,20 +228,20 @@ def test_a_read_only_folder_that_is_not_whole_says_in_one_line_what_it_lacks(cif
 
 
 @READ_ONLY
-def test_a_read_only_folder_with_nothing_in_it_is_named(cifar, shared, read_only):
-    (shared / "data").mkdir()
-    with read_only(shared / "data"):
-        error = as_somebody(lambda: labels_of(cifar, shared / "data"))
+def test_a_read_only_folder_with_nothing_in_it_is_named(cifar, public, read_only):
+    (public / "data").mkdir()
+    with read_only(public / "data"):
+        error = as_nobody(lambda: labels_of(cifar, public / "data"))
     assert error.startswith("UserError: ")
-    assert f"{shared / 'data'} cannot be written" in error
+    assert f"{public / 'data'} cannot be written" in error
 
 
-def test_a_file_that_may_not_be_read_is_named(cifar, shared):
-    folder = cifar.write(shared / "data")
+def test_a_file_that_may_not_be_read_is_named(cifar, public):
+    folder = cifar.write(public / "data")
     (folder / "data_batch_2").chmod(0)
     with of_another_user(folder.parent):
         (folder / "data_batch_2").chmod(0)
-        error = as_somebody(lambda: labels_of(cifar, shared / "data"))
+        error = as_nobody(lambda: labels_of(cifar, public / "data"))
     assert "(Permission denied: data_batch_2)" in error
 
 

@@ -5,27 +5,9 @@ import shutil
 
 import pytest
 
-from tests.helpers.folders import below, tree
+from tests.helpers.folders import BOTH, NFC, NFD, below, names, tree
 from utils import datasets, folders, split
 from utils.errors import UserError
-
-BOTH = ("ant/{0..2}.png", "bee/{0..2}.png")
-NFC, NFD = "caf\u00e9", "cafe\u0301"
-
-
-@pytest.fixture
-def found(tmp_path):
-    """``found(*paths, test_fraction)`` makes a folder ``pets`` of small images, and finds it."""
-
-    def make(*paths, test_fraction=None):
-        return folders.find(tree(tmp_path / "pets", *paths), test_fraction)
-
-    return make
-
-
-def names(part):
-    """The images of a part, as their class folders and names."""
-    return ["/".join(path.split(os.sep)[-2:]) for path in part.paths]
 
 
 @pytest.mark.parametrize("part", ["", "train/", "Training/"])

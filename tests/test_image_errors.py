@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +17,9 @@ from PIL import Image, features
 from tests.conftest import REPOSITORY
 from tests.helpers import odd_images
 from tests.helpers.folders import save
+from tests.helpers.forked import as_nobody
 from tests.helpers.odd_images import exif, photo, ramp, saved
 from utils.images import ImageError, endings, read_image, remedy
-
-
-@pytest.fixture
-def read(tmp_path):
-    """``read(content)`` reads a file of this content."""
-
-    def read(content, name="a.bin"):
-        (tmp_path / name).write_bytes(content)
-        return read_image(str(tmp_path / name))
-
-    return read
-
 
 # ---- errors ----
 
@@ -64,11 +54,13 @@ ODD_ERRORS = {
 
 
 @pytest.mark.parametrize("ending", ODD_ERRORS)
-def test_whatever_a_decoder_raises_names_the_image(read, ending):
+def test_whatever_a_decoder_raises_names_the_image(tmp_path, ending):
+    path = str(tmp_path / f"a.{ending}")
+    Path(path).write_bytes(ODD_ERRORS[ending]())
     with pytest.raises(ImageError) as e:
-        read(ODD_ERRORS[ending](), f"a.{ending}")
-    ((path, reason),) = e.value.reasons.items()
-    assert path.endswith(f"a.{ending}")
+        read_image(path)
+    ((named, reason),) = e.value.reasons.items()
+    assert named == path
     assert reason
     assert path not in reason
     assert str(e.value) == f"{path} cannot be read as an image ({reason}); repair or remove it"
@@ -85,12 +77,10 @@ def test_what_is_no_file_is_an_error_and_not_waited_for(tmp_path):
             read_image(str(tmp_path / name))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_an_error(tmp_path):
-    path = save(photo(), tmp_path, "a.png")
+def test_a_file_without_permission_is_an_error(public):
+    path = save(photo(), public, "a.png")
     os.chmod(path, 0)
-    with pytest.raises(ImageError, match="Permission denied"):
-        read_image(path)
+    assert as_nobody(lambda: read_image(path)).startswith(f"ImageError: {path} cannot be read as an image (Permission")
 
 
 def test_one_line_names_all_images_and_reaches_other_processes():
@@ -170,42 +160,15 @@ def test_the_endings_are_those_that_this_pillow_decodes():
     assert taken <= endings()
     assert (".avif" in endings()) == features.check("avif")
     assert (".jp2" in endings()) == features.check("jpg_2000")
-    others = {
-        ".eps",
-        ".ps",
-        ".wmf",
-        ".emf",
-        ".mpg",
-        ".mpeg",
-        ".h5",
-        ".hdf",
-        ".grib",
-        ".bufr",
-        ".fit",
-        ".fits",
-        ".pdf",
-        ".iim",
-    }
+    others = {".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".pdf",
+              ".iim"}  # fmt: skip
     assert not others & endings()
     assert all(ending == ending.lower() and ending[0] == "." for ending in endings())
 
 
 def test_what_is_not_taken_and_is_an_image_has_a_remedy():
-    for ending in (
-        ".jxl",
-        ".svg",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-        ".raf",
-        ".eps",
-        ".ps",
-        ".wmf",
-    ):
+    raw = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+    for ending in (".jxl", ".svg", ".eps", ".ps", ".wmf", *raw):
         assert remedy(ending) == "convert them to JPEG or PNG"
     for ending in (".txt", ".csv", ".mov", ".mp4", ".json", ".zip", ".h5", ".npy", ".pdf", "", ".jpg"):
         assert remedy(ending) is None

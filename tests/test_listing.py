@@ -1,26 +1,15 @@
 """Files of folders: which are images, and what is left out."""
 
 import os
-import tempfile
 
 import pytest
 
-from tests.helpers.folders import below, noise, save, tree
+from tests.helpers.folders import BOTH, below, noise, save, tree
+from tests.helpers.forked import as_nobody
 from utils import datasets, folders
 from utils.datasets import load_datasets
 
-BOTH = ("ant/{0..2}.png", "bee/{0..2}.png")
 CLASSES = below("train", *BOTH) + below("test", *BOTH)
-
-
-@pytest.fixture
-def found(tmp_path):
-    """``found(*paths, test_fraction)`` makes a folder ``pets`` of small images, and finds it."""
-
-    def make(*paths, test_fraction=None):
-        return folders.find(tree(tmp_path / "pets", *paths), test_fraction)
-
-    return make
 
 
 def test_images_of_many_names_are_found_and_other_files_and_hidden_ones_passed_over(folder, rng):
@@ -84,25 +73,6 @@ def test_images_in_deeper_folders_and_behind_links_are_found_once(folder, rng):
     assert data.train.labels.bincount().tolist() == [1, 5, 5]
 
 
-def found_by_nobody(root):
-    """What finding a folder says to a user who may not read everything, as root may."""
-    read, write = os.pipe()
-    if not (pid := os.fork()):
-        try:
-            if os.geteuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            text = "; ".join(folders.find(root).warnings)
-        except Exception as e:
-            text = f"{type(e).__name__}: {e}"
-        os.write(write, text.encode())
-        os._exit(0)
-    os.close(write)
-    os.waitpid(pid, 0)
-    with os.fdopen(read) as f:
-        return f.read()
-
-
 @pytest.mark.parametrize(
     ("closed", "message"),
     [
@@ -112,12 +82,10 @@ def found_by_nobody(root):
         ("/train/ant/more", "1 folder may not be read, such as {}"),
     ],
 )
-def test_folders_that_may_not_be_read_are_named(closed, message):
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
-        os.chmod(folder, 0o755)
-        path = tree(f"{folder}/pets", *CLASSES, "train/ant/more/{0..3}.png") + closed
-        os.chmod(path, 0)
-        try:
-            assert found_by_nobody(f"{folder}/pets") == message.format(path)
-        finally:
-            os.chmod(path, 0o755)
+def test_folders_that_may_not_be_read_are_named(public, closed, message):
+    path = tree(public / "pets", *CLASSES, "train/ant/more/{0..3}.png") + closed
+    os.chmod(path, 0)
+    try:
+        assert as_nobody(lambda: "; ".join(folders.find(f"{public}/pets").warnings)) == message.format(path)
+    finally:
+        os.chmod(path, 0o755)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from utils import log_files, metrics
+from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter
 from utils.metrics import TrainLog
 
@@ -209,6 +210,8 @@ def test_when_lines_are_due(make_log, tmp_path, num_steps, log_every, steps):
 
 
 def test_evaluations_and_saves_do_not_count_as_training(make_log, tmp_path, clock):
+    truth, predicted = torch.tensor([0, 0, 0, 0, 1, 2]), torch.tensor([0, 0, 0, 1, 0, 0])
+    result = EvalResult(1.0, truth, predicted, torch.ones(6))
     log = make_log(num_steps=6, log_every=2)
     assert log.speed() == 0
     for step, secs in enumerate((1, 1, 4, 4, 1, 1), start=1):
@@ -217,7 +220,7 @@ def test_evaluations_and_saves_do_not_count_as_training(make_log, tmp_path, cloc
         if step in (3, 4):
             with log.paused():
                 clock.now += 1000
-                log.evaluation(step, 0.5, 1.0, 1000.0, 0.25)
+                log.evaluation(step, result, 1000.0)
     assert log.speed() == pytest.approx(5 * 8 / 8)  # step 3 is in no line's time
     assert (log.train_secs, log.eval_secs) == (12, 2000)
     assert [line.get("eval_secs") for line in read_lines(tmp_path)] == [None, 1000, None, 2000, None]

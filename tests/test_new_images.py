@@ -73,13 +73,6 @@ def test_a_share_of_one_evaluates_all_images(caplog):
     assert "it was trained on some of these images" in warnings[-1]
 
 
-def test_a_stopped_run_on_a_split_folder_resumes_and_with_another_share_does_not(capsys):
-    assert train.main([*SHORT, "--num_steps", "2"]) == 0
-    assert train.main([*SHORT, "--num_steps", "4"]) == 0
-    assert train.main([*SHORT, "--num_steps", "6", "--test_fraction", "0.5"]) == 2
-    assert "--dataset was folder" in capsys.readouterr().err
-
-
 @pytest.fixture
 def trained():
     """A run on flowers in parts; the images to test on are in the folder test."""

@@ -5,28 +5,9 @@ import os
 import pytest
 from PIL import Image
 
-from tests.helpers.folders import below, noise, save, tree
+from tests.helpers.folders import BOTH, NFC, NFD, below, names, tree
 from utils import datasets, folders
-from utils.datasets import load_datasets
 from utils.errors import UserError
-
-BOTH = ("ant/{0..2}.png", "bee/{0..2}.png")
-NFC, NFD = "caf\u00e9", "cafe\u0301"
-
-
-@pytest.fixture
-def found(tmp_path):
-    """``found(*paths, test_fraction)`` makes a folder ``pets`` of small images, and finds it."""
-
-    def make(*paths, test_fraction=None):
-        return folders.find(tree(tmp_path / "pets", *paths), test_fraction)
-
-    return make
-
-
-def names(part):
-    """The images of a part, as their class folders and names."""
-    return ["/".join(path.split(os.sep)[-2:]) for path in part.paths]
 
 
 @pytest.mark.parametrize("test", ["test", "testing", "val", "valid", "validation", "eval", "Testing", "TEST", "Val"])
@@ -45,14 +26,6 @@ def test_test_wins_over_val_and_what_is_not_used_is_said(found):
     data = found(*below("train", *BOTH), *below("Val", *BOTH), *below("test", *BOTH), "docs/a.txt")
     assert {os.path.basename(os.path.dirname(os.path.dirname(path))) for path in data.test.paths} == {"test"}
     assert data.notes[1] == f"Not used: {data.root}/Val, {data.root}/docs"
-
-
-def test_val_stands_in_for_test_where_there_is_none(folder, rng):
-    (folder / "test").rename(folder / "val")
-    assert len(load_datasets(str(folder), "", 1).test) == 6
-    for name in ("cat", "dog"):
-        save(noise(rng), folder, "test", name, "0.png")
-    assert len(load_datasets(str(folder), "", 1).test) == 2
 
 
 def test_a_slash_at_the_end_changes_nothing(tmp_path):

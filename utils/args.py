@@ -130,7 +130,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--test_fraction", None, "share of a folder's images to test on where it has no part for that, chosen by "
              "their names; 1, with -v, for all", "result", composed=True, parse=float, above=0, most=1,
              unset="0.2; with -v that of the training"),
-        Flag("--data_dir", "./data", "folder that cifar10 and cifar100 are downloaded to", per_rank=True),
+        Flag("--data_dir", "./data", "folder that has cifar10 and cifar100, or that they are downloaded to; may be "
+             "cifar-10-batches-py or cifar-100-python itself", per_rank=True),
         Flag("--img_size", 224, "side of the images that the model sees, in pixels; a multiple of the patch, any for "
              "R50 and R26 hybrids", "result", least=1),
         Flag("--hflip", False, "mirror half of the training images", "result", training_only=True),

@@ -231,7 +231,7 @@ def _load_folder(found: Folder, num_workers: int, known_fingerprint: str) -> Dat
     in_files = [path for part in (train, test) if isinstance(part, FileImages) for path in part.paths]
     fingerprint = inspection.fingerprint(in_files, found.root) if in_files else ""
     if dist_util.max_over_ranks(int(fingerprint != known_fingerprint)):
-        reasons |= inspection.inspect_images(in_files).reasons
+        reasons |= inspection.inspect_images(in_files)
     if reasons:
         raise ImageError(reasons)
     train_names, test_names = (_below(found.root, part.paths) for part in (found.train, found.test))

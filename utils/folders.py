@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from utils import listing, parts, split
 from utils.errors import UserError
-from utils.listing import LeftOut, folders_in
+from utils.listing import LeftOut, folders_in, listed
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,11 @@ def _numbers(folders: Iterable[str], classes: list[str], source: str) -> dict[st
         name = os.path.basename(folder)
         number = exact.get(name, forms.get(parts.nfc(name)))
         if number is None:
-            known = parts.listed(classes)
+            known = listed(classes)
             if words := parts.difference(name, classes):
                 known += f"; {words}"
             elif inner := parts.holder(folder, classes):
-                known += f"; {inner} holds {parts.listed(folders_in(inner))}: give --dataset {inner}"
+                known += f"; {inner} holds {listed(folders_in(inner))}: give --dataset {inner}"
             raise UserError(f"{folder} is a class that {source} has not; it has {known}")
         numbers[folder] = number
     return numbers

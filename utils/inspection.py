@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -24,28 +22,15 @@ from utils.images import ImageError, look
 #: 22 s instead of 570; where the files are in memory, one thread takes 5 s, and many 9 (AMD EPYC, 2 cores, Pillow 13).
 ROW, SLOW, THREADS = 128, 8, 64
 
-#: An image's path, and its traits or its error.
-Look = tuple[str, frozenset[str] | ImageError]
 
-
-@dataclass(frozen=True)
-class Inspection:
-    """The images that cannot be read, and how many others have which trait.
-
-    Attributes:
-        reasons: why an image cannot be read, by its path.
-        traits: the number of images that have each trait, by the names of ``images.look``.
-    """
-
-    reasons: dict[str, str]
-    traits: Counter[str]
-
-
-def inspect_images(paths: Sequence[str]) -> Inspection:
+def inspect_images(paths: Sequence[str]) -> dict[str, str]:
     """Looks at the header and the end of every image; every rank must call it, and all get the same.
 
     Args:
         paths: of the images, the same on every rank.
+
+    Returns:
+        Why images cannot be read, by their paths.
 
     Raises:
         OSError, MemoryError: this machine cannot look.
@@ -55,25 +40,17 @@ def inspect_images(paths: Sequence[str]) -> Inspection:
     here = [rank for rank, machine in enumerate(machines) if machine == machines[own_rank]]
     mine = paths[here.index(own_rank) :: len(here)]
     bar = tqdm(_look_at_all(mine), "Looking at images", len(mine), unit="image", leave=False, **dist_util.bar_options())
-    reasons: dict[str, str] = {}
-    traits: Counter[str] = Counter()
-    for _, found in bar:
-        if isinstance(found, ImageError):
-            reasons |= found.reasons
-        else:
-            traits.update(found)
-    return _merge(dist_util.gather((reasons, traits)), machines)
+    found = {path: reason for reasons in bar for path, reason in reasons.items()}
+    of_all_ranks = [item for reasons in dist_util.gather(found) for item in reasons.items()]
+    return dict(sorted(of_all_ranks))
 
 
-def _merge(found: list[tuple[dict[str, str], Counter[str]]], machines: list[str]) -> Inspection:
-    """Adds up what ranks found: the bad images of all, and traits as the first machine has them."""
-    reasons = {path: reason for bad, _ in found for path, reason in bad.items()}
-    of_one_machine = [traits for (_, traits), machine in zip(found, machines) if machine == machines[0]]
-    return Inspection(dict(sorted(reasons.items())), sum(of_one_machine, Counter()))
+def _look_at_all(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Looks at images in order: in one thread, which is the fastest where the disk is, else in many.
 
-
-def _look_at_all(paths: Sequence[str]) -> Iterator[Look]:
-    """Looks at images in order: in one thread, which is the fastest where the disk is, else in many."""
+    Yields:
+        For each image why it cannot be read, by its path; nothing of a good one.
+    """
     done, slow = 0, False
     while done < len(paths) and not slow:
         start, start_cpu = time.perf_counter(), time.thread_time()
@@ -86,11 +63,12 @@ def _look_at_all(paths: Sequence[str]) -> Iterator[Look]:
             yield from pool.map(_look, paths[first : first + ROW * THREADS])
 
 
-def _look(path: str) -> Look:
+def _look(path: str) -> dict[str, str]:
     try:
-        return path, look(path)
+        look(path)
     except ImageError as e:
-        return path, e
+        return e.reasons
+    return {}
 
 
 def fingerprint(paths: Sequence[str], root: str) -> str:

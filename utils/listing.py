@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from utils import images
@@ -70,6 +70,12 @@ class LeftOut:
 def counted(number: int, noun: str) -> str:
     """Returns a number and its noun."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns some of the names, as a message has them."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if names[5:] else "")
 
 
 def _most_common(endings: Counter[str]) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.images import ImageError, look
+from utils.listing import listed
 
 #: The endings that earlier versions read, whose states hold no names.
 EARLIER_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -22,7 +23,6 @@ EARLIER_UNHEEDED = {
     "transparency": "with transparency (they are put on white now)",
     "float": "of floating-point numbers (0 to 1 is black to white now)",
 }
-SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def names_in(saved: Mapping[str, Any], part: str) -> list[str]:
 
 
 def gone_without_harm(saved: Mapping[str, Any], now: Manifest) -> list[str]:
-    """Returns the images that are gone since a state was saved, if the run could read none of them  .
+    """Returns the images that are gone since a state was saved, if the run could read none of them.
 
     Args:
         saved: by ``Manifest.state_dict``; empty in states of earlier versions.
@@ -114,16 +114,12 @@ def difference(saved: Mapping[str, Any], now: Manifest, same_checksum: bool) -> 
         return f"its images were others (there are {num_now} now)"
     was, here = ({*x} for x in (names_in(saved, "train") + names_in(saved, "test"), (*now.train, *now.test)))
     gone, new = sorted(was - here), sorted(here - was)
-    changes = [f"{what} {_some(names)}" for what, names in (("gone:", gone), ("new:", new)) if names]
+    changes = [f"{what} {listed(names)}" for what, names in (("gone:", gone), ("new:", new)) if names]
     if not changes:
         moved = {*names_in(saved, "train")} ^ {*now.train}
-        other_split = f"others to train on, of another --test_fraction: {_some(sorted(moved))}"
+        other_split = f"others to train on, of another --test_fraction: {listed(sorted(moved))}"
         changes = [other_split if moved else "other contents or classes"]
     return f"its folder had {len(was)} images then, {num_now} now ({'; '.join(changes)})"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def without(result: Mapping[str, Any], saved: Mapping[str, Any], now: Manifest) -> dict[str, Any]:

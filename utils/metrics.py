@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import dist_util
+from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter, check_finite
 
 logger = logging.getLogger(__name__)
@@ -113,14 +114,11 @@ class TrainLog:
             step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
         )
 
-    def evaluation(
-        self, step: int, accuracy: float, loss: float, secs: float, balanced_accuracy: float | None = None
-    ) -> None:
+    def evaluation(self, step: int, result: EvalResult, secs: float) -> None:
         """Writes the line of an evaluation after a step, which took so many seconds."""
         self.eval_secs += secs
-        values = {"test/accuracy": accuracy, "test/loss": loss}
-        if balanced_accuracy is not None:
-            values["test/balanced_accuracy"] = balanced_accuracy
+        values = {"test/accuracy": result.accuracy, "test/loss": result.loss,
+                  "test/balanced_accuracy": result.balanced_accuracy}  # fmt: skip
         self._writer.write(step, values, {"secs": self.train_secs, "eval_secs": self.eval_secs})
 
     def image(self, step: int, tag: str, draw: Callable[[], Image.Image | None]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from utils.errors import UserError
-from utils.listing import Contents, LeftOut, counted, folders_in, has_image, images_below, look_into
+from utils.listing import Contents, LeftOut, counted, folders_in, has_image, images_below, listed, look_into
 
 #: How the parts are spelled, in any case; a part to test on wins over one to validate on.
 SPELLINGS = {
@@ -243,9 +243,3 @@ def _compare(train: str, trained: list[str], test: str, tested: list[str]) -> No
             raise UserError(f"{test} and {train} spell a class differently: {words} only; rename one of the folders")
     if unknown:
         raise UserError(f"{test} has classes that {train} has not: {listed(unknown)}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """Returns some of the names, as a message has them."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if names[5:] else "")

@@ -17,7 +17,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from utils.batch import Batch
 from utils.errors import UserError, add_note
 from utils.images import ImageError
 from utils.manifest import Manifest
+from utils.run_state import RunPaths, RunState
 
 if TYPE_CHECKING:
     from utils.evaluation import EvalResult
@@ -35,68 +35,6 @@ if TYPE_CHECKING:
     from utils.precision import Precision
 
 logger = logging.getLogger("train")
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """The files of a run.
-
-    Args:
-        output_dir: folder of the checkpoint, the state and the report.
-        name: the run's.
-    """
-
-    output_dir: str
-    name: str
-
-    @property
-    def checkpoint(self) -> str:
-        """The weights of the best evaluation; their metadata stand beside."""
-        return self._in_output("checkpoint.bin")
-
-    @property
-    def state(self) -> str:
-        """Everything that the run needs to resume."""
-        return self._in_output("last.pt")
-
-    @property
-    def report(self) -> str:
-        """The page for a person to read."""
-        return self._in_output("report.html")
-
-    @property
-    def log_dir(self) -> str:
-        """Folder of the TensorBoard events and of metrics.jsonl."""
-        return os.path.join("logs", self.name)
-
-    @property
-    def locks(self) -> tuple[str, str]:
-        """Files that are locked while the run trains, one in each folder that it writes."""
-        return os.path.join(self.output_dir, f".{self.name}.lock"), os.path.join(self.log_dir, ".lock")
-
-    def _in_output(self, ending: str) -> str:
-        return os.path.join(self.output_dir, f"{self.name}_{ending}")
-
-
-@dataclass
-class RunState:
-    """Progress of a run.
-
-    Attributes:
-        step: steps done.
-        last_eval_step: the last step after which the model was evaluated.
-        best_accuracy: of all evaluations so far, 0 to 1; -1 before the first.
-        best_step: the step after which that was.
-        best_result: that evaluation, by the names of ``evaluation.EvalResult``.
-        best_crc32: the checksum of the weights that were evaluated, 0 where it is not known.
-    """
-
-    step: int = 0
-    last_eval_step: int = 0
-    best_accuracy: float = -1.0
-    best_step: int = 0
-    best_result: dict[str, Any] = field(default_factory=dict)
-    best_crc32: int = 0
 
 
 class Run:
@@ -226,8 +164,9 @@ class Run:
             logger.warning("--num_steps was %s and is %d: the steps to come have the longer schedule's learning rates",
                            steps, settings["--num_steps"])  # fmt: skip
             was["--num_steps"] = settings["--num_steps"]
-        explained = self._compare_images(was)
-        if changed := [*explained, *_differences(was, settings)]:
+        if (explained := self._compare_images(was)) is not None:
+            was["--dataset"] = settings["--dataset"]
+        if changed := [*(explained or []), *_differences(was, settings)]:
             raise UserError(
                 f"{self._state_path} is of a run with other settings: {'; '.join(changed)}; give it the same, "
                 "or another --name, or start over with --resume none"
@@ -238,18 +177,18 @@ class Run:
                 "%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed)
             )
 
-    def _compare_images(self, was: dict[str, Any]) -> list[str]:
-        """Tells what changed in a folder of images, and makes the saved settings ``was`` those of the folder as it is.
+    def _compare_images(self, was: Mapping[str, Any]) -> list[str] | None:
+        """Tells what changed in a folder of images since the settings ``was``; None where these are of no folder.
 
         The run resumes without images that it could not read.
         """
         assert self._saved is not None
         name, now, saved = "--dataset", self.manifest, self._saved["data"]
         if now is None or not str(was.get(name)).startswith("folder "):
-            return []
-        same, was[name] = was[name] == self.settings[name], self.settings[name]
+            return None
         if not (gone := manifest.gone_without_harm(saved, now)):
-            return [f"{name}: {text}"] if (text := manifest.difference(saved, now, same)) else []
+            text = manifest.difference(saved, now, was[name] == self.settings[name])
+            return [f"{name}: {text}"] if text else []
         logger.warning(
             "%s, which could not be read, are gone: the order of the images is that of the smaller folder from here on",
             ", ".join(gone),

@@ -238,7 +238,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
     except RuntimeError as e:
         if not worker_died(e):
             raise
-        raise ChildProcessError(explain_death(e)) from e
+        raise _explained(e, workers) from e
     finally:
         del batches  # ends the workers, though an error that a batch was keeps this frame
 
@@ -251,14 +251,18 @@ def _free(error: OSError) -> None:
 
 
 def _explained(error: Exception, workers: Sequence[BaseProcess]) -> Exception:
-    """Returns what is raised for a batch that did not come through."""
-    if worker_died(error):
-        return ChildProcessError(explain_death(error))
-    if isinstance(error, ConnectionError | EOFError):  # of a worker that dies while it hands over a batch
+    """Returns what is raised for a batch that did not come through.
+
+    A worker's exit code is asked first: torch tells of it from a signal's handler, which a clean-up may swallow.
+    """
+    died = worker_died(error)
+    if died or isinstance(error, ConnectionError | EOFError):  # of a worker that dies while it hands over a batch
         ended = connection.wait([p.sentinel for p in workers], DEATH_SECS)
         for p in workers:
             p.join(DEATH_SECS if p.sentinel in ended else 0)  # its files are closed a moment before it is gone
         if codes := [p.exitcode for p in workers if p.exitcode]:
             cause = f"exit code {codes[0]}" if codes[0] > 0 else f"killed by signal: {signal.strsignal(-codes[0])}"
             return ChildProcessError(explain_death(RuntimeError(cause)))
+    if died:
+        return ChildProcessError(explain_death(error))
     return _not_handed_over(error)

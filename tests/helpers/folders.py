@@ -9,6 +9,11 @@ from PIL import Image
 
 from utils.datasets import FileImages, MemoryImages
 
+#: The images of two classes, as ``tree`` and ``below`` take them.
+BOTH = ("ant/{0..2}.png", "bee/{0..2}.png")
+#: The same word in two Unicode forms.
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
 
 def noise(rng, height=6, width=6):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -61,3 +66,8 @@ def tree(root, *paths):
 
 def below(part, *paths):
     return [f"{part}/{path}" for path in paths]
+
+
+def names(part):
+    """The images of a part, as their class folders and names."""
+    return ["/".join(path.split(os.sep)[-2:]) for path in part.paths]

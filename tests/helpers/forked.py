@@ -216,3 +216,25 @@ def holding(path: str | os.PathLike[str]) -> Iterator[int]:
         os.close(ready)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def as_nobody(body: Callable[[], object]) -> str:
+    """Calls a function in a child that is not root, who may read everything; returns its result or error as text."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            text = str(body())
+        except BaseException as e:
+            text = f"{type(e).__name__}: {e}"
+        os.write(write, text.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as f:
+        text = f.read()
+    os.waitpid(pid, 0)
+    return text
