@@ -72,6 +72,11 @@ class ImageError(UserError):
         super().__init__(reasons)  # what pickling gives back to this method
         self.reasons = reasons
 
+    @classmethod
+    def joined(cls, errors: list[ImageError]) -> ImageError:
+        """Returns one error of the images of several."""
+        return cls({path: reason for e in errors for path, reason in e.reasons.items()})
+
     def __str__(self) -> str:
         if len(self.reasons) == 1:
             ((path, reason),) = self.reasons.items()
