@@ -136,6 +136,17 @@ def test_ranks_all_save_and_say_it_once(monkeypatch):
         assert_same(left_in(folder, monkeypatch), expected)
 
 
+def test_the_images_of_all_ranks_are_named_and_may_go():
+    paths = [trained_on_in(2, 0, rank, 2) for rank in (0, 1)]
+    with damaged(paths[0]), damaged(paths[1]):
+        codes, errors = two("both", "--num_workers", "0")
+    assert (codes, len(errors)) == ([2, 2], 1)
+    assert all(str(path) in errors[0] for path in paths)
+    for path in paths:
+        path.unlink()
+    assert two("both", "--num_workers", "0") == ([0, 0], [])
+
+
 # ---- a decoder that ends the process ----
 
 

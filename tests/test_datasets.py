@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from tests.helpers.folders import as_files, damage, noise, numbered_images, save, tree
-from utils import datasets
+from tests.helpers.launching import ranks
+from utils import datasets, dist_util
 from utils.datasets import FileImages, MemoryImages, class_names, load_datasets
 from utils.images import ImageError
 
@@ -138,3 +139,30 @@ def test_images_in_memory_move_to_a_device_once_and_files_stay(tmp_path):
     assert data.train.images.device == META
     assert data.test is files
     assert data.classes == ["a", "b"]
+
+
+# ---- several ranks ----
+
+
+def load_on_a_rank(args):
+    """Loads a folder's images on a rank; returns the name of the error that this ends with."""
+    folder, has_memory = args
+    dist_util.setup("cpu", -1)
+    if not has_memory:
+        datasets.read_image = _no_memory
+    try:
+        with dist_util.all_ranks_or_none():
+            datasets.load_datasets(folder, ".", 1)
+    except (MemoryError, dist_util.FailedElsewhere) as e:
+        return type(e).__name__
+
+
+def _no_memory(path):
+    raise MemoryError(path)
+
+
+def test_no_rank_waits_for_one_that_fails_while_it_loads(tmp_path):
+    folder = tree(tmp_path / "pets", "{train,test}/ant/1.png", "{train,test}/bee/1.png")
+    save(noise(np.random.default_rng(0)), folder, "train/ant/large.png")  # stays in its file, as those of its part
+    with ranks(tmp_path / "ranks", [(folder, True), (folder, False)], load_on_a_rank) as both:
+        assert both.results(60) == ["FailedElsewhere", "MemoryError"]

@@ -85,6 +85,23 @@ def test_an_error_of_the_machine_is_no_images_fault(tmp_path, monkeypatch):
         inspect_images(paths)
 
 
+def test_names_sizes_and_times_are_asked_for_at_once_where_a_disk_is_slow(tmp_path, monkeypatch):
+    paths, real, threads = write(tmp_path, 600), os.stat, set()
+    expected = fingerprint(paths, str(tmp_path))
+
+    def slow_stat(path, *args, **options):
+        if str(path).startswith(str(tmp_path)):
+            threads.add(threading.get_ident())
+            time.sleep(0.01)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", slow_stat)
+    start = time.perf_counter()
+    assert fingerprint(paths, str(tmp_path)) == expected
+    assert len(threads) > 10
+    assert time.perf_counter() - start < 600 * 0.01 / 2
+
+
 # ---- several ranks ----
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.error_faults import limit_file_sizes
 from tests.helpers.folders import damage
 from tests.helpers.forked import run_forked
+from tests.helpers.odd_images import photo
 from tests.helpers.runs import SHORT, last_state, lines, run_in_child, several_sizes, write_images
 from utils import checkpoint
 
@@ -97,6 +99,29 @@ def test_an_unreadable_image_and_one_that_is_taken_away_do_not_resume():
     assert "gone: train/ant/1.png, train/ant/2.png" in err
 
 
+def test_another_runs_state_and_one_without_names_say_that_unreadable_images_may_not_go():
+    write(in_memory=False)
+    stopped_after_two_steps()
+    damage(Path("pets/train/ant/1.png"), "cut_off")
+    before = Path(LATE).read_bytes()
+    code, err = resume("--name", "b", "--resume", LATE)
+    assert code == 2
+    assert err.endswith(f"repair or remove it; {LATE} is resumed only with all of its images\n")
+    assert Path(LATE).read_bytes() == before
+    saved_by_an_earlier_version()
+    assert f"{LATE} is resumed only with all of its images" in resume()[1]
+
+
+def test_images_are_named_even_if_the_state_cannot_be_written():
+    write(in_memory=False)
+    stopped_after_two_steps()
+    damage(Path("pets/train/ant/1.png"), "cut_off")
+    code, _, err = run_forked(["train.py", *SHORT], prepare=limit_file_sizes)
+    assert code == 2
+    assert "error: pets/train/ant/1.png cannot be read as an image" in err
+    assert f"{LATE} could not be written" in err
+
+
 def saved_by_an_earlier_version():
     """Takes the files' names out of the state, and puts in the checksum that the earlier version found."""
     state = torch.load(LATE, weights_only=True)
@@ -112,6 +137,21 @@ def test_a_state_of_an_earlier_version_resumes_where_nothing_is_read_otherwise()
     assert last_state().data["train"].split("\0") == [f"train/{c}/{i}.png" for c in ("ant", "bee") for i in range(4)]
 
 
+def test_a_state_of_an_earlier_version_resumes_where_odd_images_have_the_pixels_that_they_had():
+    write(in_memory=False)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, name in enumerate(("opaque.png", "upright.tif", "floats.tif")):
+        os.unlink(f"pets/train/ant/{number}.png")
+        image = photo().convert("L").convert({"opaque.png": "RGBA", "upright.tif": "L", "floats.tif": "F"}[name])
+        options = {"exif": turned, "compression": "tiff_lzw"} if name == "upright.tif" else {}
+        image.save(f"pets/train/ant/{name}", **options)
+    stopped_after_two_steps()
+    saved_by_an_earlier_version()
+    code, err = resume()
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_state_of_an_earlier_version_tells_what_is_read_otherwise_now(in_memory):
     write(in_memory)
@@ -122,7 +162,8 @@ def test_a_state_of_an_earlier_version_tells_what_is_read_otherwise_now(in_memor
             image.load()
         image.save(f"pets/train/ant/{i}.png", exif=turned)
     with Image.open("pets/test/bee/0.png") as image:
-        image.convert("RGBA").save("pets/test/bee/0.png")
+        image.putalpha(100)
+        image.save("pets/test/bee/0.png")
     stopped_after_two_steps()
     saved_by_an_earlier_version()
     if in_memory:  # its checksum is of the pixels, which are others

@@ -87,7 +87,7 @@ ROOMS = {
     "utils.images": {"utils.image_ends"},
     "utils.inspection": {"utils.dist_util", "utils.images"},
     "utils.listing": {"utils.images"},
-    "utils.manifest": {"utils.images", "utils.listing"},
+    "utils.manifest": {"utils.images", "utils.inspection", "utils.listing"},
     "utils.metrics": {"utils.dist_util", "utils.evaluation", "utils.log_files"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},

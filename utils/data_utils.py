@@ -204,7 +204,7 @@ def _on_all_ranks(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
             return
         except ImageError as e:
             failed = e
-        dist_errors.raise_together(failed)
+        dist_errors.raise_together(failed, ImageError.joined)
         yield ready.pop()  # nothing here keeps it: on a GPU it would take its memory in every step
 
 
@@ -215,7 +215,7 @@ def _to_the_end(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         yield from batches
     except ImageError as e:
         failed = e
-    dist_errors.raise_together(failed)
+    dist_errors.raise_together(failed, ImageError.joined)
 
 
 class _DecodeTask(Dataset):

@@ -230,7 +230,7 @@ def _load_folder(found: Folder, num_workers: int, known_fingerprint: str) -> Dat
     train, test = (_load_part(part, found.root, num_workers, reasons) for part in (found.train, found.test))
     in_files = [path for part in (train, test) if isinstance(part, FileImages) for path in part.paths]
     fingerprint = inspection.fingerprint(in_files, found.root) if in_files else ""
-    if dist_util.max_over_ranks(int(fingerprint != known_fingerprint)):
+    if any(dist_util.gather(fingerprint != known_fingerprint)):  # which hears of a rank that has failed meanwhile
         reasons |= inspection.inspect_images(in_files)
     if reasons:
         raise ImageError(reasons)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from utils import dist_util
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 #: A rank that ends because it lost another is gone after so many seconds, whatever a library still waits for.
 GRACE_SECS = 20
@@ -23,15 +24,15 @@ GRACE_SECS = 20
 STORE_SECS = 3
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raises on every rank the error of the first that has one; every rank must call it.
+def raise_together(error: E | None, joined: Callable[[list[E]], E]) -> None:
+    """Raises on every rank those that ranks have, ``joined`` to one; every rank must call it.
 
     For errors after which each rank still has something to do.  Where none has one, it costs one number of the hosts.
     """
     if dist_util.max_over_ranks(int(error is not None)) and dist.is_initialized():
-        errors: list[Exception | None] = [None] * dist_util.world_size()
+        errors: list[E | None] = [None] * dist_util.world_size()
         dist.all_gather_object(errors, error)
-        error = next(e for e in errors if e is not None)
+        error = joined([e for e in errors if e is not None])
     if error is not None:
         vars(error)["on_all_ranks"] = True
         raise error.with_traceback(None)  # whose frames would keep the loader, and with it its processes

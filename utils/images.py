@@ -72,6 +72,11 @@ class ImageError(UserError):
         super().__init__(reasons)  # what pickling gives back to this method
         self.reasons = reasons
 
+    @classmethod
+    def joined(cls, errors: list[ImageError]) -> ImageError:
+        """Returns one error of the images of several."""
+        return cls({path: reason for e in errors for path, reason in e.reasons.items()})
+
     def __str__(self) -> str:
         if len(self.reasons) == 1:
             ((path, reason),) = self.reasons.items()
@@ -249,3 +254,19 @@ def look(path: str) -> frozenset[str]:
             with DECODING:
                 read_image(path)
     return frozenset(name for name, has in found.items() if has)
+
+
+def is_as_before(path: str) -> bool:
+    """Returns true if an image has the pixels that earlier versions saw, which heeded neither EXIF nor transparency.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    with _errors_of(path), DECODING:
+        with Image.open(path) as image:  # by its path, as they did
+            if image.format != "TIFF" and _turn(image) is not None:  # TIFFs are turned by Pillow
+                return False
+            image.info.pop("transparency", None)
+            before = _to_rgb(image) if image.mode.startswith("I") else image.convert("RGB")
+        now = read_image(path)
+        return (before.size, before.tobytes()) == (now.size, now.tobytes())

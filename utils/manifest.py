@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.images import ImageError, look
+from utils.images import ImageError, is_as_before, look
+from utils.inspection import each
 from utils.listing import listed
 
 #: The endings that earlier versions read, whose states hold no names.
@@ -62,8 +63,8 @@ class Manifest:
             for ending in map(_ending, (*self.train, *self.test))
             if ending not in EARLIER_ENDINGS
         )
-        for name in (*self.train, *self.test):
-            counts.update(EARLIER_UNHEEDED[trait] for trait in _traits(os.path.join(self.root, name)))
+        paths = [os.path.join(self.root, name) for name in (*self.train, *self.test)]
+        counts.update(EARLIER_UNHEEDED[trait] for traits in each(_traits, paths) for trait in traits)
         return [f"{count} {what}" for what, count in sorted(counts.items())]
 
 
@@ -73,7 +74,8 @@ def _ending(name: str) -> str:
 
 def _traits(path: str) -> Collection[str]:
     try:
-        return look(path)
+        found = look(path)
+        return () if found and is_as_before(path) else found  # an opaque alpha channel, say
     except ImageError:  # said elsewhere
         return ()
 

@@ -127,14 +127,22 @@ class Run:
 
     @contextlib.contextmanager
     def remembering_unreadable(self, root: str) -> Iterator[None]:
-        """Notes in the state to resume from which images below ``root`` cannot be read: they may go."""
+        """Notes in the state to resume from which images below ``root`` cannot be read: they may go.
+
+        Not in another run's, nor in that of an earlier version, which has no names: there the message says so.
+        """
         try:
             yield
         except ImageError as e:
-            if self._saved is not None and self._saved["data"] and self.is_own and dist_util.is_main():
+            if self._saved is not None and not (self._saved["data"] and self.is_own):
+                add_note(e, f"{self._state_path} is resumed only with all of its images")
+            elif self._saved is not None and dist_util.is_main():
                 data = self._saved["data"]
                 data["unreadable"] = sorted({*data["unreadable"], *(os.path.relpath(path, root) for path in e.reasons)})
-                checkpoint.save_state(self.paths.state, {key: self._saved[key] for key in checkpoint.STATE_KINDS})
+                try:
+                    checkpoint.save_state(self.paths.state, {key: self._saved[key] for key in checkpoint.STATE_KINDS})
+                except OSError as failed:  # the user still needs to know of the images
+                    add_note(e, f"{failed}: the training resumes only with all of its images")
             raise
 
     def set_settings(
