@@ -48,7 +48,8 @@ def test_what_is_left_out_is_counted_by_ending_and_said_once(found, caplog, part
 
 def test_what_systems_and_archives_add_needs_no_word(found):
     junk = ("Thumbs.db", "desktop.ini", ".DS_Store", "._1.png", "@eaDir/1.png/2.png", "__MACOSX/1.png")
-    data = found(*BOTH, *junk, *below("ant", *junk))
+    of_disks = ("lost+found/1", "$RECYCLE.BIN/1.png", "System Volume Information/1")
+    data = found(*BOTH, *junk, *of_disks, *below("ant", *junk))
     assert data.classes == ["ant", "bee"]
     assert len(data.train.paths) + len(data.test.paths) == 6
     assert (data.warnings, len(data.notes)) == ([], 1)

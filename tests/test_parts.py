@@ -41,6 +41,10 @@ def test_a_class_named_like_a_part_is_a_class_where_it_holds_images(found):
     assert len(data.train.paths) + len(data.test.paths) == 12
 
 
+def test_one_class_whose_name_ends_like_a_part_is_a_class(found):
+    assert found("bullet train/{0..3}.png", "steam train/{0..3}.png").classes == ["bullet train", "steam train"]
+
+
 def test_classes_in_parts_may_be_named_like_parts(found):
     paths = ("bus/{0..3}.png", "test/{0..3}.png", "train/{0..3}.png")
     data = found(*below("train", *paths), *below("test", *paths))
@@ -81,6 +85,10 @@ WRONG_LAYOUTS = {
     "like parts": (
         [*below("training_set", *BOTH), *below("test_set", *BOTH)],
         "has test_set, training_set: parts, by the name; call them train and test",
+    ),
+    "like parts in themselves": (
+        [*below("seg_train/seg_train", *BOTH), *below("seg_test/seg_test", *BOTH), "seg_pred/seg_pred/1.png"],
+        "has seg_test, seg_train: parts, by the name; call them train and test",
     ),
     "cats and dogs": (["train/cat.{0..3}.png", "test1/{0..3}.png"], "has test1: parts, by the name; call them"),
     "years": ([*below("2019", *BOTH), *below("2020", *BOTH)], "each of 2019, 2020 .* has the same folders, ant, bee"),

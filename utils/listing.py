@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from utils import images
 from utils.errors import UserError
 
-#: Names, in lower case, that a Synology NAS, macOS's archives and Windows add.
-SILENT = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})
+#: Names, in lower case, that a Synology NAS, macOS's archives, Windows and the roots of disks add.
+SILENT = frozenset({
+    "@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information",
+})  # fmt: skip
 
 
 @dataclass

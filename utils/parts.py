@@ -24,6 +24,8 @@ SPELLINGS = {
 _PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
 #: Names that are no part's, but hardly a class's: training_set, test-images, test1.
 _LIKE_A_PART = re.compile(rf"({'|'.join(_PART_OF)})[ _.-]?(set|data|dataset|images?|imgs?|split|\d+)", re.IGNORECASE)
+#: Names that hardly are classes' where two of them end in different parts: seg_train and seg_test.
+_ENDS_IN_A_PART = re.compile(rf".*[ _.-]({'|'.join(_PART_OF)})", re.IGNORECASE)
 _UNLABELLED = "; tools.predict takes images whose classes nobody knows"
 
 
@@ -145,7 +147,9 @@ def _classes_of_root(root: str, top: Contents) -> list[str]:
         inner = os.path.join(root, name)
         if any(folders_in(os.path.join(inner, x)) for x in folders_in(inner) if x.lower() in _PART_OF):
             raise UserError(f"{root} has the parts in a folder of it; give --dataset {inner}")
-    if like_parts := [name for name in top.folders if _LIKE_A_PART.fullmatch(name)]:
+    like_parts = [name for name in top.folders if _LIKE_A_PART.fullmatch(name)]
+    ends = {x[0]: _PART_OF[x[1].lower()] for x in map(_ENDS_IN_A_PART.fullmatch, top.folders) if x}
+    if like_parts := like_parts or (list(ends) if len({*ends.values()}) > 1 else []):
         raise UserError(
             f"{root} has {listed(like_parts)}: parts, by the name; call them train and test, or, if they are classes, "
             f"move all class folders into {root}/train/"
