@@ -61,7 +61,7 @@ WRONG_LAYOUTS = {
     "images only": (["{0..4}.png"], "pets holds 5 images, but no class folders"),
     "hidden classes": (below("train", ".ant/1.png"), "pets/train has no class folders"),
     "no train": (below("test", *BOTH), r"has test/ to test on, but no train/"),
-    "classes beside test": ([*BOTH, *below("test", *BOTH)], r"move ant, bee into .*pets/train/"),
+    "classes beside test": ([*BOTH, *below("test", *BOTH)], r"move ant, bee into .*pets/train/ \(test too, if"),
     "flat train": (below("train", "1.png"), "train holds 1 image, but no class folders"),
     "flat test": (
         [*below("train", *BOTH), "test/{0..6}.png"],

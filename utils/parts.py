@@ -64,7 +64,8 @@ def to_train(root: str) -> Layout:
     if "train" not in names:
         others, remedy = listed(x for x in top.folders if x not in names.values()), "an evaluation (-v) needs none"
         if others:
-            remedy = f"move {others} into {root}/train/, or, to have a part of them tested on, {tested} elsewhere"
+            remedy = f"move {others} into {root}/train/ ({tested} too, if it is a class), or, "
+            remedy += f"to have a part of them tested on, {tested} elsewhere"
         raise UserError(f"{root} has {tested}/ to test on, but no train/ to train on; {remedy}")
     train = os.path.join(root, names["train"])
     trained_on = _class_folders(train)
