@@ -24,7 +24,7 @@ SPELLINGS = {
 _PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
 #: Names that are no part's, but hardly a class's: training_set, test-images, test1.
 _LIKE_A_PART = re.compile(rf"({'|'.join(_PART_OF)})[ _.-]?(set|data|dataset|images?|imgs?|split|\d+)", re.IGNORECASE)
-#: Names that hardly are classes' where two of them end in different parts: seg_train and seg_test.
+#: Names that are hardly classes, where several end with the names of parts: seg_train and seg_test.
 _ENDS_IN_A_PART = re.compile(rf".*[ _.-]({'|'.join(_PART_OF)})", re.IGNORECASE)
 _UNLABELLED = "; tools.predict takes images whose classes nobody knows"
 
