@@ -143,6 +143,13 @@ def test_letters_in_both_cases_are_two_classes(found):
     assert found(*below("train", *paths), *below("test", *paths)).classes == ["A", "a"]
 
 
+def test_folders_that_a_run_writes_beside_classes_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tree(tmp_path / "pets", *BOTH, "logs/a/.lock"))
+    for find in (datasets.find, datasets.find_test):
+        with pytest.raises(UserError, match=r"^\./logs holds no image; .* start that in another folder"):
+            find(".")
+
+
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "pets.zip").touch()
     for find in (datasets.find, datasets.find_test, datasets.class_names):
