@@ -48,7 +48,8 @@ def test_what_is_left_out_is_counted_by_ending_and_said_once(found, caplog, part
 
 def test_what_systems_and_archives_add_needs_no_word(found):
     junk = ("Thumbs.db", "desktop.ini", ".DS_Store", "._1.png", "@eaDir/1.png/2.png", "__MACOSX/1.png")
-    data = found(*BOTH, *junk, *below("ant", *junk))
+    of_disks = ("lost+found/1", "$RECYCLE.BIN/1.png", "System Volume Information/1")
+    data = found(*BOTH, *junk, *of_disks, *below("ant", *junk))
     assert data.classes == ["ant", "bee"]
     assert len(data.train.paths) + len(data.test.paths) == 6
     assert (data.warnings, len(data.notes)) == ([], 1)
@@ -71,6 +72,26 @@ def test_images_in_deeper_folders_and_behind_links_are_found_once(folder, rng):
     data = load_datasets(str(folder), "", 1)
     assert data.classes == ["bee", "cat", "dog"]
     assert data.train.labels.bincount().tolist() == [1, 5, 5]
+
+
+def test_a_link_that_leads_to_itself_is_a_file(tmp_path):
+    for name in ("loop", "loop.png"):
+        for path in (root := tmp_path / "pets", root / "ant"):
+            tree(root, *BOTH)
+            (path / name).symlink_to(name)
+    data = folders.find(str(root))
+    assert f"{root}/ant/loop.png" in data.train.paths + data.test.paths  # whoever looks at it names it
+    assert data.notes[-1] == "2 without an ending left out"
+
+
+def test_a_link_to_where_one_may_not_look_hides_no_other_image(public):
+    root, closed = tree(public / "pets", *CLASSES), tree(public / "closed", "x.png")
+    os.symlink(f"{closed}/x.png", f"{root}/train/ant/x.png")
+    os.chmod(closed, 0)
+    try:
+        assert as_nobody(lambda: len(folders.find(root).train.paths)) == "7"
+    finally:
+        os.chmod(closed, 0o755)
 
 
 @pytest.mark.parametrize(

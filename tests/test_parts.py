@@ -41,6 +41,10 @@ def test_a_class_named_like_a_part_is_a_class_where_it_holds_images(found):
     assert len(data.train.paths) + len(data.test.paths) == 12
 
 
+def test_one_class_whose_name_ends_like_a_part_is_a_class(found):
+    assert found("bullet train/{0..3}.png", "steam train/{0..3}.png").classes == ["bullet train", "steam train"]
+
+
 def test_classes_in_parts_may_be_named_like_parts(found):
     paths = ("bus/{0..3}.png", "test/{0..3}.png", "train/{0..3}.png")
     data = found(*below("train", *paths), *below("test", *paths))
@@ -57,7 +61,7 @@ WRONG_LAYOUTS = {
     "images only": (["{0..4}.png"], "pets holds 5 images, but no class folders"),
     "hidden classes": (below("train", ".ant/1.png"), "pets/train has no class folders"),
     "no train": (below("test", *BOTH), r"has test/ to test on, but no train/"),
-    "classes beside test": ([*BOTH, *below("test", *BOTH)], r"move ant, bee into .*pets/train/"),
+    "classes beside test": ([*BOTH, *below("test", *BOTH)], r"move ant, bee into .*pets/train/ \(test too, if"),
     "flat train": (below("train", "1.png"), "train holds 1 image, but no class folders"),
     "flat test": (
         [*below("train", *BOTH), "test/{0..6}.png"],
@@ -81,6 +85,10 @@ WRONG_LAYOUTS = {
     "like parts": (
         [*below("training_set", *BOTH), *below("test_set", *BOTH)],
         "has test_set, training_set: parts, by the name; call them train and test",
+    ),
+    "like parts in themselves": (
+        [*below("seg_train/seg_train", *BOTH), *below("seg_test/seg_test", *BOTH), "seg_pred/seg_pred/1.png"],
+        "has seg_test, seg_train: parts, by the name; call them train and test",
     ),
     "cats and dogs": (["train/cat.{0..3}.png", "test1/{0..3}.png"], "has test1: parts, by the name; call them"),
     "years": ([*below("2019", *BOTH), *below("2020", *BOTH)], "each of 2019, 2020 .* has the same folders, ant, bee"),
@@ -133,6 +141,13 @@ def test_a_wrong_layout_is_one_line_before_anything_is_read(tmp_path, monkeypatc
 def test_letters_in_both_cases_are_two_classes(found):
     paths = ("a/{0..2}.png", "A/{0..2}.png")
     assert found(*below("train", *paths), *below("test", *paths)).classes == ["A", "a"]
+
+
+def test_folders_that_a_run_writes_beside_classes_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tree(tmp_path / "pets", *BOTH, "logs/a/.lock"))
+    for find in (datasets.find, datasets.find_test):
+        with pytest.raises(UserError, match=r"^\./logs holds no image; .* start that in another folder"):
+            find(".")
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):

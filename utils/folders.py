@@ -212,8 +212,10 @@ def _list_images(folder: str, classes: list[str], left_out: LeftOut) -> dict[str
         path, here = os.path.join(folder, name), LeftOut()
         images[path] = listing.images_below(path, here) if os.path.isdir(path) else []
         if not images[path]:
-            found = "; ".join(here.warnings() + here.notes())
-            raise UserError(f"{path} holds no image{found and f' ({found})'}; fill the folder or remove the class")
+            found, remedy = "; ".join(here.warnings() + here.notes()), "fill the folder or remove the class"
+            if os.path.samefile(folder, os.curdir):
+                remedy += ", or, if a run wrote it, start that in another folder, for logs/ and output/ are no classes"
+            raise UserError(f"{path} holds no image{found and f' ({found})'}; {remedy}")
         left_out.add(here)
     return images
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from utils import images
 from utils.errors import UserError
 
-#: Names, in lower case, that a Synology NAS, macOS's archives and Windows add.
-SILENT = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})
+#: Names, in lower case, that a Synology NAS, macOS's archives, Windows and the roots of disks add.
+SILENT = frozenset({
+    "@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information",
+})  # fmt: skip
 
 
 @dataclass
@@ -111,7 +113,7 @@ def look_into(folder: str) -> Contents:
     """
     contents, endings = Contents(folders_in(folder), [], Counter()), images.endings()
     for entry in _entries(folder):
-        if not entry.is_dir():
+        if not _is_folder(entry):
             if (ending := _ending(entry.name)) in endings:
                 contents.images.append(entry.path)
             else:
@@ -126,7 +128,7 @@ def folders_in(folder: str) -> list[str]:
         UserError: it may not be read.
     """
     try:
-        found = [entry for entry in _entries(folder) if entry.is_dir()]
+        found = [entry for entry in _entries(folder) if _is_folder(entry)]
     except PermissionError as e:
         raise _denied(folder) from e
     above = _itself_and_above(folder)
@@ -136,7 +138,7 @@ def folders_in(folder: str) -> list[str]:
 def has_image(folder: str) -> bool:
     """Tells whether an image lies in a folder itself."""
     endings = images.endings()
-    return any(_ending(entry.name) in endings and not entry.is_dir() for entry in _entries(folder))
+    return any(_ending(entry.name) in endings and not _is_folder(entry) for entry in _entries(folder))
 
 
 def images_below(folder: str, left_out: LeftOut) -> list[str]:
@@ -157,7 +159,7 @@ def images_below(folder: str, left_out: LeftOut) -> list[str]:
         seen.add(os.path.realpath(parent))
         try:
             for entry in _entries(parent):
-                if entry.is_dir():
+                if _is_folder(entry):
                     if os.path.realpath(entry.path) not in seen:
                         subfolders.append(entry.path)
                 elif (ending := _ending(entry.name)) in endings:
@@ -182,6 +184,14 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         for entry in entries:
             if entry.name[0] != "." and entry.name.lower() not in SILENT:
                 yield entry
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tells folders and links to them; a link that leads nowhere, or where one may not look, is a file's."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _ending(name: str) -> str:

@@ -24,6 +24,8 @@ SPELLINGS = {
 _PART_OF = {spelling: part for part, spellings in SPELLINGS.items() for spelling in spellings}
 #: Names that are no part's, but hardly a class's: training_set, test-images, test1.
 _LIKE_A_PART = re.compile(rf"({'|'.join(_PART_OF)})[ _.-]?(set|data|dataset|images?|imgs?|split|\d+)", re.IGNORECASE)
+#: Names that are hardly classes, where several end with the names of parts: seg_train and seg_test.
+_ENDS_IN_A_PART = re.compile(rf".*[ _.-]({'|'.join(_PART_OF)})", re.IGNORECASE)
 _UNLABELLED = "; tools.predict takes images whose classes nobody knows"
 
 
@@ -62,7 +64,8 @@ def to_train(root: str) -> Layout:
     if "train" not in names:
         others, remedy = listed(x for x in top.folders if x not in names.values()), "an evaluation (-v) needs none"
         if others:
-            remedy = f"move {others} into {root}/train/, or, to have a part of them tested on, {tested} elsewhere"
+            remedy = f"move {others} into {root}/train/ ({tested} too, if it is a class), or, "
+            remedy += f"to have a part of them tested on, {tested} elsewhere"
         raise UserError(f"{root} has {tested}/ to test on, but no train/ to train on; {remedy}")
     train = os.path.join(root, names["train"])
     trained_on = _class_folders(train)
@@ -145,7 +148,9 @@ def _classes_of_root(root: str, top: Contents) -> list[str]:
         inner = os.path.join(root, name)
         if any(folders_in(os.path.join(inner, x)) for x in folders_in(inner) if x.lower() in _PART_OF):
             raise UserError(f"{root} has the parts in a folder of it; give --dataset {inner}")
-    if like_parts := [name for name in top.folders if _LIKE_A_PART.fullmatch(name)]:
+    like_parts = [name for name in top.folders if _LIKE_A_PART.fullmatch(name)]
+    ends = {x[0]: _PART_OF[x[1].lower()] for x in map(_ENDS_IN_A_PART.fullmatch, top.folders) if x}
+    if like_parts := like_parts or (list(ends) if len({*ends.values()}) > 1 else []):
         raise UserError(
             f"{root} has {listed(like_parts)}: parts, by the name; call them train and test, or, if they are classes, "
             f"move all class folders into {root}/train/"
