@@ -86,6 +86,10 @@ WRONG_LAYOUTS = {
         [*below("training_set", *BOTH), *below("test_set", *BOTH)],
         "has test_set, training_set: parts, by the name; call them train and test",
     ),
+    "classes and their copy": (
+        [*BOTH, *below("pets", *BOTH)],
+        "pets/pets has folders of the same names as the classes beside it, ant, bee; move it elsewhere",
+    ),
     "like parts in themselves": (
         [*below("seg_train/seg_train", *BOTH), *below("seg_test/seg_test", *BOTH), "seg_pred/seg_pred/1.png"],
         "has seg_test, seg_train: parts, by the name; call them train and test",

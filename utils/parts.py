@@ -172,6 +172,10 @@ def _refuse_other_levels(root: str, top: Contents) -> None:
     """Raises UserError if the folders in a folder without parts are not its classes, but hold these or the parts."""
     _refuse_wrapped(root, "give --dataset {inner}")
     classes = [os.path.join(root, name) for name in top.folders]
+    for path in classes:
+        if len(copied := sorted({*folders_in(path)} & {*top.folders})) > 1:  # as archives that hold all twice leave it
+            words = f"{path} has folders of the same names as the classes beside it, {listed(copied)}"
+            raise UserError(f"{words}; move it elsewhere, or give --dataset {path}")
     inside = folders_in(classes[0])
     if min(len(classes), len(inside)) < 2 or any(folders_in(x) != inside or has_image(x) for x in classes):
         return
