@@ -31,6 +31,9 @@ CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "TIFF": "libtiff", "WEBP": "we
 KINDS = "jpg, png, gif, webp, tif, bmp and others that Pillow reads"
 
 HEIF_ENDINGS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+#: What such a file begins with after four bytes, whatever phones and messengers call it.
+HEIF_BRANDS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
+HEIF_REMEDY = "pip install pillow_heif, or convert them to JPEG"
 #: Endings of image formats that are not taken: photos and drawings, then camera raw.
 OTHER_IMAGES = frozenset({
     ".ai", ".bpg", ".cdr", ".dcm", ".djvu", ".dpx", ".emf", ".emz", ".eps", ".epsf", ".exr", ".fit", ".fits", ".flif",
@@ -104,7 +107,7 @@ def remedy(ending: str) -> str | None:
     if ending in endings():
         return None
     if ending in HEIF_ENDINGS:
-        return "pip install pillow_heif, or convert them to JPEG"
+        return HEIF_REMEDY
     if Image.registered_extensions().get(ending) in CODECS:
         return "pip install --upgrade Pillow, or convert them to JPEG"
     return "convert them to JPEG or PNG" if ending in OTHER_IMAGES else None
@@ -178,8 +181,16 @@ def _open(path: str) -> Iterator[ImageFile.ImageFile]:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
         raise OSError("it is not a file")
     # Not by its path: Pillow 13 would map TIFFs into memory, and mix up the pixels of those turned by 90 degrees.
-    with open(path, "rb") as f, Image.open(f, formats=_formats()) as image:
-        yield image
+    with open(path, "rb") as f:
+        try:
+            image = Image.open(f, formats=_formats())
+        except UnidentifiedImageError as e:
+            f.seek(4)
+            if f.read(8).startswith(HEIF_BRANDS):
+                raise ValueError(f"images of HEIC are not read: {HEIF_REMEDY}") from e
+            raise
+        with image:
+            yield image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
