@@ -96,8 +96,7 @@ def write_with_metadata(path: str, crc32: int, metadata: CheckpointMetadata | No
     with files.atomic_write(path) as f:
         yield f
         if metadata is not None:
-            f.flush()
-            os.fsync(f.fileno())
+            files.flush(f)
             known = {name: value for name, value in asdict(metadata).items() if value is not None}
             text = json.dumps({**known, "crc32": crc32}, indent=1, allow_nan=False)
             with files.atomic_write(metadata_path(path)) as beside:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import resource
@@ -153,6 +154,16 @@ def mounted_read_only() -> Iterator[None]:
         yield
 
 
+def no_locks() -> None:
+    """As on a network disk without them."""
+    import fcntl
+
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.lockf = lockf
+
+
 def limit_file_sizes() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -293,6 +304,8 @@ FAULTS = [
              1),
         Case("file-size-limit", "files may not be that large", befallen(after_step(7, limit_file_sizes)),
              "output/a_checkpoint.bin", 1),
+        Case("locks-missing", "a file system without locks, such as NFS without its daemon",
+             befallen(no_locks, after=lambda: whole(13)), "locked", 0),
     ]),
     Group("The machine", flags=RUN, cases=[
         Case("worker-killed", "a process that decodes images is killed",
