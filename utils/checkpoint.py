@@ -253,6 +253,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 #: What a training state holds, and of which kind; ``run.Run.save`` says what each is for.
 STATE_KINDS: dict[str, type] = {
+    "run_id": str,
     "settings": dict,
     "environment": dict,
     "batch": dict,
@@ -269,7 +270,7 @@ STATE_KINDS: dict[str, type] = {
     "log": dict,
 }
 #: What a state counts as having that is older than the entry.
-STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}}
+STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}, "run_id": ""}
 #: Names of format 1, which is read for ever, and what they are called now.
 FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 

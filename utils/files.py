@@ -218,13 +218,22 @@ def _locked(path: str, busy: str) -> IO[str]:
             has_locks = _lock(f)
         except OSError as e:
             with f:
-                f.seek(0)
-                pid, _, note = f.read().partition("\n")
+                pid, _, note = _text_of(f).partition("\n")
                 raise Locked(f"process {pid or 'unknown'} is {busy}", note.rstrip("\n")) from e
         with contextlib.suppress(FileNotFoundError):
             if not has_locks or os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
                 return f
         f.close()  # whoever held it has just removed it: lock the file that others will find
+
+
+def _text_of(f: IO[str]) -> str:
+    """Returns what the process that has a lock wrote into its file, which it may be about to do."""
+    for _ in range(5):
+        f.seek(0)
+        if text := f.read():
+            return text
+        time.sleep(0.02)
+    return ""
 
 
 def _lock(f: IO[str], wait: bool = False) -> bool:
