@@ -165,15 +165,11 @@ def test_a_row_that_is_done_is_trained_only_with_again(capfd):
 
 
 @pytest.mark.usefixtures("trained", "here")
-@pytest.mark.parametrize(
-    ("log_dir", "folder"), [("x/y", "reproduce-predecessor-a"), ("logs", "reproduce-predecessor-a-2")]
-)
-def test_logs_are_found_in_log_dir_and_beside_those_of_another_output_dir(log_dir, folder, capfd):
+@pytest.mark.parametrize(("log_dir", "number"), [("x/y", ""), ("logs", "-2")])
+def test_logs_are_found_in_log_dir_and_beside_those_of_another_output_dir(log_dir, number, capfd):
     words = ["--rows", "predecessor-a", "--output_dir", "other", "--log_dir", log_dir, *CPU]
-    assert run(capfd, *words)[0] == 0
-    assert os.path.exists(f"{log_dir}/{folder}/metrics.jsonl")
-    (record,) = _results.read("other/results.json").values()
-    assert record["status"] == "done"
+    assert run(capfd, *words)[0] == 0  # else the training counts as failed
+    assert os.path.exists(f"{log_dir}/reproduce-predecessor-a{number}/metrics.jsonl")
 
 
 @pytest.mark.usefixtures("trained", "here")
