@@ -256,7 +256,7 @@ def fine_tune(args: argparse.Namespace) -> int:
     """Trains, from wherever the run has come to; see utils/run.py."""
     precision = set_up(args)
     batch = Batch.from_flags(args.train_batch_size, args.gradient_accumulation_steps, dist_util.world_size())
-    with contextlib.closing(Run(RunPaths(args.output_dir, args.name), args.resume, batch)) as run:
+    with contextlib.closing(Run(RunPaths(args.output_dir, args.name, args.log_dir), args.resume, batch)) as run:
         with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
             run.open()
             model, data = prepare(args, run, precision)

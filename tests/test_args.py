@@ -33,7 +33,8 @@ def check(*words):
 def test_names_and_defaults_are_the_contract():
     assert vars(parse()) == dict(
         name="a", dataset="cifar10", data_dir="./data", model_type="ViT-B_16", pretrained_dir=None, zero_head=False,
-        output_dir="output", img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100, log_every=10,
+        output_dir="output", log_dir="logs", img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100,
+        log_every=10,
         learning_rate=3e-2, weight_decay=0, num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0,
         dropout=None, gelu="erf", hflip=False, device="auto", num_workers=None, resume="auto", save_every=None,
         deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2",

@@ -165,6 +165,14 @@ def test_a_row_that_is_done_is_trained_only_with_again(capfd):
 
 
 @pytest.mark.usefixtures("trained", "here")
+@pytest.mark.parametrize(("log_dir", "number"), [("x/y", ""), ("logs", "-2")])
+def test_logs_are_found_in_log_dir_and_beside_those_of_another_output_dir(log_dir, number, capfd):
+    words = ["--rows", "predecessor-a", "--output_dir", "other", "--log_dir", log_dir, *CPU]
+    assert run(capfd, *words)[0] == 0  # else the training counts as failed
+    assert os.path.exists(f"{log_dir}/reproduce-predecessor-a{number}/metrics.jsonl")
+
+
+@pytest.mark.usefixtures("trained", "here")
 def test_a_training_whose_logs_are_gone_is_not_called_done(capfd):
     os.remove("output/results.json")
     shutil.rmtree("logs")

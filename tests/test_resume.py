@@ -153,19 +153,6 @@ def test_a_link_to_the_own_state_is_the_own_state():
     assert best
 
 
-def test_logs_of_another_run_are_not_cut(caplog):
-    """Two output folders share logs/<name>: a run must not write on in the other's files."""
-    killed_at(STOP)
-    assert run("--output_dir", "other", "--seed", "1") == 0
-    theirs = lines()
-    assert run() == 0
-    assert "does not hold the logs of the run up to step 2" in caplog.text
-    assert [line["step"] for line in lines()] == [3, 4, 4]
-    os.rename("logs/a", "logs/gone")
-    os.rename("logs/gone/earlier-2", "logs/a")
-    assert lines() == theirs
-
-
 # ---- under the same settings ----
 
 

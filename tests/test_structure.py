@@ -83,6 +83,8 @@ ROOMS = {
     "utils.dist_errors": {"utils.dist_util"},
     "utils.dist_util": {"utils.hardware", "utils.rendezvous"},
     "utils.evaluation": {"utils.dist_util"},
+    "utils.log_files": {"utils.files"},
+    "utils.log_folder": {"utils.files", "utils.run_state"},
     "utils.folders": {"utils.listing", "utils.parts", "utils.split"},
     "utils.images": {"utils.image_ends"},
     "utils.inspection": {"utils.dist_util", "utils.images"},
@@ -103,6 +105,7 @@ ROOMS = {
         "utils.evaluation",
         "utils.files",
         "utils.images",
+        "utils.log_folder",
         "utils.manifest",
         "utils.metrics",
         "utils.precision",
@@ -197,6 +200,12 @@ def test_what_could_run_is_found():
     assert unsafe(careless) == ["dill.load", "pickle.loads", "torch.load"]
     assert unsafe("import pickle as p\np.load(f)") == ["pickle"]
     assert not unsafe("torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\ntorch.export.load(p)")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_one_module_asks_of_disks_what_some_refuse(path):
+    refused = {"os.chmod", "os.fsync", "os.replace"} & {name for name, _ in calls(path.read_text(encoding="utf-8"))}
+    assert not refused or module_name(path) == "utils.files"
 
 
 def test_configs_describe_without_torch_or_numpy():

@@ -84,7 +84,7 @@ def new_folder(path: str) -> Iterator[str]:
             files.set_usual_mode(os.path.join(temporary, file), 0o666)  # and safetensors' own is 0600
             files.sync(os.path.join(temporary, file))
         files.sync(temporary)
-        os.replace(temporary, path)
+        files.replace(temporary, path)
         files.sync(os.path.dirname(os.path.abspath(path)))
 
 

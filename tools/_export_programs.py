@@ -203,5 +203,5 @@ def _save(program: Any, path: str, is_large: bool) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         for file in written:
-            os.replace(os.path.join(temporary, file), os.path.join(folder, file))
+            files.replace(os.path.join(temporary, file), os.path.join(folder, file))
         files.sync(folder)

@@ -5,7 +5,6 @@ This module must not know how rows are trained.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -47,11 +46,7 @@ def read(path: str) -> Results:
 
 def keep(folder: str, name: str, record: Record, order: Iterable[str]) -> None:
     """Adds a row's result to those in the folder, in this order of rows; processes at other rows take turns."""
-    with open(os.path.join(folder, ".results.lock"), "a", encoding="ascii") as lock:
-        with contextlib.suppress(ImportError, OSError):  # not every system has locks, nor every file system
-            import fcntl
-
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+    with files.turn(os.path.join(folder, ".results.lock")):
         write(folder, {**read(os.path.join(folder, "results.json")), name: record}, order)
 
 

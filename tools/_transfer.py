@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import dist_util
+from utils import dist_util, files
 
 TIMEOUT_SECS = 30.0
 #: Tries in a row that bring nothing before the download ends, and the wait between them.
@@ -149,14 +149,13 @@ class Download:
                 while chunk := read(response):
                     f.write(chunk)
                     bar.update(len(chunk))
-            f.flush()
-            os.fsync(f.fileno())
+            files.flush(f)
             if response.length:
                 raise TransientError(f"the connection broke off after {f.tell():,} of {total:,} bytes")
 
     def finish(self) -> None:
         """Gives the part, which ``fetch`` has checked, its name."""
-        os.replace(self.part, self.path)
+        files.replace(self.part, self.path)
         self.forget()
 
     def fault(self) -> str | None:

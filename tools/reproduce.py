@@ -35,8 +35,9 @@ from tools import _cli
 from tools import _results as results
 from tools._published_results import ROWS, Row
 from utils import args as flags
-from utils import files, hardware, log_files
+from utils import files, hardware, log_files, log_folder
 from utils.errors import UserError
+from utils.run_state import RunPaths
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"
@@ -46,7 +47,7 @@ FREE_FLAGS = {"seed", "eval_every", "zero_head", "fp16", "fp16_opt_level", "amp_
 #: Flags that make a row the training it is, or that this tool gives itself.
 OWN_FLAGS = [
     *(f"--{flag.name}" for flag in flags.FLAGS if flag.decides == "result" and flag.name not in FREE_FLAGS),
-    "--name", "--output_dir", "--resume", "--eval_only", "--load_model_dir", "--help",
+    "--name", "--output_dir", "--log_dir", "--resume", "--eval_only", "--load_model_dir", "--help",
 ]  # fmt: skip
 
 
@@ -110,6 +111,7 @@ def command(row: Row, args: argparse.Namespace, extra: list[str]) -> list[str]:
         "--name": run_name(row), "--dataset": row.dataset, "--model_type": row.model_type,
         "--pretrained_dir": weights(row, args.checkpoint_dir), "--img_size": row.img_size,
         "--train_batch_size": row.batch_size, "--num_steps": row.num_steps, "--output_dir": args.output_dir,
+        "--log_dir": args.log_dir,
     }  # fmt: skip
     words = [str(word) for pair in given.items() for word in pair]
     if "--learning_rate" not in row.flags:
@@ -190,7 +192,7 @@ def outcome(
     row: Row, args: argparse.Namespace, words: list[str], code: int, signal_number: int, secs: float | None
 ) -> dict[str, Any]:
     """Returns the record of a row's training, for results.json."""
-    accuracies = read_accuracies(row) if code == 0 else []
+    accuracies = read_accuracies(row, args) if code == 0 else []
     device = ""
     if code != 2:  # else --device may be what is wrong
         p = argparse.ArgumentParser(add_help=False)
@@ -209,9 +211,9 @@ def outcome(
     }
 
 
-def read_accuracies(row: Row) -> list[float]:
+def read_accuracies(row: Row, args: argparse.Namespace) -> list[float]:
     """Returns the accuracies of a finished training, in percent; none, and an error in one line, without its logs."""
-    folder = os.path.join("logs", run_name(row))
+    folder = log_folder.find(RunPaths(args.output_dir, run_name(row), args.log_dir)).log_dir
     try:
         lines = log_files.read_lines(folder)
         return [round(100 * line["test/accuracy"], 4) for line in lines if "test/accuracy" in line]
@@ -253,6 +255,7 @@ def make_parser() -> _cli.Parser:
     p.add_argument("--again", action="store_true", help="train rows anew that are done or were stopped")
     p.add_argument("--checkpoint_dir", default="checkpoint", help="where the pretrained weights are")
     p.add_argument("--output_dir", default="output", help="where checkpoints and results are written")
+    p.add_argument("--log_dir", default="logs", help="where the trainings' logs are written")
     return p
 
 

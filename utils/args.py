@@ -117,6 +117,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "The run and its files": (
         Flag("--name", None, "name of the run, its checkpoint and its logs"),
         Flag("--output_dir", "output", "folder for checkpoints, saved states and reports", per_rank=True),
+        Flag("--log_dir", "logs", "folder for the runs' logs; the run's own is LOG_DIR/NAME, or LOG_DIR/NAME-2 where a "
+             "run of another --output_dir has that", per_rank=True, training_only=True),
         Flag("--resume", "auto", "auto: resume from the run's last saved state, if there is one; none: start over; "
              "PATH: resume from that NAME_last.pt, which may be another run's", metavar="auto|none|PATH",
              training_only=True),
@@ -250,6 +252,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--name {args.name!r} names files; it must not be empty, a path or unprintable")
     if len(os.fsencode(args.name)) > 200:
         raise UserError(f"--name has {len(args.name)} characters, too many for the names of files")
+    if not args.log_dir:
+        raise UserError("--log_dir is empty; name a folder, or . for the one that you are in")
     if args.train_batch_size % args.gradient_accumulation_steps:
         raise UserError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of "

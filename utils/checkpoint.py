@@ -96,8 +96,7 @@ def write_with_metadata(path: str, crc32: int, metadata: CheckpointMetadata | No
     with files.atomic_write(path) as f:
         yield f
         if metadata is not None:
-            f.flush()
-            os.fsync(f.fileno())
+            files.flush(f)
             known = {name: value for name, value in asdict(metadata).items() if value is not None}
             text = json.dumps({**known, "crc32": crc32}, indent=1, allow_nan=False)
             with files.atomic_write(metadata_path(path)) as beside:
@@ -254,6 +253,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 #: What a training state holds, and of which kind; ``run.Run.save`` says what each is for.
 STATE_KINDS: dict[str, type] = {
+    "run_id": str,
     "settings": dict,
     "environment": dict,
     "batch": dict,
@@ -270,7 +270,7 @@ STATE_KINDS: dict[str, type] = {
     "log": dict,
 }
 #: What a state counts as having that is older than the entry.
-STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}}
+STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}, "run_id": ""}
 #: Names of format 1, which is read for ever, and what they are called now.
 FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 

@@ -181,4 +181,4 @@ def _download(cls: Any, root: str) -> None:
             os.makedirs(target, exist_ok=True)
             for name in names:
                 files.sync(os.path.join(parent, name))
-                os.replace(os.path.join(parent, name), os.path.join(target, name))
+                files.replace(os.path.join(parent, name), os.path.join(target, name))

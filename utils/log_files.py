@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from utils import files
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class MetricsWriter:
             return {}
         for file in (self._lines, self._events.file):
             with _named(file.name):
-                os.fsync(file.fileno())
+                files.flush(file)
         own = {os.path.basename(file.name): file.tell() for file in (self._lines, self._events.file)}
         if self._end is not None:
             own[os.path.basename(self._events.file.name)] = self._end
@@ -248,5 +249,5 @@ def _set_aside_earlier(log_dir: str) -> None:
         number += 1
     os.mkdir(target)
     for f in earlier:
-        shutil.move(f, target)
+        os.rename(f, os.path.join(target, os.path.basename(f)))
     logger.warning("Moved the logs of an earlier run of this name to %s", target)

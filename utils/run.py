@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, dist_errors, dist_util, files, manifest
+from utils import checkpoint, dist_errors, dist_util, files, log_folder, manifest
 from utils.batch import Batch
 from utils.errors import UserError, add_note
 from utils.images import ImageError
@@ -44,11 +45,12 @@ class Run:
     often as wanted, and ``close`` at the end.
 
     Args:
-        paths: the run's files.
+        paths: the run's files; ``open`` finds the folder of its logs.
         resume: auto, none, or the path of a state.
         batch: as the flags ask for.
 
     Attributes:
+        run_id: tells the run from others of its name; there after ``open``.
         state: how far it has come.
         settings: what decides on the result.
         environment: what may change the last digits.
@@ -60,6 +62,7 @@ class Run:
     def __init__(self, paths: RunPaths, resume: str, batch: Batch) -> None:
         self.paths, self.resume, self.batch = paths, resume, batch
         self.is_own = resume == "auto" or os.path.realpath(resume) == os.path.realpath(paths.state)
+        self.run_id = ""
         self.state = RunState()
         self.settings: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
@@ -73,17 +76,15 @@ class Run:
     # ---- before any work ----
 
     def open(self) -> None:
-        """Takes the lock, and reads the newest state that any rank has; writes nothing but the lock.
+        """Takes the locks, and reads the newest state that any rank has; writes nothing but the locks.
 
         Raises:
             UserError: another process trains under this name, files cannot be written, the state cannot be read, or
                 its batch cannot be shared by so many ranks.
         """
         files.check_writable(self.paths.output_dir)
-        files.check_writable(self.paths.log_dir)
         if dist_util.is_main():
-            for lock in self.paths.locks:
-                self._locks.enter_context(files.file_lock(lock))
+            self._locks.enter_context(files.file_lock(self.paths.lock))
             own = (self.paths.checkpoint, checkpoint.metadata_path(self.paths.checkpoint), self.paths.state)
             if taken := next((path for path in own if os.path.isdir(path)), None):  # a report may fail to be written
                 raise UserError(f"{taken} is a folder where a file is written; move it, or give another --name")
@@ -91,6 +92,10 @@ class Run:
         self._saved = _newest(self._find_state())
         # As the main process has it: folders of ranks may differ.
         self.is_own = bool(dist_util.max_over_ranks(int(dist_util.is_main() and self.is_own)))
+        run_id = self._saved["run_id"] if self._saved is not None and self.is_own else ""
+        if dist_util.is_main():
+            self.paths = log_folder.claim(self.paths, run_id, self._locks)
+        self.run_id = run_id or secrets.token_hex(8)
         if self._saved is not None:
             self._has_state = self.is_own
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
@@ -102,7 +107,7 @@ class Run:
         return checkpoint.load_state(self._state_path)
 
     def close(self) -> None:
-        """Lets go of the lock."""
+        """Lets go of the locks."""
         self._locks.close()
 
     @property
@@ -220,6 +225,7 @@ class Run:
             with contextlib.suppress(FileNotFoundError):  # another machine's, on the same disk
                 os.unlink(self.paths.state)
         if dist_util.is_main():
+            log_folder.sign(self.paths, self.run_id)
             lost = self.state.best_accuracy >= 0 and not self._adopt_best()
         if dist_util.max_over_ranks(int(lost)):
             self.state.best_accuracy, self.state.best_step = -1.0, 0
@@ -294,6 +300,7 @@ class Run:
                 weights = self._precision.float32_weights(self._model)
                 _check_finite(weights, self.state.step)
                 checkpoint.save_state(self.paths.state, {
+                    "run_id": self.run_id,  # by which it knows the folder of its logs
                     "settings": self.settings,  # compared on resume: they decide on the result
                     "environment": self.environment,  # a change of it is a warning: it may change the last digits
                     "batch": {"total": self.batch.total, "given": self.batch.given},  # kept with other ranks

@@ -17,10 +17,14 @@ class RunPaths:
     Args:
         output_dir: folder of the checkpoint, the state and the report.
         name: the run's.
+        log_root: folder of the runs' folders of logs.
+        log_number: of the folder among those of this name; see utils/log_folder.py.
     """
 
     output_dir: str
     name: str
+    log_root: str = "logs"
+    log_number: int = 1
 
     @property
     def checkpoint(self) -> str:
@@ -40,12 +44,17 @@ class RunPaths:
     @property
     def log_dir(self) -> str:
         """Folder of the TensorBoard events and of metrics.jsonl."""
-        return os.path.join("logs", self.name)
+        return os.path.join(self.log_root, self.name if self.log_number == 1 else f"{self.name}-{self.log_number}")
 
     @property
-    def locks(self) -> tuple[str, str]:
-        """Files that are locked while the run trains, one in each folder that it writes."""
-        return os.path.join(self.output_dir, f".{self.name}.lock"), os.path.join(self.log_dir, ".lock")
+    def lock(self) -> str:
+        """A file that is locked while the run trains."""
+        return os.path.join(self.output_dir, f".{self.name}.lock")
+
+    @property
+    def log_lock(self) -> str:
+        """The same in the folder of its logs."""
+        return os.path.join(self.log_dir, ".lock")
 
     def _in_output(self, ending: str) -> str:
         return os.path.join(self.output_dir, f"{self.name}_{ending}")

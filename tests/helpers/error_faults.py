@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import resource
@@ -153,6 +154,21 @@ def mounted_read_only() -> Iterator[None]:
         yield
 
 
+def no_locks() -> None:
+    """As on a network disk without them."""
+    import fcntl
+
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.lockf = lockf
+
+
+def other_output() -> Launch:
+    resumes("--num_steps", "5")
+    return Launch(["--num_steps", "5", "--output_dir", "other"], writes=True)
+
+
 def limit_file_sizes() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -288,11 +304,15 @@ FAULTS = [
         Case("disk-read-only", "the disk becomes read-only", becomes_read_only, "output/a_checkpoint.bin", 1),
         Case("folder-read-only", "a read-only folder, from the start", lambda: Launch(within=mounted_read_only()),
              "output"),
+        Case("log-dir-empty", "an empty `--log_dir`", "--log_dir="),
+        Case("logs-of-another", "a name that a run of another `--output_dir` has", other_output, "logs/a-2", 0),
         Case("folder-vanished", "the folder vanishes",
              befallen(after_step(7, lambda: shutil.rmtree("output")), after=lambda: None), "output/a_checkpoint.bin",
              1),
         Case("file-size-limit", "files may not be that large", befallen(after_step(7, limit_file_sizes)),
              "output/a_checkpoint.bin", 1),
+        Case("locks-missing", "a file system without locks, such as NFS without its daemon",
+             befallen(no_locks, after=lambda: whole(13)), "locked", 0),
     ]),
     Group("The machine", flags=RUN, cases=[
         Case("worker-killed", "a process that decodes images is killed",
