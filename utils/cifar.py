@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 from typing import Any
@@ -174,8 +176,10 @@ def _extract(archive: str, folder: str, names: list[str]) -> None:
 
 def _download(cls: Any, root: str) -> None:
     """Downloads the archive and its files; nothing has its name before it is whole."""
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory(prefix=".cifar.", suffix=files.TEMPORARY, dir=root) as temporary:
-        cls(root=temporary, train=True, download=True)
+        with bar:  # torchvision's is for terminals
+            cls(root=temporary, train=True, download=True)
         for parent, _, names in os.walk(temporary):
             target = os.path.normpath(os.path.join(root, os.path.relpath(parent, temporary)))
             os.makedirs(target, exist_ok=True)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import hardware, rendezvous
+from utils import console, hardware, rendezvous
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -184,8 +184,13 @@ def describe(other: int) -> str:
 
 
 def bar_options() -> dict[str, Any]:
-    """Returns tqdm's options: progress is shown by the main process only, and rarely where it goes to a file."""
-    return {"disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
+    """Returns tqdm's options: the main process shows progress; where there is no terminal, lines of what takes long."""
+    if not is_main():
+        return {"disable": True}
+    if sys.stderr.isatty():
+        return {"mininterval": 0.1, "dynamic_ncols": True}
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    return {"file": console.Lines(), "mininterval": 10, "delay": 10, "bar_format": line}
 
 
 # ---- together ----
