@@ -88,7 +88,7 @@ ROOMS = {
     "utils.inspection": {"utils.dist_util", "utils.images"},
     "utils.listing": {"utils.images"},
     "utils.manifest": {"utils.images", "utils.inspection", "utils.listing"},
-    "utils.metrics": {"utils.dist_util", "utils.evaluation", "utils.log_files"},
+    "utils.metrics": {"utils.console", "utils.dist_util", "utils.evaluation", "utils.log_files"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
     "utils.signals": {"utils.console", "utils.dist_util"},

@@ -17,6 +17,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 #: After these a stream may take text again later: its reader is slow, or a file's disk is full.
 PASSING = (errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
+#: Seconds between two lines of progress where there is no terminal.
+LINE_SECS = 10
 
 
 class _Lasting:
@@ -117,8 +119,19 @@ def _is_of_console(handler: logging.Handler) -> bool:
     return getattr(handler, "stream", None) in [getattr(s, "stream", s) for s in streams if s is not None]
 
 
-class Lines:
-    """The file of a tqdm bar where there is no terminal: it makes each state a line, and none for a bar's end."""
+# ---- progress ----
+
+
+def bar_options() -> dict[str, Any]:
+    """Returns tqdm's options for standard error: a bar on a terminal, elsewhere lines of what takes long."""
+    if sys.stderr.isatty():
+        return {"mininterval": 0.1, "dynamic_ncols": True}
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    return {"file": _Lines(), "mininterval": LINE_SECS, "delay": LINE_SECS, "bar_format": line}
+
+
+class _Lines:
+    """The file of a tqdm bar where there is no terminal: makes each state a line, and none of a bar's end."""
 
     def write(self, text: str) -> None:
         """Prints what tqdm draws, without what moves a cursor."""

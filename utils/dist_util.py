@@ -13,7 +13,6 @@ import contextlib
 import io
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -184,13 +183,8 @@ def describe(other: int) -> str:
 
 
 def bar_options() -> dict[str, Any]:
-    """Returns tqdm's options: the main process shows progress; where there is no terminal, lines of what takes long."""
-    if not is_main():
-        return {"disable": True}
-    if sys.stderr.isatty():
-        return {"mininterval": 0.1, "dynamic_ncols": True}
-    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-    return {"file": console.Lines(), "mininterval": 10, "delay": 10, "bar_format": line}
+    """Returns tqdm's options: progress is shown by the main process only, and in lines where there is no terminal."""
+    return console.bar_options() if is_main() else {"disable": True}
 
 
 # ---- together ----

@@ -18,13 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import dist_util
+from utils.console import LINE_SECS
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter, check_finite
 
 logger = logging.getLogger(__name__)
-
-#: Seconds between two lines of progress where there is no terminal.
-LINE_SECS = 10
 
 
 class TrainLog:
