@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import log_files, metrics
+from utils import console, log_files, metrics
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter
 from utils.metrics import TrainLog
@@ -282,36 +282,86 @@ def test_skipped_steps_are_named_and_left_out_of_the_mean_and_of_what_must_be_fi
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
-def test_losses_stay_where_they_are_until_a_line_is_due(make_log, monkeypatch):
+@pytest.mark.parametrize(("terminal", "expected"), [(True, [0, 0, 1, 1, 1, 2]), (False, [1, 1, 2, 2, 2, 3])])
+def test_losses_stay_where_they_are_until_a_line_is_due(make_log, monkeypatch, terminal, expected):
+    monkeypatch.setattr(console, "on_terminal", lambda: terminal)
     log = make_log(num_steps=6, log_every=3)
     reads = []
-    for name in ("item", "tolist", "__float__", "__bool__"):
+    for name in ("item", "tolist", "numpy", "__float__", "__bool__"):
         method = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda x, m=method, n=name: (reads.append(n), m(x))[1])
     counts = []
     for step in range(1, 7):
         log.step(step, torch.tensor(1.0), 0.1, DONE)
         counts.append(len(reads))
-    assert counts == [0, 0, 1, 1, 1, 2]
+    assert counts == expected
 
 
-def test_only_the_main_process_shows_a_bar(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_the_main_process_shows_progress(capsys, caplog, monkeypatch, tmp_path, terminal):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(console, "on_terminal", lambda: terminal)
     for enabled in (False, True):
         monkeypatch.setenv("RANK", "0" if enabled else "1")
         with TrainLog(str(tmp_path), 2, 8, 1) as log:
             for step in (1, 2):
                 log.step(step, torch.tensor(0.25), 0.1, DONE)
         shown = capsys.readouterr().err
-        assert ("Training" in shown) == enabled
-    assert "2/2 steps" in shown
-    assert "loss=0.2500" in shown
+        assert ("Training" in shown) == (enabled and terminal)
+        assert ("Training" in caplog.text) == (enabled and not terminal)
+    assert "2/2 steps" in (shown if terminal else caplog.text)
+    assert "loss=0.2500" in (shown if terminal else caplog.text)
 
 
-def test_a_bar_that_goes_to_a_file_does_not_fill_it(make_log, capsys):
-    log = make_log(50, 1)
-    for step in range(1, 51):
-        log.step(step, torch.tensor(0.25), 0.1, DONE)
-    assert capsys.readouterr().err.count("Training:") <= 3
+def progress(caplog):
+    """Returns the lines of progress, without what they begin with."""
+    return [m.removeprefix("Training: ") for m in caplog.messages if m.startswith("Training: ")]
+
+
+def test_without_a_terminal_a_line_comes_every_ten_seconds(make_log, tmp_path, clock, caplog):
+    caplog.set_level("INFO")
+    log = make_log(num_steps=35, log_every=4)
+    for step in range(1, 36):
+        clock.now += 1
+        log.step(step, torch.tensor(float(step)), 0.1, DONE)
+    assert progress(caplog) == [
+        "1/35 steps, loss=1.0000, 8.0 images/s, 00:34 left",
+        "11/35 steps, loss=10.0000, 8.0 images/s, 00:24 left",  # of the three since the last line of the files
+        "21/35 steps, loss=21.0000, 8.0 images/s, 00:14 left",
+        "31/35 steps, loss=30.0000, 8.0 images/s, 00:04 left",
+        "35/35 steps, loss=34.0000, 8.0 images/s, 00:00 left",
+    ]
+    assert [line["step"] for line in read_lines(tmp_path)] == [4, 8, 12, 16, 20, 24, 28, 32, 35]
+    assert [line["train/loss"] for line in read_lines(tmp_path)][:3] == [2.5, 6.5, 10.5]
+
+
+def test_slow_steps_have_a_line_each_and_evaluations_take_no_time_of_theirs(make_log, clock, caplog):
+    caplog.set_level("INFO")
+    log = make_log(num_steps=4, log_every=100)
+    for step in range(1, 5):
+        clock.now += 3600
+        log.step(step, torch.tensor(2.0), 0.1, SKIPPED if step == 3 else DONE)
+        with log.paused():
+            clock.now += 1e6
+    assert [text for text in progress(caplog) if "loss=2.0000, 0.0 images/s" not in text] == []
+    assert [text.split(", ")[-1] for text in progress(caplog)] == [
+        f"{hours}00:00 left" for hours in ("3:", "2:", "1:", "")
+    ]
+
+
+def test_with_more_ranks_only_lines_of_the_files_have_a_loss(make_log, clock, caplog, monkeypatch):
+    """The mean takes all of them."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(metrics.dist_util, "world_size", lambda: 2)
+    log = make_log(num_steps=3, log_every=2)
+    for step in range(1, 4):
+        clock.now += 20
+        log.step(step, torch.tensor(2.0), 0.1, DONE)
+    assert [("loss=" in text, "images/s" in text) for text in progress(caplog)] == [
+        (False, True),
+        (True, True),
+        (True, True),
+    ]
 
 
 def test_a_disk_that_takes_no_line_is_told_of_at_once(tmp_path):

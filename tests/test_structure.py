@@ -70,7 +70,7 @@ ROOMS = {
     "utils.args": {"models.configs", "utils.dist_util", "utils.hardware", "utils.precision", "utils.scheduler"},
     "utils.augment": {"utils.hardware"},
     "utils.checkpoint": {"utils.files"},
-    "utils.cifar": {"utils.dist_util", "utils.files"},
+    "utils.cifar": {"utils.console", "utils.dist_util", "utils.files"},
     "utils.data_utils": {"utils.datasets", "utils.dist_errors", "utils.hardware", "utils.images", "utils.workers"},
     "utils.datasets": {
         "utils.cifar",

@@ -15,14 +15,13 @@ import http.client
 import io
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 from typing import Any
 
 import numpy as np
 
-from utils import dist_util, files
+from utils import console, dist_util, files
 from utils.errors import UserError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -176,7 +175,7 @@ def _extract(archive: str, folder: str, names: list[str]) -> None:
 
 def _download(cls: Any, root: str) -> None:
     """Downloads the archive and its files; nothing has its name before it is whole."""
-    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    bar = contextlib.nullcontext() if console.on_terminal() else contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory(prefix=".cifar.", suffix=files.TEMPORARY, dir=root) as temporary:
         with bar:  # torchvision's is for terminals
             cls(root=temporary, train=True, download=True)

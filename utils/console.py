@@ -122,9 +122,17 @@ def _is_of_console(handler: logging.Handler) -> bool:
 # ---- progress ----
 
 
+def on_terminal() -> bool:
+    """Tells if standard error is a terminal that a bar fits on: those that programs make may have no width."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # it is gone, or not the system's
+        return False
+
+
 def bar_options() -> dict[str, Any]:
     """Returns tqdm's options for standard error: a bar on a terminal, elsewhere lines of what takes long."""
-    if sys.stderr.isatty():
+    if on_terminal():
         return {"mininterval": 0.1, "dynamic_ncols": True}
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
     return {"file": _Lines(), "mininterval": LINE_SECS, "delay": LINE_SECS, "bar_format": line}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import dist_util
-from utils.console import LINE_SECS
+from utils import console, dist_util
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter, check_finite
 
@@ -29,9 +27,9 @@ class TrainLog:
     """The training's progress and log lines: loss, learning rate and speed, averaged between two lines of the files.
 
     Without a terminal to show a bar on, the main process logs a line after the first step and the last, and after one
-    that ends ``LINE_SECS`` or more after the line before.  The losses stay on the device until a line is due, so that
-    no step waits for a number; for the files every rank takes part in averaging them.  A context manager, which opens
-    the files; ``load_state_dict`` comes before.
+    that ends ``console.LINE_SECS`` or more after the line before.  The losses stay on the device until a line is due,
+    so that no step waits for a number; for the files every rank takes part in averaging them.  A context manager, which
+    opens the files; ``load_state_dict`` comes before.
 
     Args:
         log_dir: the run's folder of logs.
@@ -58,7 +56,7 @@ class TrainLog:
             initial=self._first_step,
             desc="Training",
             unit="step",
-            disable=not (dist_util.is_main() and sys.stderr.isatty()),
+            disable=not (dist_util.is_main() and console.on_terminal()),
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
         )
@@ -110,7 +108,7 @@ class TrainLog:
         text = self._write_line(step, learning_rate) if is_last or step % self._log_every == 0 else None
         if self._logs_progress:
             now = time.perf_counter()
-            if is_last or self._shown is None or now - self._shown >= LINE_SECS:
+            if is_last or self._shown is None or now - self._shown >= console.LINE_SECS:
                 text = self._progress() if text is None else text
                 logger.info("Training: %d/%d steps, %s%s", step, self._num_steps, text, self._time_left(step))
                 self._shown = now
