@@ -59,6 +59,7 @@ def _switches() -> list[Switch]:
         (torch.get_rng_state, torch.set_rng_state),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # before its parts
+        _attribute(cudnn, "allow_tf32"),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         *(_attribute(owner, "fp32_precision") for owner in _WITH_TF32),
         _attribute(cudnn, "benchmark"),
