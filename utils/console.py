@@ -26,7 +26,7 @@ class _Lasting:
 
     Args:
         stream: the one written to.  Its descriptor becomes the null device's once its reader is gone, so that
-            libraries and other processes go on as well.
+            libraries and other processes live on as well.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -116,7 +116,8 @@ def log_lines(level: int) -> Iterator[None]:
 
 def _is_of_console(handler: logging.Handler) -> bool:
     streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    return getattr(handler, "stream", None) in [getattr(s, "stream", s) for s in streams if s is not None]
+    own = getattr(handler, "stream", None)
+    return own is not None and any(own in (s, getattr(s, "stream", None)) for s in streams)
 
 
 # ---- progress ----
@@ -125,7 +126,7 @@ def _is_of_console(handler: logging.Handler) -> bool:
 def on_terminal() -> bool:
     """Tells if standard error is a terminal that a bar fits on: those that programs make may have no width."""
     try:
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        return sys.stderr is not None and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except OSError:  # it is gone, or not the system's
         return False
 
@@ -133,9 +134,9 @@ def on_terminal() -> bool:
 def bar_options() -> dict[str, Any]:
     """Returns tqdm's options for standard error: a bar on a terminal, elsewhere lines of what takes long."""
     if on_terminal():
-        return {"mininterval": 0.1, "dynamic_ncols": True}
+        return {"disable": False, "mininterval": 0.1, "dynamic_ncols": True}
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-    return {"file": _Lines(), "mininterval": LINE_SECS, "delay": LINE_SECS, "bar_format": line}
+    return {"disable": False, "file": _Lines(), "mininterval": LINE_SECS, "delay": LINE_SECS, "bar_format": line}
 
 
 class _Lines:
@@ -143,8 +144,10 @@ class _Lines:
 
     def write(self, text: str) -> None:
         """Prints what tqdm draws, without what moves a cursor."""
-        if line := text.replace("\x1b[A", "").strip():
-            print(line, file=sys.stderr)
+        line = text.replace("\x1b[A", "").strip()
+        with contextlib.suppress(OSError):  # of a tool, whose streams do not last
+            if line and sys.stderr is not None:  # else it would go to standard output
+                print(line, file=sys.stderr)
 
     def flush(self) -> None:
         """Does nothing: a line of standard error is not kept back."""

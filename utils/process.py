@@ -1,4 +1,4 @@
-"""What a run changes in its process, and gives back: for notebooks, and whoever calls ``train.main`` in a program.
+"""Gives back what a run changes in its process: for notebooks, and whoever calls ``train.main`` in a program.
 
 utils/signals.py gives signals back, utils/console.py streams and logging.  What can only be set stays: the settings of
 malloc in utils/hardware.py, and what is imported.
