@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import commands, pretrained, published
 from models.configs import canonical_name, make_config
@@ -32,11 +31,13 @@ from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, f
 from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
 from utils.batch import Batch
+from utils.console import lasting_streams, log_lines
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
 from utils.precision import Precision
+from utils.process import process_restored
 from utils.run import Run
 from utils.run_state import RunPaths
 from utils.scheduler import make_schedule
@@ -391,13 +392,10 @@ def remark_on_images(run: Run, data: datasets.DataSets) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = flags.make_parser().parse_args(argv)
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
-        datefmt="%m/%d/%Y %H:%M:%S",
-        level=logging.INFO if dist_util.is_main() else logging.ERROR,
-    )
-    with handlers_restored(), logging_redirect_tqdm():
+    level = logging.INFO if dist_util.is_main() else logging.ERROR
+    # What a notebook, or another program, finds afterwards as it was.
+    with process_restored(), handlers_restored(), lasting_streams(), log_lines(level):
+        args = flags.make_parser().parse_args(argv)
         try:
             return exits.exit_code("train.py", functools.partial(evaluate_only if args.eval_only else fine_tune, args))
         finally:

@@ -66,7 +66,7 @@ def cifar(server, monkeypatch, rng):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_downloaded_once_and_comes_through(server, monkeypatch, rng, tmp_path, name):
+def test_cifar_is_downloaded_once_and_comes_through(server, monkeypatch, rng, tmp_path, name, capsys):
     cifar = FakeCifar(name, server.folder, server.server_port, monkeypatch, rng)
     for _ in ("downloaded", "kept"):
         data = load_datasets(name, str(tmp_path / "data"), 1)
@@ -79,6 +79,7 @@ def test_cifar_is_downloaded_once_and_comes_through(server, monkeypatch, rng, tm
             assert images.labels.tolist() == cifar.labels[split]
             assert (images.images.dtype, images.labels.dtype) == (torch.uint8, torch.int64)
         cifar.served.unlink(missing_ok=True)
+    assert "\r" not in capsys.readouterr().err  # where there is no terminal
 
 
 #: Damage to an archive on its way.

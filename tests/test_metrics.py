@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import log_files, metrics
+from utils import console, log_files, metrics
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter
 from utils.metrics import TrainLog
@@ -282,36 +282,19 @@ def test_skipped_steps_are_named_and_left_out_of_the_mean_and_of_what_must_be_fi
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
-def test_losses_stay_where_they_are_until_a_line_is_due(make_log, monkeypatch):
+@pytest.mark.parametrize(("terminal", "expected"), [(True, [0, 0, 1, 1, 1, 2]), (False, [1, 1, 2, 2, 2, 3])])
+def test_losses_stay_where_they_are_until_a_line_is_due(make_log, monkeypatch, terminal, expected):
+    monkeypatch.setattr(console, "on_terminal", lambda: terminal)
     log = make_log(num_steps=6, log_every=3)
     reads = []
-    for name in ("item", "tolist", "__float__", "__bool__"):
+    for name in ("item", "tolist", "numpy", "__float__", "__bool__"):
         method = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda x, m=method, n=name: (reads.append(n), m(x))[1])
     counts = []
     for step in range(1, 7):
         log.step(step, torch.tensor(1.0), 0.1, DONE)
         counts.append(len(reads))
-    assert counts == [0, 0, 1, 1, 1, 2]
-
-
-def test_only_the_main_process_shows_a_bar(capsys, monkeypatch, tmp_path):
-    for enabled in (False, True):
-        monkeypatch.setenv("RANK", "0" if enabled else "1")
-        with TrainLog(str(tmp_path), 2, 8, 1) as log:
-            for step in (1, 2):
-                log.step(step, torch.tensor(0.25), 0.1, DONE)
-        shown = capsys.readouterr().err
-        assert ("Training" in shown) == enabled
-    assert "2/2 steps" in shown
-    assert "loss=0.2500" in shown
-
-
-def test_a_bar_that_goes_to_a_file_does_not_fill_it(make_log, capsys):
-    log = make_log(50, 1)
-    for step in range(1, 51):
-        log.step(step, torch.tensor(0.25), 0.1, DONE)
-    assert capsys.readouterr().err.count("Training:") <= 3
+    assert counts == expected
 
 
 def test_a_disk_that_takes_no_line_is_told_of_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step in hand is finished and saved; a second one ends the run at once, files whole."""
+"""Signals that stop a run: the step in hand is finished and saved; a second one ends it at once, files whole."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 import pytest
 
-from tests.helpers.boundaries import signalled_at
+from tests.helpers.boundaries import Watch, signalled_at
 from tests.helpers.forked import Forked
 from tests.helpers.runs import (
     ROOT,
@@ -27,6 +27,7 @@ from tests.helpers.runs import (
     undisturbed,
     write_images,
 )
+from utils.signals import SIGNALS
 
 pytestmark = pytest.mark.usefixtures("pets")
 
@@ -49,6 +50,9 @@ def resumes_as_if_undisturbed():
         ("after step 3: step ends", SIGTERM, 3, 2),
         ("after step 4: step begins", SIGINT, 4, 2),
         ("after step 4: save a_last.pt.tmp", SIGTERM, 4, 4),  # nothing is left to stop
+        ("after step 3: step ends", SIGHUP, 3, 2),
+        ("after step 2: forward", SIGUSR1, 2, 0),
+        ("start: forward", SIGUSR2, 1, 0),
     ],
 )
 def test_one_finishes_the_step_and_saves(boundary, number, step, last_eval_step):
@@ -67,6 +71,8 @@ def test_one_finishes_the_step_and_saves(boundary, number, step, last_eval_step)
         ("after step 4: forward", SIGTERM),  # in the evaluation
         ("after step 4: save a_checkpoint.bin.tmp", SIGINT),
         ("after step 4: save a_last.pt.tmp", SIGTERM),
+        ("after step 3: step begins", SIGUSR1),
+        ("after step 3: step begins", SIGUSR2),
     ],
 )
 def test_two_stop_at_once_and_leave_the_last_state_whole(boundary, number):
@@ -75,6 +81,44 @@ def test_two_stop_at_once_and_leave_the_last_state_whole(boundary, number):
     assert error.splitlines()[-1] == f"train.py: error: stopped by {number.name} at once"
     assert last_state().step == 2
     resumes_as_if_undisturbed()
+
+
+def test_a_closing_terminal_may_send_several_and_none_of_them_counts_as_the_second():
+    """A shell sends one to its jobs, and the kernel another when the shell has gone; logind sends one after SIGTERM."""
+    assert signalled_at("after step 3: step begins", SIGHUP, times=3)[0] == 128 + SIGHUP
+    assert last_state().step == 3
+    for boundary, expected in (("start: forward", SIGTERM), ("after step 1: step ends", SIGUSR1)):
+        with both_at(boundary, expected) as child:
+            assert child.wait() == 128 + expected, child.stderr()
+            assert "stopped after step 1; " in child.stderr()
+
+
+@contextlib.contextmanager
+def both_at(boundary, number):
+    """Gives a new run that gets SIGHUP and another signal at once."""
+
+    def reached(name):
+        if name == boundary:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (SIGHUP, number))
+            for each in (SIGHUP, number, SIGHUP):
+                os.kill(os.getpid(), each)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (SIGHUP, number))
+
+    with Forked(["train.py", *SHORT, "--resume", "none"], prepare=lambda: Watch(reached)) as child:
+        yield child
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_that_is_ignored_from_the_start_stays_so(number):
+    """``nohup`` ignores SIGHUP, a shell SIGINT of its background jobs, ``trap ''`` any."""
+
+    def prepare():
+        signal.signal(number, signal.SIG_IGN)
+        Watch(lambda name: os.kill(os.getpid(), number))
+
+    with Forked(["train.py", *SHORT], prepare=prepare) as child:
+        assert child.wait() == 0, child.stderr()
+    assert last_state().step == 4
 
 
 def test_the_message_names_the_flag_where_the_command_would_start_over():
@@ -125,7 +169,7 @@ def nobody_is_left(group, secs):
     return not all(looks)
 
 
-@pytest.mark.parametrize(("number", "times"), [(SIGINT, 1), (SIGTERM, 1), (SIGINT, 2)])
+@pytest.mark.parametrize(("number", "times"), [*((n, 1) for n in SIGNALS), (SIGINT, 2)])
 def test_signals_to_every_process_of_a_run_with_workers(number, times):
     """As a terminal's Ctrl-C and many a scheduler's SIGTERM come."""
     with training_with_workers() as child:
@@ -139,6 +183,17 @@ def test_signals_to_every_process_of_a_run_with_workers(number, times):
         if times == 1:
             assert f"stopped after step {last_state().step}; " in child.stderr()
         assert nobody_is_left(child.pid, 10)
+
+
+def test_workers_outlive_signals_while_they_start():
+    def get_all():
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+
+    write_images("sizes", several_sizes())
+    flags = ("--dataset", "sizes", "--num_workers", "2")
+    with Forked(["train.py", *SHORT, *flags], prepare=lambda: os.register_at_fork(after_in_child=get_all)) as child:
+        assert child.wait() == 0, child.stderr()
 
 
 def test_no_worker_outlives_a_run_that_is_killed():

@@ -38,10 +38,10 @@ from utils import args as flags
 from utils import files, hardware, log_files, log_folder
 from utils.errors import UserError
 from utils.run_state import RunPaths
+from utils.signals import SIGNALS
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 UPSTREAM = "imagenet21k"
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 #: Flags that decide on a result and yet may be given after --: a row is the same training with them.
 FREE_FLAGS = {"seed", "eval_every", "zero_head", "fp16", "fp16_opt_level", "amp_dtype", "amp_backend", "loss_scale"}
 #: Flags that make a row the training it is, or that this tool gives itself.
@@ -141,7 +141,7 @@ class Child:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         if self._process is not None and self._process.poll() is None:
-            # Both make train.py finish the step in hand; it has no handler for a terminal that is closed.
+            # Each makes train.py finish the step in hand, and these two nobody starts it to ignore.
             self._process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     def run(self, words: list[str]) -> int:

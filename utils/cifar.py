@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import os
 import shutil
 import tarfile
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import dist_util, files
+from utils import console, dist_util, files
 from utils.errors import UserError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -174,8 +175,10 @@ def _extract(archive: str, folder: str, names: list[str]) -> None:
 
 def _download(cls: Any, root: str) -> None:
     """Downloads the archive and its files; nothing has its name before it is whole."""
+    bar = contextlib.nullcontext() if console.on_terminal() else contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory(prefix=".cifar.", suffix=files.TEMPORARY, dir=root) as temporary:
-        cls(root=temporary, train=True, download=True)
+        with bar:  # torchvision's is for terminals
+            cls(root=temporary, train=True, download=True)
         for parent, _, names in os.walk(temporary):
             target = os.path.normpath(os.path.join(root, os.path.relpath(parent, temporary)))
             os.makedirs(target, exist_ok=True)

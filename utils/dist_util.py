@@ -13,7 +13,6 @@ import contextlib
 import io
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import hardware, rendezvous
+from utils import console, hardware, rendezvous
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -184,8 +183,8 @@ def describe(other: int) -> str:
 
 
 def bar_options() -> dict[str, Any]:
-    """Returns tqdm's options: progress is shown by the main process only, and rarely where it goes to a file."""
-    return {"disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
+    """Returns tqdm's options: progress is shown by the main process only, and in lines where there is no terminal."""
+    return console.bar_options() if is_main() else {"disable": True}
 
 
 # ---- together ----

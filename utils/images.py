@@ -117,7 +117,6 @@ def remedy(ending: str) -> str | None:
 def _formats() -> tuple[str, ...]:
     """Returns Pillow's names of the formats that are read here, after registering that of pillow_heif, if installed."""
     _silence_pillow()
-    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.preinit()  # so that the usual formats are tried first
     Image.init()
     with contextlib.suppress(ImportError):
@@ -130,9 +129,11 @@ def _formats() -> tuple[str, ...]:
 def _silence_pillow() -> None:
     """Keeps what Pillow says of odd files off the user's screen: it reads them all the same, or raises.
 
-    The filter is for good, because ``warnings.catch_warnings`` is not for threads, and is set again where somebody
-    else's came before it.
+    The filter stays, because ``warnings.catch_warnings`` is not for threads, and is set again where somebody else's
+    came before it.
     """
+    if (log := logging.getLogger("PIL")).level <= logging.CRITICAL:
+        log.setLevel(logging.CRITICAL + 1)
     first = warnings.filters[0] if warnings.filters else None
     if first is None or getattr(first[3], "pattern", first[3]) != PILLOW:
         warnings.filterwarnings("ignore", module=PILLOW)

@@ -1,4 +1,4 @@
-"""The training's progress bar and log lines.
+"""The training's progress: a bar on a terminal, plain lines elsewhere, and the lines of the logs' files.
 
 This module decides what is shown, never what is computed.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import dist_util
+from utils import console, dist_util
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter, check_finite
 
@@ -24,10 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainLog:
-    """The training's progress bar and log lines: loss, learning rate and speed, averaged between two lines.
+    """The training's progress and log lines: loss, learning rate and speed, averaged between two lines of the files.
 
-    The losses stay on the device until a line is due, so that no step waits for a number; then every rank takes part
-    in averaging them.  A context manager, which opens the files; ``load_state_dict`` comes before.
+    Without a terminal to show a bar on, the main process logs a line after the first step and the last, and after one
+    that ends ``console.LINE_SECS`` or more after the line before.  The losses stay on the device until a line is due,
+    so that no step waits for a number; for the files every rank takes part in averaging them.  A context manager, which
+    opens the files; ``load_state_dict`` comes before.
 
     Args:
         log_dir: the run's folder of logs.
@@ -54,10 +56,13 @@ class TrainLog:
             initial=self._first_step,
             desc="Training",
             unit="step",
-            **dist_util.bar_options(),
+            disable=not (dist_util.is_main() and console.on_terminal()),
+            dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
         )
-        self._opened = time.perf_counter()
+        self._logs_progress = dist_util.is_main() and self._bar.disable
+        self._shown: float | None = None  # when the last line of progress was
+        self._opened, self._opened_secs = time.perf_counter(), self.train_secs
         self._start_clock()
         return self
 
@@ -99,8 +104,17 @@ class TrainLog:
         self._applied.append(applied)
         self._steps_since += 1
         self._bar.update(1)
-        if step % self._log_every and step != self._num_steps:
-            return
+        is_last = step == self._num_steps
+        text = self._write_line(step, learning_rate) if is_last or step % self._log_every == 0 else None
+        if self._logs_progress:
+            now = time.perf_counter()
+            if is_last or self._shown is None or now - self._shown >= console.LINE_SECS:
+                text = self._progress() if text is None else text
+                logger.info("Training: %d/%d steps, %s%s", step, self._num_steps, text, self._time_left(step))
+                self._shown = now
+
+    def _write_line(self, step: int, learning_rate: float) -> str:
+        """Writes the line of the files that is due after a step; returns its loss and speed as a text."""
         losses = self._read_losses(step)
         values = {"train/loss": sum(losses) / len(losses)} if losses else {}
         secs, steps = max(time.perf_counter() - self._since, 1e-9), self._steps_since
@@ -108,11 +122,26 @@ class TrainLog:
         speed = steps * self._images_per_step / secs
         self._timed_secs += secs
         self._timed_steps += steps
-        loss_text = "".join(f"loss={mean:.4f}, " for mean in values.values())
-        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s", refresh=False)  # shown with the next step
+        text = _text(values.get("train/loss"), speed)
+        self._bar.set_postfix_str(text, refresh=False)  # shown with the next step
         self._writer.write(
             step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
         )
+        return text
+
+    def _progress(self) -> str:
+        """Returns loss and speed since the last line of the files; the loss only if no other rank has a part in it."""
+        mean = None
+        if dist_util.world_size() == 1:
+            losses = torch.stack(self._losses)[torch.stack(self._applied)]
+            mean = float(losses.cpu().numpy().mean()) if len(losses) else None
+        secs = max(time.perf_counter() - self._since, 1e-9)
+        return _text(mean, self._steps_since * self._images_per_step / secs)
+
+    def _time_left(self, step: int) -> str:
+        """Returns the end of a line of progress: the time that the steps to come will take, by those so far."""
+        secs = self.train_secs - self._opened_secs + time.perf_counter() - self._since
+        return f", {tqdm.format_interval(secs / (step - self._first_step) * (self._num_steps - step))} left"
 
     def evaluation(self, step: int, result: EvalResult, secs: float) -> None:
         """Writes the line of an evaluation after a step, which took so many seconds."""
@@ -187,3 +216,8 @@ class TrainLog:
     def speed(self) -> float:
         """Returns the images per second of all lines since this process started, evaluations left out."""
         return self._timed_steps * self._images_per_step / max(self._timed_secs, 1e-9)
+
+
+def _text(loss: float | None, speed: float) -> str:
+    """Returns a loss, if there is one, and images per second as bar and lines show them."""
+    return f"{'' if loss is None else f'loss={loss:.4f}, '}{speed:.1f} images/s"

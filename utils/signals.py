@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: the step in hand is finished and saved first.
 
-This module must not know what a run computes or saves.
+A signal that the process was started to ignore, as ``nohup`` does with SIGHUP and a shell's background job with SIGINT,
+stays ignored.  This module must not know what a run computes or saves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from utils import dist_util
+from utils import console, dist_util
+
+#: Of Ctrl-C, of `kill` and schedulers, of a terminal that closes, and what schedulers may send ahead of time.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+#: A terminal that closes sends several of these: the shell one, the kernel another when the shell has gone.
+HANG_UP = getattr(signal, "SIGHUP", None)
 
 
 class Stopped(KeyboardInterrupt):
@@ -31,14 +39,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM, so that the step in hand can be finished and saved.
+    """Notes the first of ``SIGNALS``, so that the step in hand can be finished and saved.
 
     A second one raises ``Stopped`` wherever the program is, and one that comes while a stopped run is
-    tidied up ends the process on the spot.  A context manager; without a signal in it, and outside the
-    main thread, signals do afterwards what they did before.
+    tidied up ends the process on the spot; SIGHUP counts as neither.  A context manager; without a signal in it, and
+    outside the main thread, signals do afterwards what they did before.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.number = 0
@@ -46,7 +52,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._previous = {number: signal.signal(number, self._note) for number in _not_ignored()}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -54,15 +60,20 @@ class StopSignal:
             signal.signal(number, self._leave if self.number else handler)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        os._exit(128 + number)  # an exception could come where Python would print it and continue
+        if number != HANG_UP:
+            os._exit(128 + number)  # an exception could come where Python would print it and continue
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if number == HANG_UP and self.number:
+            return
+        if self.number not in (0, HANG_UP):
             raise Stopped(number, f"stopped by {signal.Signals(number).name} at once")
         self.number = number
-        if dist_util.is_main():  # logging is not made to be called from here
+        # Logging is not made to be called from here.  Without an error stream at the start, 2 is another file's.
+        if dist_util.is_main() and sys.__stderr__ is not None:
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing the step in hand and saving; once more stops at once\n".encode())
+            with contextlib.suppress(OSError):  # the terminal that closes, or nobody reads
+                os.write(2, f"\n{name}: finishing the step in hand and saving; once more stops at once\n".encode())
 
     def now(self) -> bool:
         """Tells if this rank, the only one of the run, should leave its evaluation."""
@@ -73,10 +84,15 @@ class StopSignal:
         return dist_util.max_over_ranks(self.number)
 
 
+def _not_ignored() -> list[int]:
+    """Returns those of ``SIGNALS`` that do something here, by a handler that Python could give back (else None)."""
+    return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
 @contextlib.contextmanager
 def handlers_restored() -> Iterator[None]:
     """Lets signals do after the block what they did before it."""
-    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
     try:
         yield
     finally:
@@ -86,7 +102,12 @@ def handlers_restored() -> Iterator[None]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process; a signal meanwhile ends it on the spot, where Python would print a stack."""
-    for number in StopSignal.SIGNALS:
-        signal.signal(number, lambda *_: os._exit(status))
+    """Ends the process; a signal meanwhile ends it on the spot, where Python would print a stack.
+
+    Where Python takes commands, as in a notebook or after ``python -i``, the process stays, and so do its handlers.
+    """
+    if not hasattr(sys, "ps1") and not sys.flags.interactive:
+        for number in _not_ignored():
+            signal.signal(number, lambda *_: os._exit(status))
+        console.flush_at_exit()
     sys.exit(status)

@@ -32,6 +32,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from utils import signals
+
 #: Seconds between a worker's looks at its run, which may have ended.
 LOOK_SECS = 0.5
 #: No more open files for a process, or for the system: also a worker's exit code.
@@ -46,7 +48,7 @@ def _signals_later() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
         yield
     finally:
@@ -54,12 +56,13 @@ def _signals_later() -> Iterator[None]:
 
 
 def outlive_signals(worker: int) -> None:
-    """Keeps a worker alive on Ctrl-C and SIGTERM, which may reach all processes: the current step needs its images."""
+    """Keeps a worker alive on what stops a run and may reach all processes: the current step needs its images."""
     sys.excepthook = _print_unless_cut_off
     with contextlib.suppress(OSError):
         for fd in (os.dup(2), os.dup(2)):  # with which one that has no more files removes its temporary folder
             util.Finalize(None, os.close, (fd,), exitpriority=-50)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(signals.SIGNALS) - {signal.SIGTERM}:  # by which the run ends it
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_run, daemon=True).start()

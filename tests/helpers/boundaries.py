@@ -33,7 +33,7 @@ KILLED = 77  # the exit code of a child that was killed
 CHANGES = {"open": 0, "os.rename": 1, "os.remove": 0, "os.link": 1, "os.truncate": 0, "os.mkdir": 0, "os.rmdir": 0}
 
 
-class _Watch:
+class Watch:
     """Calls ``reached`` with the name of each boundary; to be made in a forked child, for nothing takes it away."""
 
     def __init__(self, reached: Callable[[str], object]) -> None:
@@ -111,7 +111,7 @@ def signalled_at(boundary: str, number: signal.Signals, *flags: str, times: int 
 def _watched(
     reached: Callable[[str], object], flags: tuple[str, ...], prepare: Callable[[], object] = lambda: None
 ) -> tuple[int, str]:
-    code, _, err = run_forked(["train.py", *runs.SHORT, *flags], prepare=lambda: (prepare(), _Watch(reached)))
+    code, _, err = run_forked(["train.py", *runs.SHORT, *flags], prepare=lambda: (prepare(), Watch(reached)))
     runs.every_name_is_whole()
     return code, err
 
@@ -145,7 +145,7 @@ def killed_everywhere(only: str, *flags: str) -> Iterator[Iterator[str]]:
             os.write(go_on, b"x")
         assert "Best Accuracy:" in child.stderr(), child.stderr()[-3000:]  # the last process came to the end
 
-    with Forked(["train.py", *runs.SHORT, *flags], prepare=lambda: _Watch(reached)) as child, open(names) as reader:
+    with Forked(["train.py", *runs.SHORT, *flags], prepare=lambda: Watch(reached)) as child, open(names) as reader:
         os.close(tell)  # the last process closes the other end
         yield each()
     os.close(wait)

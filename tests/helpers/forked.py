@@ -24,6 +24,8 @@ from typing import IO, NoReturn
 
 from tqdm import tqdm
 
+from utils.signals import SIGNALS
+
 #: What train.py imports when it needs it: loaded before the fork, it is not part of each run.
 LATE_IMPORTS = (
     "torch._dynamo", "torch.utils.tensorboard.summary", "tensorboard.compat.proto.event_pb2",
@@ -101,7 +103,7 @@ class Forked:
     def _stacks(self) -> str:
         """Returns where its threads are, after what it printed last."""
         before, deadline = len(self.stderr()), time.monotonic() + 5
-        os.kill(self.pid, signal.SIGUSR1)
+        os.kill(self.pid, signal.SIGQUIT)
         while "most recent call first" not in self.stderr()[before:] and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)  # the other threads
@@ -156,9 +158,9 @@ def _run_and_exit(
         os.dup2(output[0], 1)
         os.dup2(output[1], 2)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        faulthandler.register(signal.SIGUSR1)
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            signal.signal(number, handler)
+        faulthandler.register(signal.SIGQUIT)
+        for number in SIGNALS:  # these tests may be under nohup
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for handler in list(logging.root.handlers):  # pytest's
             logging.root.removeHandler(handler)
         logging.root.setLevel(logging.WARNING)
