@@ -34,6 +34,7 @@ from utils.apex import make_precision
 from utils.batch import Batch
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
+from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
 from utils.precision import Precision
@@ -259,6 +260,8 @@ def fine_tune(args: argparse.Namespace) -> int:
     batch = Batch.from_flags(args.train_batch_size, args.gradient_accumulation_steps, dist_util.world_size())
     with contextlib.closing(Run(RunPaths(args.output_dir, args.name), args.resume, batch)) as run:
         with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
+            if dist_util.is_main():
+                check_tensorboard()
             run.open()
             model, data = prepare(args, run, precision)
             check_ranks(args, model, lambda: run.settings["--dataset"])

@@ -296,6 +296,7 @@ def test_losses_stay_where_they_are_until_a_line_is_due(make_log, monkeypatch):
 
 
 def test_only_the_main_process_shows_a_bar(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for enabled in (False, True):
         monkeypatch.setenv("RANK", "0" if enabled else "1")
         with TrainLog(str(tmp_path), 2, 8, 1) as log:
