@@ -37,6 +37,7 @@ from utils.evaluation import EvalResult, Predictions
 from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
+from utils.outlook import Outlook
 from utils.precision import Precision
 from utils.run import Run
 from utils.run_state import RunPaths
@@ -59,7 +60,8 @@ def train(
     optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     precision.attach(model, optimizer)
     lr_factor = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
-    log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every)
+    outlook = Outlook(args.num_steps, args.eval_every, len(data.test) / run.batch.total)
+    log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every, outlook)
     run.take_over()
     state = run.restore(model, optimizer, precision, log)
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()

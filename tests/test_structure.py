@@ -88,7 +88,7 @@ ROOMS = {
     "utils.inspection": {"utils.dist_util", "utils.images"},
     "utils.listing": {"utils.images"},
     "utils.manifest": {"utils.images", "utils.inspection", "utils.listing"},
-    "utils.metrics": {"utils.dist_util", "utils.evaluation", "utils.log_files"},
+    "utils.metrics": {"utils.dist_util", "utils.evaluation", "utils.log_files", "utils.outlook"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
     "utils.signals": {"utils.dist_util"},
@@ -115,6 +115,7 @@ ROOMS = {
         "utils.fonts",
         "utils.images",
         "utils.metrics",
+        "utils.outlook",
     },
     "utils.report": {
         "utils.datasets",

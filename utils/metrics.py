@@ -19,6 +19,7 @@ from tqdm import tqdm
 from utils import dist_util
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter, check_finite
+from utils.outlook import Outlook
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,13 @@ class TrainLog:
         num_steps: steps of the whole run.
         images_per_step: images of one step, over all ranks.
         log_every: steps between two lines.
+        outlook: reckons the time left; by default as for a run without evaluations.
     """
 
-    def __init__(self, log_dir: str, num_steps: int, images_per_step: int, log_every: int) -> None:
+    def __init__(
+        self, log_dir: str, num_steps: int, images_per_step: int, log_every: int, outlook: Outlook | None = None
+    ) -> None:
+        self._outlook = outlook or Outlook(num_steps, num_steps, 0.0)
         self._log_dir = log_dir
         self._num_steps = num_steps
         self._images_per_step = images_per_step
@@ -55,9 +60,10 @@ class TrainLog:
             desc="Training",
             unit="step",
             **dist_util.bar_options(),
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )
-        self._opened = time.perf_counter()
+        self._speed_text = ""  # of the last line
+        self._opened, self._opened_secs = time.perf_counter(), (self.train_secs, self.eval_secs)
         self._start_clock()
         return self
 
@@ -99,8 +105,12 @@ class TrainLog:
         self._applied.append(applied)
         self._steps_since += 1
         self._bar.update(1)
-        if step % self._log_every and step != self._num_steps:
-            return
+        is_due = step % self._log_every == 0 or step == self._num_steps
+        if is_due:
+            self._write_line(step, learning_rate)
+        self._look_ahead(step, is_due)  # after the wait for the device, where there is one
+
+    def _write_line(self, step: int, learning_rate: float) -> None:
         losses = self._read_losses(step)
         values = {"train/loss": sum(losses) / len(losses)} if losses else {}
         secs, steps = max(time.perf_counter() - self._since, 1e-9), self._steps_since
@@ -109,14 +119,24 @@ class TrainLog:
         self._timed_secs += secs
         self._timed_steps += steps
         loss_text = "".join(f"loss={mean:.4f}, " for mean in values.values())
-        self._bar.set_postfix_str(f"{loss_text}{speed:.1f} images/s", refresh=False)  # shown with the next step
+        self._speed_text = f"{loss_text}{speed:.1f} images/s, "
         self._writer.write(
             step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
         )
 
+    def _look_ahead(self, step: int, is_due: bool) -> None:
+        """Shows how long the run still takes: in the bar, with the next step, and once as a log line."""
+        now = time.perf_counter()
+        trained = self.train_secs - self._opened_secs[0] + now - self._since
+        self._outlook.step(step, trained, now - self._opened, sum(self._opened_secs))
+        self._bar.set_postfix_str(self._speed_text + self._outlook.text(), refresh=False)
+        if words := self._outlook.first_words(is_due):
+            logger.info("%s", words)
+
     def evaluation(self, step: int, result: EvalResult, secs: float) -> None:
         """Writes the line of an evaluation after a step, which took so many seconds."""
         self.eval_secs += secs
+        self._outlook.evaluated()
         values = {"test/accuracy": result.accuracy, "test/loss": result.loss,
                   "test/balanced_accuracy": result.balanced_accuracy}  # fmt: skip
         self._writer.write(step, values, {"secs": self.train_secs, "eval_secs": self.eval_secs})
