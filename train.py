@@ -34,8 +34,10 @@ from utils.batch import Batch
 from utils.console import lasting_streams, log_lines
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
+from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
+from utils.outlook import Outlook
 from utils.precision import Precision
 from utils.process import process_restored
 from utils.run import Run
@@ -59,7 +61,8 @@ def train(
     optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     precision.attach(model, optimizer)
     lr_factor = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
-    log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every)
+    outlook = Outlook(args.num_steps, args.eval_every, len(data.test) / run.batch.total)
+    log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every, outlook)
     run.take_over()
     state = run.restore(model, optimizer, precision, log)
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()
@@ -152,7 +155,8 @@ def show_result(
     if state.best_step == state.step:
         figures.show_result(log, state.step, result, data)
     if is_last:
-        log.hyperparameters(state.step, {**run.settings, "--dataset": args.dataset})
+        paths = {"--dataset": args.dataset, "--pretrained_dir": run.pretrained}
+        log.hyperparameters(state.step, {**run.settings, **paths})
     if (state.best_step == state.step or is_last) and dist_util.is_main():
         report.write_report(run.paths.report, lambda: report.contents_of(
             run, log, data, precision, f"{args.model_type} on {args.dataset}", flags.with_defaults(args),
@@ -259,6 +263,8 @@ def fine_tune(args: argparse.Namespace) -> int:
     batch = Batch.from_flags(args.train_batch_size, args.gradient_accumulation_steps, dist_util.world_size())
     with contextlib.closing(Run(RunPaths(args.output_dir, args.name, args.log_dir), args.resume, batch)) as run:
         with dist_util.all_ranks_or_none(), explain_out_of_memory("while reading the weights and the images"):
+            if dist_util.is_main():
+                check_tensorboard()
             run.open()
             model, data = prepare(args, run, precision)
             check_ranks(args, model, lambda: run.settings["--dataset"])
@@ -307,22 +313,15 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     Raises:
         UserError: there are no such weights or data, or the saved run had other settings.
     """
-    config, source = make_config(args.model_type, args.img_size, args.gelu, args.dropout), None
+    config = make_config(args.model_type, args.img_size, args.gelu, args.dropout)
     found = datasets.find(args.dataset, args.test_fraction)
-    path = args.pretrained_dir
-    if run.saved_settings is not None:
-        path = run.saved_settings.get("--pretrained_dir", "") if path is None else path  # compared if it is given
-    elif path == "":
-        logger.warning("--pretrained_dir is empty: training starts from random weights")
-    else:
-        file = published.find(path, args.model_type)
-        source = pretrained.load(metadata.open_weights(file, strict=False), args.model_type)
-        path = file if path is None else path
+    source = None if run.saved_settings is not None else find_start(args, run)
+    start = compare_start(args.pretrained_dir, run) if source is None else pretrained.checksum(source)
     with run.remembering_unreadable(args.dataset):
         data = datasets.load(found, args.data_dir, flags.decoding_workers(args), run.fingerprint)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
-        flags.settings(args, path, dataset, config.dropout_rate, run.batch.total, str(precision)),
+        flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, str(precision)),
         flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
         flags.defaults(),
         data.manifest,
@@ -339,6 +338,50 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     else:
         model = pretrained.model_to_train(source, config, args.img_size, len(data.classes), keep_head)
     return model, data
+
+
+def find_start(args: argparse.Namespace, run: Run) -> pretrained.Source | None:
+    """Reads the weights that a new run starts from; None for random ones."""
+    if args.pretrained_dir == "":
+        logger.warning("--pretrained_dir is empty: training starts from random weights")
+        return None
+    file = published.find(args.pretrained_dir, args.model_type)
+    run.pretrained = args.pretrained_dir or file
+    return pretrained.load(metadata.open_weights(file, strict=False), args.model_type)
+
+
+def compare_start(given: str | None, run: Run) -> str:
+    """Returns the setting of the weights to start from: that of the saved run, unless ``given`` names others.
+
+    The weights count, not their path.  A run that resumes needs no such file.
+
+    Args:
+        given: --pretrained_dir; None compares nothing.
+        run: whose state is open.
+    """
+    saved = run.saved_settings or {}
+    was = saved.get("--pretrained_dir", "")
+    if given in (None, was):
+        return was
+    if not given:
+        return f"random weights (it began with {run.pretrained or was})"
+    if not was:  # it began with random weights
+        return given
+    if not run.pretrained:  # a state of an earlier version: no checksum, but the path
+        if os.path.basename(os.path.normpath(given)) != os.path.basename(os.path.normpath(was)):
+            return given
+        if os.path.realpath(given) != os.path.realpath(was):
+            logger.warning("--pretrained_dir was %s, is %s: taken for the same weights, for the training state "
+                           "is of a version that kept no checksum of them", was, given)  # fmt: skip
+        return was
+    model_type = saved["--model_type"]
+    try:
+        file = published.find(given, model_type)
+    except UserError:
+        logger.info("--pretrained_dir %s is not there, and resuming does not need it", given)
+        return was
+    now = pretrained.checksum(pretrained.load(metadata.open_weights(file, strict=False), model_type))
+    return was if now == was else f"{now} ({given}; it began with {run.pretrained})"
 
 
 def check_ranks(args: argparse.Namespace, model: nn.Module, dataset: Callable[[], str]) -> None:

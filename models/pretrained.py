@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -79,6 +80,20 @@ def load(file: WeightsFile, model_type: str | None) -> Source:
         if metadata is not None:
             metadata.check(config.num_heads)
     return Source(file.path, model_type, matched, metadata)
+
+
+def checksum(source: Source) -> str:
+    """Returns what tells weights from others: a CRC-32 of all arrays as the float32 numbers that a model takes.
+
+    Layouts and types make no difference, nor do position embeddings resized later: it is of what the file holds.
+    """
+    crc = 0
+    for entry in source.arrays.entries:
+        x = source.arrays[entry.google].astype(np.float32, copy=False)
+        x = x.copy() if min(x.strides, default=0) < 0 else x  # torch has no such strides; it transposes faster
+        x = torch.from_numpy(np.require(x, requirements="W")).contiguous().numpy()
+        crc = zlib.crc32(x.reshape(-1).data, crc)
+    return f"weights {crc:08x}"
 
 
 def model_to_train(

@@ -64,8 +64,49 @@ def test_an_error_passes_through_main_first():
 
 def test_the_launchers_rank_is_known_before_the_group_is(monkeypatch):
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert dist_util.rank() == 3
     assert not dist_util.is_main()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "3"},
+        {"LOCAL_RANK": "3"},
+        {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"},
+        {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere"},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "1"},
+        {"WORLD_SIZE": "1", "MASTER_ADDR": "nowhere"},
+        dict.fromkeys(LAUNCHER_VARIABLES, ""),
+        {"WORLD_SIZE": "", "RANK": "1", "LOCAL_RANK": "1"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},  # sbatch and salloc
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "WORLD_SIZE": "1"},  # the user means it
+    ],
+    ids=str,
+)
+def test_what_makes_no_ranks_is_one_process(monkeypatch, variables):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dist_util.setup("cuda", -1) == torch.device("cuda", 0)
+    assert (dist_util.rank(), dist_util.is_main(), dist_util.is_first_of_machine()) == (0, True, True)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"^{name}=2: .*torchrun"):
+        dist_util.setup("cpu", -1)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a launcher that forgot the rest
+    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT missing"):
+        dist_util.setup("cpu", -1)
 
 
 @pytest.mark.parametrize(("given", "of_launcher"), [(0, 1), (1, 0), (2, 1)])

@@ -234,6 +234,18 @@ def test_each_machine_has_the_download_and_a_shared_disk_has_it_once(tmp_path, d
         assert run.results() == who, run.output()
 
 
+# ---- no launcher ----
+
+
+@pytest.mark.parametrize("env", [{"RANK": "3", "LOCAL_RANK": "3"}, {"WORLD_SIZE": "1"}, {"SLURM_NTASKS": "2"}], ids=str)
+def test_a_part_of_a_launchers_variables_trains_with_one_process(env, tmp_path):
+    flags = [*SHORT, "--num_steps", "1", "--warmup_steps", "0", "--train_batch_size", "8"]
+    with job(train_main, (flags,), tmp_path, **env) as run:
+        assert run.wait(60) == 0, run.output()
+        assert run.output().count("End Training!") == 1
+    assert weights_of(tmp_path, "a")
+
+
 # ---- the launchers themselves ----
 
 

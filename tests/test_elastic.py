@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import paced
+from models.configs import CONFIGS
+from tests.helpers import fake_npz, paced
 from tests.helpers.launching import (
     PACED,
     RESUMED,
@@ -39,13 +40,23 @@ RUN += ["--save_every", "5"]
 LAUNCHERS = pytest.mark.parametrize("launcher", [torchrun, pytest.param(real_torchrun, marks=pytest.mark.soak)])
 
 
+def weights_in(folder):
+    """Flags that name a file of weights in this folder, the same in all."""
+    os.makedirs(folder, exist_ok=True)
+    return ["--pretrained_dir", fake_npz.save(f"{folder}/a.npz", fake_npz.arrays(CONFIGS["testing"], 32))]
+
+
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory):
-    """The folder of the run that nobody hurt, by its number of ranks; 16 images a step."""
+    """The folder of the run that nobody hurt, by its number of ranks; 16 images a step.
+
+    One rank starts from ``weights_in``, two from random weights.
+    """
     folders = {}
     for number in (1, 2):
-        folders[number] = tmp_path_factory.mktemp(f"unhurt{number}")
-        with ranks(folders[number], [[*RUN, "--train_batch_size", str(16 // number)]] * number) as run:
+        folder = folders[number] = tmp_path_factory.mktemp(f"unhurt{number}")
+        weights = weights_in(folder) if number == 1 else []
+        with ranks(folder, [[*RUN, "--train_batch_size", str(16 // number), *weights]] * number) as run:
             assert run.results() == [0] * number, run.output()
     return folders
 
@@ -76,7 +87,10 @@ def test_after_a_killed_rank_torchrun_brings_the_same_weights(launcher, unhurt, 
 
 @LAUNCHERS
 def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, tmp_path):
-    """One machine begins alone with 16 images a step, shares them with a second, and resumes without it."""
+    """One machine begins alone with 16 images a step, shares them with a second, and resumes without it.
+
+    Each has the weights under a path of its own.
+    """
     # The rendezvous is kept here: neither machine is the one that may not die.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     flags = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"]
@@ -88,9 +102,10 @@ def test_machines_that_join_and_leave_keep_the_batch_of_all(launcher, unhurt, tm
     # Else (PyTorch 2.14) the agent that was the first before the other came stays with its own store.
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **set_pace(tmp_path, 3)}
     with contextlib.ExitStack() as held:
-        first = held.enter_context(job(launcher, (flags,), tmp_path, "first", **env))
+        first = held.enter_context(job(launcher, ([*flags, *weights_in(tmp_path)],), tmp_path, "first", **env))
         wait_for(lambda: steps_done(tmp_path, "a") >= 3, 60, first.output)
-        second = held.enter_context(job(launcher, (flags,), tmp_path, "second", **env))
+        own = weights_in(tmp_path / "second")
+        second = held.enter_context(job(launcher, ([*flags, *own],), tmp_path, "second", **env))
         both = lambda: first.output() + second.output()  # noqa: E731
         shared = "--train_batch_size 8 --gradient_accumulation_steps 1: "
         wait_for(lambda: shared in both(), 60, both)

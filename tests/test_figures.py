@@ -194,15 +194,6 @@ def test_the_time_stands_below_the_steps_at_which_it_was_reached():
 
 
 @pytest.mark.parametrize(
-    ("secs", "words"),
-    [(0, "0 s"), (0.25, "0.25 s"), (45, "45 s"), (60, "1 min"), (725, "12 min 5 s"), (3600, "1 h"),
-     (12000, "3 h 20 min"), (360000, "100 h")],
-)  # fmt: skip
-def test_a_time_in_words(secs, words):
-    assert figures.duration(secs) == words
-
-
-@pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (0.1, 2.3, [0, 1, 2, 3]), (92.5, 97.7, [92, 94, 96, 98]),
      (0, 10000, [0, 2500, 5000, 7500, 10000]), (7, 7, [6, 6.5, 7, 7.5, 8])],

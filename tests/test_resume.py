@@ -8,12 +8,17 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import train
+from models import npz
+from models.configs import CONFIGS
+from tests.helpers import fake_npz
 from tests.helpers.boundaries import killed_at
-from tests.helpers.runs import assert_same, last_state, lines, outcome, run, undisturbed
+from tests.helpers.runs import assert_same, last_state, lines, outcome, run, undisturbed, write_images
 from utils import checkpoint, precision
 from utils.batch import Batch
 from utils.errors import UserError
@@ -56,6 +61,88 @@ def test_resuming_needs_no_pretrained_file(make_npz):
     os.remove(start)
     assert run("--pretrained_dir", start) == 0
     assert_same(outcome("a"), outcome("b"))
+
+
+def test_the_starting_weights_may_be_elsewhere_when_the_run_resumes(make_npz, caplog):
+    """Another spelling, another name, another layout, another type of the same numbers."""
+    start = make_npz("testing", img_size=32)
+    arrays = {name: x.astype(np.float16).astype(np.float32) for name, x in np.load(start).items()}
+    fake_npz.save("a.npz", arrays)
+    assert run("--name", "b", "--pretrained_dir", "a.npz") == 0
+    killed_at(STOP, "--pretrained_dir", "a.npz")
+    os.mkdir("moved")
+    fake_npz.save("moved/half.npz", {name: x.astype(np.float16) for name, x in arrays.items()})
+    save_file(npz.to_state_dict(arrays, CONFIGS["testing"], 32, 10), "moved/model.safetensors")
+    shutil.copytree("output", "killed/output")
+    shutil.copytree("logs", "killed/logs")
+    for path in ("./a.npz", os.path.abspath("a.npz"), "moved/half.npz", "moved/model.safetensors", "moved"):
+        for folder in ("output", "logs"):
+            shutil.copytree(f"killed/{folder}", folder, dirs_exist_ok=True)
+        caplog.clear()
+        assert run("--pretrained_dir", path) == 0, path
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert_same(outcome("a"), outcome("b"))
+        shutil.rmtree("logs/a")
+    assert last_state("a").pretrained == "a.npz"  # where they were at the start
+
+
+def test_a_moved_job_folder_resumes_to_the_same_bits(make_npz, tmp_path, monkeypatch):
+    os.makedirs("here/checkpoint")
+    write_images("here/pets")
+    shutil.move(make_npz("testing", img_size=32), "here/checkpoint/testing.npz")
+    os.chdir("here")  # monkeypatch.chdir of the fixture brings it back
+    weights = ["--pretrained_dir", os.path.abspath("checkpoint/testing.npz")]
+    assert run("--name", "b", *weights) == 0
+    killed_at(STOP, *weights)
+    os.chdir("..")
+    os.rename("here", "there")
+    os.chdir("there")
+    assert run("--pretrained_dir", os.path.abspath("checkpoint/testing.npz")) == 0
+    assert_same(outcome("a"), outcome("b"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_other_weights_are_an_error_where_they_are_there(there, make_npz, capsys, caplog):
+    start = make_npz("testing", img_size=32)
+    arrays = dict(np.load(start))
+    killed_at(STOP, "--pretrained_dir", start)
+    before = STATE.read_bytes()
+    if there:
+        bias = arrays["embedding/bias"]
+        bias[-1] = np.nextafter(bias[-1], np.float32(1))  # the last bit
+        fake_npz.save("other.npz", arrays)
+    with caplog.at_level(logging.INFO):
+        assert run("--pretrained_dir", "other.npz") == (2 if there else 0)
+    assert ("--pretrained_dir other.npz is not there, and resuming does not need it" in caplog.text) != there
+    if there:
+        error = capsys.readouterr().err.splitlines()[-1]
+        now = rf"weights [0-9a-f]{{8}} \(other.npz; it began with {re.escape(start)}\); give it the same"
+        assert re.search(rf"--pretrained_dir was weights [0-9a-f]{{8}}, is {now}", error)
+        assert STATE.read_bytes() == before
+        assert run("--pretrained_dir", "") == 2
+        assert "is random weights (it began with " in capsys.readouterr().err.splitlines()[-1]
+        assert run() == 2  # as ``SHORT`` has it: random weights
+        fake_npz.save(start, arrays)  # the path is the same
+        assert run("--pretrained_dir", start) == 2
+
+
+def test_a_state_that_knows_only_the_path_of_its_weights_takes_another_spelling_of_it(make_npz, capsys, caplog):
+    start = make_npz("testing", img_size=32)
+    killed_at(STOP, "--pretrained_dir", start)
+    state = torch.load(STATE, weights_only=True)
+    del state["pretrained"]
+    state["settings"]["--pretrained_dir"] = start
+    torch.save(state, STATE)
+    assert run("--pretrained_dir", "other.npz") == 2
+    assert f"--pretrained_dir was {start}, is other.npz" in capsys.readouterr().err
+    os.mkdir("moved")
+    shutil.copy(start, moved := f"moved/{os.path.basename(start)}")
+    for path, warns in ((start, False), (os.path.relpath(start), False), (moved, True)):
+        torch.save(state, STATE)
+        caplog.clear()
+        assert run("--pretrained_dir", path) == 0
+        assert ("taken for the same weights" in caplog.text) == warns, path
+        assert last_state().settings["--pretrained_dir"] == start
 
 
 def test_none_starts_over_and_says_what_it_replaces(caplog):

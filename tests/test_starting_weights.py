@@ -179,7 +179,7 @@ def test_a_file_that_is_there_is_found_and_named(caplog):
     assert f"starting from {path}" in caplog.text
     shutil.rmtree("checkpoint")  # which a run that resumes does not need
     assert train.main([*SHORT, *flags, "--num_steps", "2"]) == 0
-    assert last_state("b").settings["--pretrained_dir"] == path
+    assert last_state("b").pretrained == path
 
 
 def test_a_path_that_was_given_is_taken_or_is_an_error(capsys):

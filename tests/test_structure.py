@@ -90,7 +90,7 @@ ROOMS = {
     "utils.inspection": {"utils.dist_util", "utils.images"},
     "utils.listing": {"utils.images"},
     "utils.manifest": {"utils.images", "utils.inspection", "utils.listing"},
-    "utils.metrics": {"utils.console", "utils.dist_util", "utils.evaluation", "utils.log_files"},
+    "utils.metrics": {"utils.console", "utils.dist_util", "utils.evaluation", "utils.log_files", "utils.outlook"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
     "utils.signals": {"utils.console", "utils.dist_util"},
@@ -119,6 +119,7 @@ ROOMS = {
         "utils.fonts",
         "utils.images",
         "utils.metrics",
+        "utils.outlook",
     },
     "utils.report": {
         "utils.datasets",

@@ -297,7 +297,7 @@ def settings(
 
     Args:
         args: the flags.
-        pretrained: path of the weights that the run starts from, given or found.
+        pretrained: ``models.pretrained.checksum`` of the weights that the run starts from; "" for random ones.
         dataset: the data set's name, "folder" for any folder, and the checksum of its images.
         dropout_rate: the model's.
         batch: images of one step on all ranks.
@@ -363,7 +363,8 @@ def flags_page() -> str:
     """Returns the text of docs/flags.md."""
     intro = (
         "The last column says on what a flag's value decides. A run resumes only under the same values of those that "
-        "decide on its **result**; only --num_steps may grow, and of --train_batch_size the sum over all ranks counts. "
+        "decide on its **result**; only --num_steps may grow, of --train_batch_size the sum over all ranks counts, and "
+        "of --pretrained_dir the weights, not the path. "
         "Another value of one that decides on the **last digits** is a warning. The others may change freely. "
         f"Every rank needs the same flags, except for {', '.join(f'--{flag.name}' for flag in FLAGS if flag.per_rank)}."
     )

@@ -257,6 +257,7 @@ STATE_KINDS: dict[str, type] = {
     "settings": dict,
     "environment": dict,
     "batch": dict,
+    "pretrained": str,
     "step": int,
     "last_eval_step": int,
     "best_accuracy": float,
@@ -270,7 +271,7 @@ STATE_KINDS: dict[str, type] = {
     "log": dict,
 }
 #: What a state counts as having that is older than the entry.
-STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}, "run_id": ""}
+STATE_DEFAULTS: dict[str, Any] = {"best_crc32": 0, "data": {}, "run_id": "", "pretrained": ""}
 #: Names of format 1, which is read for ever, and what they are called now.
 FORMAT_1_NAMES = {"circumstances": "environment", "evaluated": "last_eval_step", "best": "best_result"}
 

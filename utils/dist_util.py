@@ -82,11 +82,12 @@ def setup(device_name: str, local_rank: int) -> torch.device:
         The device, with its index if it is a GPU.
 
     Raises:
-        UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
+        UserError: there is no such device, or what started this process contradicts itself or lacks a launcher.
         ConnectionError: the other ranks cannot be reached.
         FailedElsewhere: another rank raised one of these.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if not hardware.launched():
+        rendezvous.check_tasks()
         return hardware.pick_device(device_name, local_rank)
     joined = _join(rendezvous.read_timeout())
     with all_ranks_or_none():
@@ -107,6 +108,7 @@ def setup(device_name: str, local_rank: int) -> torch.device:
 def _join(timeout: timedelta) -> Group:
     """Meets the other ranks and makes them the default group, of hosts; raises as ``setup``."""
     global _group
+    rendezvous.check_variables()
     try:
         store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
         # Before all have met, each machine has an error reporter of its own, in each of the launcher's attempts.
@@ -144,8 +146,8 @@ def rank() -> int:
 
 
 def _variable(name: str, default: int) -> int:
-    """Returns what a launcher set; ``setup`` raises if it makes no sense."""
-    text = os.environ.get(name, "")
+    """Returns what a launcher set, the default without one; ``setup`` raises if it makes no sense."""
+    text = os.environ.get(name, "") if hardware.launched() else ""
     return int(text) if text.isdecimal() else default
 
 

@@ -27,6 +27,7 @@ from utils.images import ImageError
 if TYPE_CHECKING:
     from utils.data_utils import MicroBatch
     from utils.metrics import TrainLog
+from utils.outlook import duration
 
 logger = logging.getLogger(__name__)
 
@@ -292,15 +293,6 @@ def number(value: float) -> str:
     if value == 0 or 1e-4 <= abs(value) < 1e6:
         return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
     return f"{value:.3g}"
-
-
-def duration(secs: float) -> str:
-    """Returns a time in two units at most: 0.5 s; 45 s; 12 min 5 s; 3 h 20 min."""
-    if secs < 60:
-        return f"{secs:.3g} s"
-    larger, smaller, names = (secs, 60, ("min", "s")) if secs < 3600 else (secs / 60, 60, ("h", "min"))
-    whole, rest = divmod(round(larger), smaller)
-    return f"{whole} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:

@@ -25,6 +25,17 @@ LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 
 
+def launched() -> bool:
+    """Returns true if a launcher started this process as one of several ranks, or as the only one but one to be met.
+
+    Shells, containers and schedulers may set some of a launcher's variables, or empty ones: they make no ranks.
+    """
+    size = os.environ.get("WORLD_SIZE", "").strip()
+    if size == "1":
+        return bool(os.environ.get("RANK") and (os.environ.get("MASTER_ADDR") or os.environ.get("MASTER_PORT")))
+    return bool(size)
+
+
 def pick_device(name: str, local_rank: int) -> torch.device:
     """Returns the device that this process computes on, made ready for it; see ``dist_util.setup``.
 
@@ -33,12 +44,14 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     """
     kind = device_type(name)
     env_rank = _number("LOCAL_RANK", max(local_rank, 0))  # some launchers pass the flag alone
-    if "WORLD_SIZE" not in os.environ and local_rank > 0:
+    if not launched() and local_rank > 0:
         raise UserError(
             f"--local_rank {local_rank} without a launcher; start several ranks with "
             "`torchrun --nproc_per_node=N` in place of `python`"
         )
-    if "WORLD_SIZE" in os.environ and local_rank not in (-1, env_rank):
+    if not launched():
+        env_rank = 0
+    elif local_rank not in (-1, env_rank):
         raise UserError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
     if kind == "cuda":
         if env_rank >= torch.cuda.device_count():
@@ -52,7 +65,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 def device_type(name: str) -> str:
     """Returns the kind of device that --device means here; raises UserError if there is none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if "WORLD_SIZE" in os.environ:
+    if launched():
         if name == "mps":
             raise UserError("--device mps: several ranks reduce gradients on cuda or cpu only; use --device cpu")
         available["mps"] = False
@@ -136,7 +149,7 @@ def _local_world_size() -> int:
 
 
 def _number(variable: str, otherwise: int) -> int:
-    text = os.environ.get(variable, str(otherwise))
+    text = os.environ.get(variable) or str(otherwise)
     if not text.isdecimal():
         raise UserError(f"{variable}={text}: expected a number, as launchers set it; unset it, or mend the launcher")
     return int(text)

@@ -21,11 +21,25 @@ import numpy as np
 from PIL import Image
 
 from utils import files
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 EVENT_FILES = "events.out.tfevents.*"  # the * begins with the second in which it was made
+
+
+def check_tensorboard() -> None:
+    """Raises UserError if TensorBoard's events could not be written for want of the package, or of a newer one."""
+    try:
+        import tensorboard  # noqa: F401
+        from tensorboard.compat.proto import event_pb2  # noqa: F401
+        from torch.utils.tensorboard import summary  # noqa: F401
+    except Exception as e:  # old ones raise what their own imports raise: of pkg_resources, of protobuf
+        raise UserError(
+            f"the package tensorboard cannot be imported ({e}), which a training writes its log with; "
+            "pip install --upgrade 'tensorboard>=2.21'"
+        ) from e
 
 
 class MetricsWriter:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from utils import console, dist_util
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter, check_finite
+from utils.outlook import Outlook
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,13 @@ class TrainLog:
         num_steps: steps of the whole run.
         images_per_step: images of one step, over all ranks.
         log_every: steps between two lines.
+        outlook: reckons the time left; by default as for a run without evaluations.
     """
 
-    def __init__(self, log_dir: str, num_steps: int, images_per_step: int, log_every: int) -> None:
+    def __init__(
+        self, log_dir: str, num_steps: int, images_per_step: int, log_every: int, outlook: Outlook | None = None
+    ) -> None:
+        self._outlook = outlook or Outlook(num_steps, num_steps, 0.0)
         self._log_dir = log_dir
         self._num_steps = num_steps
         self._images_per_step = images_per_step
@@ -58,11 +63,12 @@ class TrainLog:
             unit="step",
             disable=not (dist_util.is_main() and console.on_terminal()),
             dynamic_ncols=True,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )
         self._logs_progress = dist_util.is_main() and self._bar.disable
         self._shown: float | None = None  # when the last line of progress was
-        self._opened, self._opened_secs = time.perf_counter(), self.train_secs
+        self._text = ""  # loss and speed of the last line
+        self._opened, self._opened_secs = time.perf_counter(), (self.train_secs, self.eval_secs)
         self._start_clock()
         return self
 
@@ -105,12 +111,14 @@ class TrainLog:
         self._steps_since += 1
         self._bar.update(1)
         is_last = step == self._num_steps
-        text = self._write_line(step, learning_rate) if is_last or step % self._log_every == 0 else None
+        is_due = is_last or step % self._log_every == 0
+        text = self._write_line(step, learning_rate) if is_due else None
+        self._look_ahead(step, is_due)  # after the wait for the device, where there is one
         if self._logs_progress:
             now = time.perf_counter()
             if is_last or self._shown is None or now - self._shown >= console.LINE_SECS:
                 text = self._progress() if text is None else text
-                logger.info("Training: %d/%d steps, %s%s", step, self._num_steps, text, self._time_left(step))
+                logger.info("Training: %d/%d steps, %s, %s", step, self._num_steps, text, self._outlook.text())
                 self._shown = now
 
     def _write_line(self, step: int, learning_rate: float) -> str:
@@ -122,12 +130,11 @@ class TrainLog:
         speed = steps * self._images_per_step / secs
         self._timed_secs += secs
         self._timed_steps += steps
-        text = _text(values.get("train/loss"), speed)
-        self._bar.set_postfix_str(text, refresh=False)  # shown with the next step
+        self._text = _text(values.get("train/loss"), speed)
         self._writer.write(
             step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
         )
-        return text
+        return self._text
 
     def _progress(self) -> str:
         """Returns loss and speed since the last line of the files; the loss only if no other rank has a part in it."""
@@ -138,14 +145,19 @@ class TrainLog:
         secs = max(time.perf_counter() - self._since, 1e-9)
         return _text(mean, self._steps_since * self._images_per_step / secs)
 
-    def _time_left(self, step: int) -> str:
-        """Returns the end of a line of progress: the time that the steps to come will take, by those so far."""
-        secs = self.train_secs - self._opened_secs + time.perf_counter() - self._since
-        return f", {tqdm.format_interval(secs / (step - self._first_step) * (self._num_steps - step))} left"
+    def _look_ahead(self, step: int, is_due: bool) -> None:
+        """Shows how long the run still takes: in the bar, with the next step, and once as a log line."""
+        now = time.perf_counter()
+        trained = self.train_secs - self._opened_secs[0] + now - self._since
+        self._outlook.step(step, trained, now - self._opened, sum(self._opened_secs))
+        self._bar.set_postfix_str(", ".join(filter(None, (self._text, self._outlook.text()))), refresh=False)
+        if words := self._outlook.first_words(is_due):
+            logger.info("%s", words)
 
     def evaluation(self, step: int, result: EvalResult, secs: float) -> None:
         """Writes the line of an evaluation after a step, which took so many seconds."""
         self.eval_secs += secs
+        self._outlook.evaluated()
         values = {"test/accuracy": result.accuracy, "test/loss": result.loss,
                   "test/balanced_accuracy": result.balanced_accuracy}  # fmt: skip
         self._writer.write(step, values, {"secs": self.train_secs, "eval_secs": self.eval_secs})

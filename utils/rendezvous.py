@@ -18,6 +18,38 @@ from utils.errors import UserError
 TIMEOUT_VARIABLE = "TRAIN_TIMEOUT_SECS"
 
 
+#: What a launcher tells each rank; source: pytorch.org/docs/stable/distributed.html.
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+#: By these srun, Open MPI and MPICH tell a process how many they started; sbatch and salloc set SLURM_NTASKS only.
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def check_variables() -> None:
+    """Raises UserError if a launcher told only a part of ``VARIABLES``."""
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        size = os.environ["WORLD_SIZE"]
+        raise UserError(
+            f"what the launcher set cannot be used: {', '.join(missing)} missing or empty, with WORLD_SIZE={size}; "
+            "start with torchrun, or unset WORLD_SIZE to train with one process"
+        )
+
+
+def check_tasks() -> None:
+    """Raises UserError if a scheduler started several processes, each of which takes itself for the only one.
+
+    Whoever means that, for trainings with names of their own, says it with WORLD_SIZE=1.
+    """
+    counts = {name: int(text) for name in TASKS if (text := os.environ.get(name, "")).isdecimal()}
+    several = next((name for name, number in counts.items() if number > 1), None)
+    if several is not None and not os.environ.get("WORLD_SIZE"):
+        raise UserError(
+            f"{several}={counts[several]}: this is one of {counts[several]} processes that do not know of one another; "
+            "start one a machine and let torchrun start the ranks (srun --ntasks-per-node=1 torchrun "
+            "--nproc_per_node=N train.py, see docs/distributed.md), or set WORLD_SIZE=1 where each trains on its own"
+        )
+
+
 def read_timeout() -> timedelta:
     """Reads ``TRAIN_TIMEOUT_SECS``; raises UserError if it is not a number of seconds."""
     text = os.environ.get(TIMEOUT_VARIABLE, "600")

@@ -57,6 +57,7 @@ class Run:
         batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
         is_own: the state to resume from, if there is one, is of this very run.
         manifest: the files of the images, where they are a folder's.
+        pretrained: path of the weights that it began with; "" for random ones, and where an older state does not tell.
     """
 
     def __init__(self, paths: RunPaths, resume: str, batch: Batch) -> None:
@@ -64,6 +65,7 @@ class Run:
         self.is_own = resume == "auto" or os.path.realpath(resume) == os.path.realpath(paths.state)
         self.run_id = ""
         self.state = RunState()
+        self.pretrained = ""
         self.settings: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
         self.manifest: Manifest | None = None
@@ -98,6 +100,7 @@ class Run:
         self.run_id = run_id or secrets.token_hex(8)
         if self._saved is not None:
             self._has_state = self.is_own
+            self.pretrained = self._saved["pretrained"]
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
             self.batch = self.batch.resumed(self._saved["batch"], self._saved["environment"].get("processes", 1))
 
@@ -304,6 +307,7 @@ class Run:
                     "settings": self.settings,  # compared on resume: they decide on the result
                     "environment": self.environment,  # a change of it is a warning: it may change the last digits
                     "batch": {"total": self.batch.total, "given": self.batch.given},  # kept with other ranks
+                    "pretrained": self.pretrained,  # for people: resuming compares a checksum, in the settings
                     "data": {} if self.manifest is None else self.manifest.state_dict(self._unreadable),  # file names
                     **vars(self.state),  # step, last_eval_step, best_accuracy, best_step, best_result, best_crc32
                     "model": weights,  # float32, by the checkpoint's names

@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -250,6 +251,15 @@ def another_run() -> list[str]:
     return ["--num_steps", "4", "--seed", "7", "--fp16"]
 
 
+def other_weights() -> list[str]:
+    weights()
+    os.rename("weights.npz", "before.npz")
+    short = ["--num_steps", "1", "--warmup_steps", "0"]
+    code, _, err = run_forked(["train.py", *RUN, "--name", "c", *short, "--pretrained_dir", "before.npz"])
+    assert code == 0, err
+    return ["--name", "c", *short, *weights(cls=np.ones((1, 1, 32), np.float32))]
+
+
 def lock_held() -> Launch:
     os.makedirs("output")
     return Launch(within=holding("output/.a.lock"))
@@ -313,6 +323,8 @@ INPUTS = [
              with_gpu("--fp16", "--amp_backend", "apex"), "--amp_backend"),
         Case("deterministic-workspace", "a variable that forbids `--deterministic`",
              with_gpu("--deterministic", CUBLAS_WORKSPACE_CONFIG=":0:0"), "CUBLAS_WORKSPACE_CONFIG"),
+        Case("tensorboard-missing", "the package tensorboard is not there, or too old for what it needs itself",
+             lambda: Launch(prepare=lambda: sys.modules.update(tensorboard=None)), "pip install"),
     ]),
     Group("Pretrained weights", flags=RUN, cases=[
         Case("pretrained-missing", "no file",
@@ -441,6 +453,8 @@ INPUTS = [
         Case("state-pickle", "a pickle that would run code",
              state(lambda path: torch.save({"format": 1, "x": Touch()}, path)), "--resume none"),
         Case("state-other-version", "another version's state", state(another_format), "--resume none"),
+        Case("state-other-weights", "a run that began with other weights", other_weights,
+             "weights.npz; it began with before.npz"),
         Case("state-other-settings", "another run's state", another_run, "--seed was 42, is 7"),
         Case("name-in-use", "a second process of the name", lock_held, "--name"),
         Case("folder-for-file", "a folder where the state is written",

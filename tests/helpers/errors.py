@@ -25,6 +25,7 @@ RUN_SPECIFIC = [
     (r"\d+ (?=is (training|downloading))", "1234 "),
     (r"\(choose from [^)]*\)", "(choose from ...)"),
     (r"(?<=was (?:folder) )[0-9a-f-]+", "..."),
+    (r"(?<=weights )[0-9a-f]{8}\b", "..."),
     (r"(?<=CUDA out of memory\.).*", ".."),
     (r"http://(127\.0\.0\.1|localhost):\d+", "https://host"),
     (r"127\.0\.0\.1(\]?):\d+", r"127.0.0.1\1:29500"),
