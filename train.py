@@ -155,7 +155,7 @@ def show_result(
     if state.best_step == state.step:
         figures.show_result(log, state.step, result, data)
     if is_last:
-        paths = {"--dataset": args.dataset, "--pretrained_dir": run.pretrained}
+        paths = {"--dataset": args.dataset, "--pretrained_dir": run.pretrained or run.settings["--pretrained_dir"]}
         log.hyperparameters(state.step, {**run.settings, **paths})
     if (state.best_step == state.step or is_last) and dist_util.is_main():
         report.write_report(run.paths.report, lambda: report.contents_of(

@@ -44,6 +44,7 @@ def make_log(tmp_path):
 def test_only_the_main_process_shows_progress(capsys, caplog, monkeypatch, tmp_path, terminal):
     caplog.set_level("INFO")
     monkeypatch.setattr(console, "on_terminal", lambda: terminal)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for enabled in (False, True):
         monkeypatch.setenv("RANK", "0" if enabled else "1")
         with TrainLog(str(tmp_path), 2, 8, 1) as log:
@@ -68,11 +69,11 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(make_log, tmp_path, c
         clock.now += 1
         log.step(step, torch.tensor(float(step)), 0.1, DONE)
     assert progress(caplog) == [
-        "1/35 steps, loss=1.0000, 8.0 images/s, 00:34 left",
-        "11/35 steps, loss=10.0000, 8.0 images/s, 00:24 left",  # of the three since the last line of the files
-        "21/35 steps, loss=21.0000, 8.0 images/s, 00:14 left",
-        "31/35 steps, loss=30.0000, 8.0 images/s, 00:04 left",
-        "35/35 steps, loss=34.0000, 8.0 images/s, 00:00 left",
+        "1/35 steps, loss=1.0000, 8.0 images/s, 34 s left of 35 s",
+        "11/35 steps, loss=10.0000, 8.0 images/s, 24 s left of 35 s",  # of the three since the last line of the files
+        "21/35 steps, loss=21.0000, 8.0 images/s, 14 s left of 35 s",
+        "31/35 steps, loss=30.0000, 8.0 images/s, 4 s left of 35 s",
+        "35/35 steps, loss=34.0000, 8.0 images/s, 0 s left of 35 s",
     ]
     assert [line["step"] for line in read_lines(tmp_path)] == [4, 8, 12, 16, 20, 24, 28, 32, 35]
     assert [line["train/loss"] for line in read_lines(tmp_path)][:3] == [2.5, 6.5, 10.5]
@@ -88,7 +89,7 @@ def test_slow_steps_have_a_line_each_and_evaluations_take_no_time_of_theirs(make
             clock.now += 1e6
     assert [text for text in progress(caplog) if "loss=2.0000, 0.0 images/s" not in text] == []
     assert [text.split(", ")[-1] for text in progress(caplog)] == [
-        f"{hours}00:00 left" for hours in ("3:", "2:", "1:", "")
+        f"{hours}0 s left of 35 s" for hours in ("3:", "2:", "1:", "")
     ]
 
 
