@@ -181,9 +181,9 @@ class Run:
             )
         before = self._saved["environment"]
         if changed := _differences(before, {name: environment.get(name) for name in before}):
-            logger.warning(
-                "%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed)
-            )
+            masks = "dropout masks and " if settings.get("--dropout") and _changes_masks(before, environment) else ""
+            logger.warning("%s: the %slast digits may differ from those of a run that was never stopped",
+                           "; ".join(changed), masks)  # fmt: skip
 
     def _compare_images(self, was: Mapping[str, Any]) -> list[str] | None:
         """Tells what changed in a folder of images since the settings ``was``; None where these are of no folder.
@@ -374,6 +374,14 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lists what differs, as text."""
     names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
+
+
+def _changes_masks(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Tells if dropout draws other masks in another environment: each rank has its own; see ``cpu_ops.StepMasks``."""
+    deciding = ["--device", "processes"]
+    if not was.get("--device") == now["--device"] == "cpu":
+        deciding += ["--gradient_accumulation_steps", "--compile"]
+    return any(name in was and was[name] != now[name] for name in deciding)
 
 
 def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
