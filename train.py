@@ -76,7 +76,8 @@ def train(
             batches = figures.show_first(log, batches, data.classes)
         for step in range(state.step + 1, args.num_steps + 1):
             torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
-            loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches, run.batch.per_rank)
+            loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches, run.batch.per_rank,
+                                    run.masks_of_step)  # fmt: skip
             num_skipped = precision.collect_skipped()  # of the steps before; their outcomes have arrived meanwhile
             learning_rate = args.learning_rate * lr_factor(step - num_skipped)
             for group in optimizer.param_groups:
@@ -97,6 +98,7 @@ def forward_backward(
     precision: Precision,
     num_micro_batches: int,
     num_images: int | None = None,
+    masks_of_step: bool = True,
 ) -> torch.Tensor:
     """Adds up the gradients of one step's micro-batches; returns their mean loss, a scalar on the device.
 
@@ -105,13 +107,15 @@ def forward_backward(
         batches: gives the micro-batches, of which so many are taken.
         num_micro_batches: of the step, on this rank.
         num_images: the images in all of them; by default they are of one size.
+        masks_of_step: dropout masks do not depend on the division, on CPUs; see ``Run``.
     """
     model.train()
     step_loss, masks = torch.zeros((), device=precision.device), StepMasks()
     for i in range(num_micro_batches):
         images, labels = next(batches)
         num_images = num_images or num_micro_batches * len(labels)
-        with dist_util.sync_gradients(model, now=i == num_micro_batches - 1), masks.next_micro_batch():
+        same_masks = masks.next_micro_batch() if masks_of_step else contextlib.nullcontext()
+        with dist_util.sync_gradients(model, now=i == num_micro_batches - 1), same_masks:
             with precision.autocast():
                 loss = model(images, labels) / (num_images / len(labels))
             precision.backward(loss)

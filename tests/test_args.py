@@ -36,9 +36,9 @@ def test_names_and_defaults_are_the_contract():
         output_dir="output", img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100, log_every=10,
         learning_rate=3e-2, weight_decay=0, num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0,
         dropout=None, gelu="erf", hflip=False, device="auto", num_workers=None, resume="auto", save_every=None,
-        deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps=1, gradient_checkpointing=False, fp16=False, fp16_opt_level="O2",
+        deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2",
         amp_dtype="auto", amp_backend="native", compile=False, loss_scale=0, eval_only=False, load_model_dir=None,
-        test_fraction=None,
+        test_fraction=None, gradient_checkpointing=False,
     )  # fmt: skip
 
 

@@ -157,6 +157,19 @@ def test_ranks_with_dropout_have_the_losses_of_their_whole_batches(tmp_path):
 
 # ---- where masks differ all the same ----
 
+
+@pytest.mark.usefixtures("pets")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_that_began_before_goes_on_with_the_masks_it_had(parts):
+    """Its state, which does not tell how masks are drawn, is saved and resumed twice."""
+    assert runs.run("--num_steps", "1", "--gradient_accumulation_steps", str(parts)) == 0
+    for num_steps in ("2", "3"):
+        state = torch.load("output/a_last.pt", weights_only=True)
+        assert state["batch"].pop("masks_of_step") is (num_steps == "2" or parts == 1)
+        torch.save(state, "output/a_last.pt")
+        assert runs.run("--num_steps", num_steps, "--gradient_accumulation_steps", str(parts)) == 0
+
+
 CPU = {"--device": "cpu", "processes": 1, "--gradient_accumulation_steps": 2, "--compile": False, "threads": 1}
 CUDA = {**CPU, "--device": "cuda"}
 
@@ -176,7 +189,7 @@ CUDA = {**CPU, "--device": "cuda"}
 def test_a_resumed_run_that_draws_other_masks_says_so(was, now, differ, rate, tmp_path, caplog):
     settings = {"--dropout": rate, "--num_steps": 4}
     run = Run(RunPaths(str(tmp_path), "a"), "none", Batch.from_flags(8, 2, 1))
-    run._saved = {"settings": settings, "environment": was, "data": None}
+    run._saved = {"settings": settings, "environment": was, "data": None}  # of a state that was read
     run.set_settings(settings, now, {})
     run.close()
     (message,) = caplog.messages
