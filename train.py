@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from models import commands, pretrained, published
 from models.configs import canonical_name, make_config
+from models.cpu_ops import StepMasks
 from models.modeling import VisionTransformer
 from utils import args as flags
 from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, metadata, report
@@ -67,6 +68,8 @@ def train(
     state = run.restore(model, optimizer, precision, log)
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()
     batches = make_batches(args, run.batch, data.train, state.step + 1, precision.device)
+    if model.config.dropout_rate and run.batch.num_micro_batches > 1 and precision.device.type != "cpu":
+        logger.info("  Another number of micro-batches draws other dropout masks on %s", precision.device.type)
 
     with log, run.saving_before_image_errors():
         if state.step and not run.is_own:
@@ -77,7 +80,8 @@ def train(
             batches = figures.show_first(log, batches, data.classes)
         for step in range(state.step + 1, args.num_steps + 1):
             torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
-            loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches)
+            loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches, run.batch.per_rank,
+                                    run.masks_of_step)  # fmt: skip
             num_skipped = precision.collect_skipped()  # of the steps before; their outcomes have arrived meanwhile
             learning_rate = args.learning_rate * lr_factor(step - num_skipped)
             for group in optimizer.param_groups:
@@ -93,16 +97,31 @@ def train(
 
 
 def forward_backward(
-    model: nn.Module, batches: Iterator[data_utils.MicroBatch], precision: Precision, num_micro_batches: int
+    model: nn.Module,
+    batches: Iterator[data_utils.MicroBatch],
+    precision: Precision,
+    num_micro_batches: int,
+    num_images: int | None = None,
+    masks_of_step: bool = True,
 ) -> torch.Tensor:
-    """Adds up the gradients of one step's micro-batches; returns their mean loss, a scalar on the device."""
+    """Adds up the gradients of one step's micro-batches; returns their mean loss, a scalar on the device.
+
+    Args:
+        model, precision: as they train.
+        batches: gives the micro-batches, of which so many are taken.
+        num_micro_batches: of the step, on this rank.
+        num_images: the images in all of them; by default they are of one size.
+        masks_of_step: dropout masks do not depend on the division, on CPUs; see ``Run``.
+    """
     model.train()
-    step_loss = torch.zeros((), device=precision.device)
+    step_loss, masks = torch.zeros((), device=precision.device), StepMasks()
     for i in range(num_micro_batches):
         images, labels = next(batches)
-        with dist_util.sync_gradients(model, now=i == num_micro_batches - 1):
+        num_images = num_images or num_micro_batches * len(labels)
+        same_masks = masks.next_micro_batch() if masks_of_step else contextlib.nullcontext()
+        with dist_util.sync_gradients(model, now=i == num_micro_batches - 1), same_masks:
             with precision.autocast():
-                loss = model(images, labels) / num_micro_batches
+                loss = model(images, labels) / (num_images / len(labels))
             precision.backward(loss)
         step_loss += loss.detach()
     return step_loss
@@ -337,6 +356,8 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
         )
     else:
         model = pretrained.model_to_train(source, config, args.img_size, len(data.classes), keep_head)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     return model, data
 
 

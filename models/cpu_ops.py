@@ -5,12 +5,15 @@ element is kept with probability 1 - rate and divided by it, in evaluation nothi
 
 torch's own dropout takes up to a third of a step: it draws one number per element, one after another on a single
 core.  Here one 64-bit number decides on four elements, 16 bits each, so that the rate is met to within 1 / 65536.
+A step's masks do not depend on its division into micro-batches, within ``StepMasks``.
 This module must not know the model.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -36,9 +39,55 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """
     if not training or rate == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu":
         return F.dropout(x, rate)
+    if torch.compiler.is_compiling():
+        return torch.where(_compiled_mask(x, rate) != 0, x * (1 / (1 - rate)), 0)
     return _CpuDropout.apply(x, rate)
+
+
+class StepMasks:
+    """The dropout masks of one step, which are the same however its images are divided into micro-batches.
+
+    Every call of ``dropout`` in a forward pass has a stream of random numbers of its own, which the micro-batches read
+    one after the other: what the whole batch would read at once.  A forward pass that is repeated for the backward pass
+    reads the same numbers again.  ``torch.manual_seed``, before the step, decides on them.
+    """
+
+    def __init__(self) -> None:
+        self._start = torch.get_rng_state()
+        self._before: dict[int, tuple[Any, np.ndarray]] = {}  # streams by seed, as the micro-batch found them
+        self._after: dict[int, tuple[Any, np.ndarray]] = {}  # and as it leaves them
+
+    @contextlib.contextmanager
+    def next_micro_batch(self) -> Iterator[None]:
+        """Returns the context of the forward and backward pass of the step's next images."""
+        torch.set_rng_state(self._start)  # so that each micro-batch draws the same seeds
+        token = _step_masks.set(self)
+        try:
+            yield
+        finally:
+            _step_masks.reset(token)
+        self._before, self._after = self._after, {}
+
+    def lanes(self, seed: int, size: int) -> np.ndarray:
+        """Returns the next ``size`` int16 numbers of the stream with that seed."""
+        stream, rest = np.random.SFC64(seed), np.empty(0, np.int16)
+        if seed in self._before:
+            stream.state, rest = self._before[seed]
+        lanes = _lanes(stream, size - len(rest))
+        if len(rest):  # of a word that was not read to its end
+            lanes = np.concatenate((rest, lanes))
+        self._after[seed] = (stream.state, lanes[size:].copy())
+        return lanes[:size]
+
+
+_step_masks: ContextVar[StepMasks | None] = ContextVar("step_masks", default=None)
+
+
+def _lanes(stream: np.random.SFC64, size: int) -> np.ndarray:
+    """Returns the next int16 numbers of a stream: ``size``, and what is left of their last word."""
+    return stream.random_raw(max(-(-size * LANE_BITS // 64), 0)).view(np.int16)
 
 
 def keep_mask(shape: torch.Size, rate: float) -> Tensor:
@@ -47,14 +96,24 @@ def keep_mask(shape: torch.Size, rate: float) -> Tensor:
     The random numbers are numpy's, twice as fast as torch's, seeded by torch's generator, so that
     ``torch.manual_seed`` decides on them too.
     """
-    seed = int(torch.randint(2**63 - 1, ()))
-    size, lanes = shape.numel(), 64 // LANE_BITS
-    words = np.random.SFC64(seed).random_raw(-(-size // lanes))
-    draws = torch.from_numpy(words.view(np.int16))[:size].view(shape)
+    seed, size, step = int(torch.randint(2**63 - 1, ())), shape.numel(), _step_masks.get()
+    lanes = _lanes(np.random.SFC64(seed), size)[:size] if step is None else step.lanes(seed, size)
+    draws = torch.from_numpy(lanes).view(shape)
     threshold = round((1 - rate) * 2**LANE_BITS) - 2 ** (LANE_BITS - 1)  # kept: draws below, from -2**15 on
     if threshold == 2 ** (LANE_BITS - 1):  # so low a rate that no int16 reaches it
         return draws.fill_(-1)
     return draws.lt_(threshold).neg_()
+
+
+@torch.library.custom_op("vit::keep_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _compiled_mask(x: Tensor, rate: float) -> Tensor:
+    """Is ``keep_mask`` as one node of a compiled graph, which takes ``x`` for its shape, and so keeps the order."""
+    return keep_mask(x.shape, rate)
+
+
+@_compiled_mask.register_fake
+def _(x: Tensor, rate: float) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int16)
 
 
 class _CpuDropout(torch.autograd.Function):

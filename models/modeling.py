@@ -24,6 +24,7 @@ from models import npz as google
 from models.configs import CONFIGS, ViTConfig
 from models.cpu_ops import attention_scores, cast_for_matmul, dropout
 from models.modeling_resnet import ResNetV2
+from models.recompute import Recomputed
 from utils.errors import UserError
 
 __all__ = ["CONFIGS", "VisionTransformer"]
@@ -102,7 +103,7 @@ class Block(nn.Module):
         return x, probs
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputed):
     """All blocks and the final norm.  (B, T, D) -> (B, T, D) and the blocks' probabilities.
 
     With ``class_only`` the result is (B, 1, D), the class token alone: the last block leaves out the
@@ -117,7 +118,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, list[Tensor]]:
         attn_weights = []
         for block in self.layer:
-            x, probs = block(x, num_queries=1 if class_only and block is self.layer[-1] else None)
+            x, probs = self.compute(block, x, 1 if class_only and block is self.layer[-1] else None)
             if probs is not None:
                 attn_weights.append(probs)
         return self.encoder_norm(x), attn_weights
@@ -239,6 +240,12 @@ class VisionTransformer(nn.Module):
         if labels is not None:
             return F.cross_entropy(logits.float(), labels)
         return logits, attn_weights
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Lets a training need less memory: blocks, and the stem's units, are computed again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.gradient_checkpointing = True
 
     def load_from(self, weights: Mapping[str, np.ndarray]) -> None:
         """Loads a checkpoint in Google's layout: all of it, or nothing.

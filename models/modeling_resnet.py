@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.recompute import Recomputed
+
 ROOT_WIDTH = 64
 
 
@@ -93,7 +95,7 @@ class Root(nn.Module):
         return F.max_pool2d(pad_same(x, 3, 2, value=float("-inf")), kernel_size=3, stride=2)
 
 
-class ResNetV2(nn.Module):
+class ResNetV2(Recomputed):
     """The stem: a root, then one stage of residual units per entry of ``units``.
 
     Args:
@@ -120,4 +122,8 @@ class ResNetV2(nn.Module):
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(self.root(x))
+        x = self.compute(self.root, x)
+        for stage in self.body.children():
+            for unit in stage.children():
+                x = self.compute(unit, x)
+        return x

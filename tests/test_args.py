@@ -39,7 +39,7 @@ def test_names_and_defaults_are_the_contract():
         dropout=None, gelu="erf", hflip=False, device="auto", num_workers=None, resume="auto", save_every=None,
         deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2",
         amp_dtype="auto", amp_backend="native", compile=False, loss_scale=0, eval_only=False, load_model_dir=None,
-        test_fraction=None,
+        test_fraction=None, gradient_checkpointing=False,
     )  # fmt: skip
 
 

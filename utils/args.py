@@ -159,6 +159,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--train_batch_size", 512, "training images per step and rank", "result", composed=True, least=1),
         Flag("--gradient_accumulation_steps", 1, "micro-batches into which each rank's batch is split, to need less "
              "memory", "last digits", least=1),
+        Flag("--gradient_checkpointing", False, "compute each block once more in the backward pass instead of keeping "
+             "what is inside it: much less memory, about a third more time"),
         Flag("--learning_rate", 3e-2, "peak learning rate of SGD", "result", least=0, below=math.inf),
         Flag("--warmup_steps", 500, "warm-up: steps over which the learning rate rises to its peak", "result", least=0),
         Flag("--decay_type", "cosine", "how the learning rate falls to 0 after the warm-up", "result",

@@ -55,6 +55,8 @@ class Run:
         settings: what decides on the result.
         environment: what may change the last digits.
         batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
+        masks_of_step: a step's dropout masks are the same in any number of micro-batches, on CPUs; not in a run that
+            began with several before they were, so that it ends as it would have then.
         is_own: the state to resume from, if there is one, is of this very run.
         manifest: the files of the images, where they are a folder's.
         pretrained: path of the weights that it began with; "" for random ones, and where an older state does not tell.
@@ -68,6 +70,7 @@ class Run:
         self.pretrained = ""
         self.settings: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
+        self.masks_of_step = True
         self.manifest: Manifest | None = None
         self._unreadable: set[str] = set()  # names of images that turned out so
         self._saved: dict[str, Any] | None = None  # what the file of the state holds, until ``restore``
@@ -102,7 +105,10 @@ class Run:
             self._has_state = self.is_own
             self.pretrained = self._saved["pretrained"]
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
-            self.batch = self.batch.resumed(self._saved["batch"], self._saved["environment"].get("processes", 1))
+            was = self._saved["environment"]
+            self.batch = self.batch.resumed(self._saved["batch"], was.get("processes", 1))
+            in_one = was.get("--gradient_accumulation_steps", 1) == 1
+            self.masks_of_step = self._saved["batch"].get("masks_of_step", in_one)
 
     def _find_state(self) -> dict[str, Any] | None:
         if self.resume == "none" or (self.resume == "auto" and not os.path.exists(self.paths.state)):
@@ -189,9 +195,10 @@ class Run:
             )
         before = self._saved["environment"]
         if changed := _differences(before, {name: environment.get(name) for name in before}):
-            logger.warning(
-                "%s: the last digits may differ from those of a run that was never stopped", "; ".join(changed)
-            )
+            other = settings.get("--dropout") and _changes_masks(before, environment, self.masks_of_step)
+            masks = "dropout masks and " if other else ""
+            logger.warning("%s: the %slast digits may differ from those of a run that was never stopped",
+                           "; ".join(changed), masks)  # fmt: skip
 
     def _compare_images(self, was: Mapping[str, Any]) -> list[str] | None:
         """Tells what changed in a folder of images since the settings ``was``; None where these are of no folder.
@@ -306,7 +313,8 @@ class Run:
                     "run_id": self.run_id,  # by which it knows the folder of its logs
                     "settings": self.settings,  # compared on resume: they decide on the result
                     "environment": self.environment,  # a change of it is a warning: it may change the last digits
-                    "batch": {"total": self.batch.total, "given": self.batch.given},  # kept with other ranks
+                    "batch": {"total": self.batch.total, "given": self.batch.given,  # kept with other ranks
+                              "masks_of_step": self.masks_of_step},
                     "pretrained": self.pretrained,  # for people: resuming compares a checksum, in the settings
                     "data": {} if self.manifest is None else self.manifest.state_dict(self._unreadable),  # file names
                     **vars(self.state),  # step, last_eval_step, best_accuracy, best_step, best_result, best_crc32
@@ -385,6 +393,14 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lists what differs, as text."""
     names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
+
+
+def _changes_masks(was: Mapping[str, Any], now: Mapping[str, Any], masks_of_step: bool) -> bool:
+    """Tells if dropout draws other masks in another environment: each rank has its own; see ``cpu_ops.StepMasks``."""
+    deciding = ["--device", "processes"]
+    if not (masks_of_step and was.get("--device") == now["--device"] == "cpu"):
+        deciding += ["--gradient_accumulation_steps", "--compile"]
+    return any(name in was and was[name] != now[name] for name in deciding)
 
 
 def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
