@@ -279,7 +279,7 @@ def test_skipped_steps_are_named_and_left_out_of_the_mean_and_of_what_must_be_fi
     assert [m for m in caplog.messages if "skipped" in m] == [
         f"Step {step} was skipped: its scaled gradients overflowed" for step in (2, 7, 8, 9)
     ]
-    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert {record.levelname for record in caplog.records if "skipped" in record.message} == {"WARNING"}
 
 
 @pytest.mark.parametrize(("terminal", "expected"), [(True, [0, 0, 1, 1, 1, 2]), (False, [1, 1, 2, 2, 2, 3])])

@@ -211,7 +211,6 @@ def new_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         logging.getLogger().addHandler(handler)
-        logging.getLogger().setLevel(logging.INFO)
         try:
             assert train.main(["--name", "new", *flags]) == 0
         finally:
