@@ -91,6 +91,7 @@ ROOMS = {
     "utils.metrics": {"utils.dist_util", "utils.evaluation", "utils.log_files"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
+    "utils.reckoning": {"utils.batch", "utils.precision"},
     "utils.signals": {"utils.dist_util"},
     "utils.metadata": {"utils.checkpoint", "utils.weights"},
     "utils.weights": {"utils.checkpoint"},

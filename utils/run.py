@@ -52,7 +52,7 @@ class Run:
         state: how far it has come.
         settings: what decides on the result.
         environment: what may change the last digits.
-        batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
+        batch: the division of a step's images, which a resume (see ``open``) and the memory change.
         is_own: the state to resume from, if there is one, is of this very run.
         manifest: the files of the images, where they are a folder's.
     """
@@ -94,7 +94,9 @@ class Run:
         if self._saved is not None:
             self._has_state = self.is_own
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
-            self.batch = self.batch.resumed(self._saved["batch"], self._saved["environment"].get("processes", 1))
+            was = self._saved["environment"]
+            parts = was.get("--gradient_accumulation_steps", 1)
+            self.batch = self.batch.resumed(self._saved["batch"], was.get("processes", 1), parts)
 
     def _find_state(self) -> dict[str, Any] | None:
         if self.resume == "none" or (self.resume == "auto" and not os.path.exists(self.paths.state)):
