@@ -19,6 +19,9 @@ with contextlib.suppress(ImportError):  # Windows has none
 #: What is left of the free memory for others: on GPUs for the libraries' workspaces and kernels.
 CPU_SHARE, GPU_SHARE = 0.95, 0.97
 
+#: Addresses that a process takes beside its tensors, once it trains: stacks and heaps of threads, modules.
+OTHER_ADDRESSES = 2**28
+
 #: Files of a control group, by version: limits, memory in use, and the key of what the kernel gives back when asked.
 CGROUP_FILES = {
     2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
@@ -78,7 +81,7 @@ def _of_limits(proc: Path) -> list[int]:
             continue
         limit, _ = resource.getrlimit(getattr(resource, name))
         if limit != resource.RLIM_INFINITY:
-            left.append(limit - 1024 * used)
+            left.append(limit - 1024 * used - OTHER_ADDRESSES)
     return left
 
 
