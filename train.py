@@ -360,17 +360,19 @@ def fit_batch(
 ) -> None:
     """Lets the batch have as many micro-batches as the memory asks for, where the flags leave that open."""
     batch, device, parts = run.batch, precision.device, run.batch.num_micro_batches
-    free = memory.free_bytes(device) if batch.is_auto and run.state.step < args.num_steps else None
+    is_open = batch.is_auto and run.state.step < args.num_steps
+    free, need = memory.free_bytes(device) if is_open else None, None
     if free is not None:
         with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
             need = reckon_need(args, config, data, precision)
         if device.type == "cuda":
             free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
         parts = max(parts, need.fewest_micro_batches(batch.per_rank, free))
+    parts = max(dist_util.gather(parts))  # of every rank, whatever its flags: check_ranks compares them later
+    if need is not None and free is not None:
         logger.log(*need.explain(batch, parts, free))
-    elif batch.is_auto and run.state.step < args.num_steps:
+    elif is_open:
         logger.info("%s does not tell how much memory is free: --gradient_accumulation_steps %d", device, parts)
-    parts = max(dist_util.gather(parts))  # on every rank, whatever its flags: check_ranks compares them later
     run.batch = batch.at_least(parts) if batch.is_auto else batch
 
 

@@ -16,6 +16,7 @@ from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.helpers import runs
 from tests.helpers.forked import run_forked
+from tests.helpers.launching import ranks
 from utils import memory, reckoning
 from utils.batch import Batch
 from utils.precision import Precision
@@ -146,6 +147,23 @@ def test_a_resumed_run_keeps_its_own_or_takes_more_with_a_warning(monkeypatch, c
     assert "--gradient_accumulation_steps was 3, is 7" in warnings
 
 
+def train_with(given: tuple[list[str], int]) -> int:
+    """Trains with these flags and so many bytes of free memory."""
+    flags, free = given
+    memory.free_bytes = lambda device: free  # type: ignore[assignment]
+    return train.main(flags)
+
+
+def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
+    need, flags = need_of("testing", 32, "O0", num_ranks=2), [*RUN, "--num_steps", "2", "--dropout", "0"]
+    assert train.main([*RUN, "--name", "b", "--train_batch_size", "26", "--num_steps", "2", "--dropout", "0"]) == 0
+    with ranks(tmp_path, [(flags, 2**40), (flags, need.bytes(5, 3))], train_with) as run:
+        assert run.results() == [0, 0], run.output()
+        assert "--gradient_accumulation_steps 3" in run.output()
+    assert runs.last_state("a").environment["--gradient_accumulation_steps"] == 3
+    assert losses("a") == pytest.approx(losses("b"), abs=1e-5)
+
+
 def test_a_device_that_does_not_tell_takes_the_whole_batch(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
@@ -160,7 +178,7 @@ def test_a_batch_that_a_limit_of_addresses_does_not_let_through_is_divided():
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**29
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
-    large = ["train.py", *RUN, "--train_batch_size", "1009", "--img_size", "192", "--num_steps", "1", "--eval_every"]
+    large = ["train.py", *RUN, "--train_batch_size", "509", "--img_size", "192", "--num_steps", "1", "--eval_every"]
     code, _, err = run_forked([*large, "1"], prepare=little_memory, timeout=120)
     assert code == 0, err
     assert int(err.split("--gradient_accumulation_steps ")[1].split()[0]) > 1, err

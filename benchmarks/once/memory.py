@@ -66,7 +66,7 @@ def need_of(model_type: str, img_size: int, level: str, device: str) -> reckonin
 
 
 class HeapInUse(ctypes.Structure):
-    """What glibc's ``mallinfo2`` returns (malloc.h)."""
+    """The result of glibc's ``mallinfo2`` (malloc.h)."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
