@@ -123,6 +123,14 @@ def test_unequal_micro_batches_train_as_the_whole_batch_does(monkeypatch, caplog
     assert runs.last_state("b").environment["--gradient_accumulation_steps"] == 3
 
 
+def test_reckoning_changes_no_bit_of_a_training():
+    flags = [*RUN, "--num_steps", "2", "--dropout", "0.3"]
+    assert train.main(flags) == train.main([*flags, "--name", "b", "--gradient_accumulation_steps", "1"]) == 0
+    assert losses("a") == losses("b")
+    other = runs.last_state("b").model
+    assert all(torch.equal(x, other[name]) for name, x in runs.last_state("a").model.items())
+
+
 def test_a_number_that_is_given_stays(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     room_for(1, monkeypatch)
