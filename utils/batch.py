@@ -49,10 +49,8 @@ class Batch:
     @classmethod
     def from_flags(cls, per_rank: int, num_micro_batches: int | str, num_ranks: int) -> Batch:
         """Returns the division that the flags ask for; "auto" is one micro-batch, until ``at_least`` knows better."""
-        is_auto = isinstance(num_micro_batches, str)
-        return cls(
-            per_rank, 1 if isinstance(num_micro_batches, str) else num_micro_batches, num_ranks, per_rank, is_auto
-        )
+        given = isinstance(num_micro_batches, int)
+        return cls(per_rank, int(num_micro_batches) if given else 1, num_ranks, per_rank, not given)
 
     def at_least(self, num_micro_batches: int) -> Batch:
         """Returns the division with no fewer micro-batches than these."""
@@ -106,9 +104,9 @@ class Batch:
         """Returns, if the flags leave it open, the division whose micro-batches are no larger than those before."""
         if not self.is_auto:
             return self
-        largest = -(-was_per_rank // was_micro_batches)
-        same = self.per_rank == was_per_rank
-        return self.at_least(was_micro_batches if same else -(-self.per_rank // largest))
+        largest = max(-(-was_per_rank // was_micro_batches), 1)
+        parts = was_micro_batches if self.per_rank == was_per_rank else -(-self.per_rank // largest)
+        return self.at_least(min(parts, self.per_rank))
 
     def out_of_memory_advice(self) -> str:
         """Returns what a training that is short of memory can do about it."""

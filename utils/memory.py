@@ -17,7 +17,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import resource
 
 #: What is left of the free memory for others: on GPUs for the libraries' workspaces and kernels.
-CPU_SHARE, GPU_SHARE = 0.95, 0.97
+CPU_SHARE, GPU_SHARE = 0.9, 0.97
 
 #: Addresses that a process takes beside its tensors, once it trains: stacks and heaps of threads, modules.
 OTHER_ADDRESSES = 2**28
