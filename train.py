@@ -16,7 +16,8 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,24 @@ from torch import nn
 from tqdm import tqdm
 
 from models import commands, pretrained, published
-from models.configs import canonical_name, make_config
+from models.configs import ViTConfig, canonical_name, make_config
 from models.cpu_ops import StepMasks
 from models.modeling import VisionTransformer
 from utils import args as flags
-from utils import augment, checkpoint, data_utils, datasets, dist_util, exits, figures, hardware, metadata, report
+from utils import (
+    augment,
+    checkpoint,
+    data_utils,
+    datasets,
+    dist_util,
+    exits,
+    figures,
+    hardware,
+    memory,
+    metadata,
+    reckoning,
+    report,
+)
 from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
 from utils.batch import Batch
@@ -80,8 +94,7 @@ def train(
             batches = figures.show_first(log, batches, data.classes)
         for step in range(state.step + 1, args.num_steps + 1):
             torch.manual_seed(data_utils.derive_seed(args.seed, data_utils.DROPOUT, step, rank))
-            loss = forward_backward(ddp_model, batches, precision, run.batch.num_micro_batches, run.batch.per_rank,
-                                    run.masks_of_step)  # fmt: skip
+            loss = forward_backward(ddp_model, batches, precision, run.batch.sizes, run.masks_of_step)
             num_skipped = precision.collect_skipped()  # of the steps before; their outcomes have arrived meanwhile
             learning_rate = args.learning_rate * lr_factor(step - num_skipped)
             for group in optimizer.param_groups:
@@ -100,28 +113,25 @@ def forward_backward(
     model: nn.Module,
     batches: Iterator[data_utils.MicroBatch],
     precision: Precision,
-    num_micro_batches: int,
-    num_images: int | None = None,
+    sizes: Sequence[int],
     masks_of_step: bool = True,
 ) -> torch.Tensor:
-    """Adds up the gradients of one step's micro-batches; returns their mean loss, a scalar on the device.
+    """Adds up the gradients of one step's micro-batches; returns their mean loss over all images, a scalar.
 
     Args:
         model, precision: as they train.
-        batches: gives the micro-batches, of which so many are taken.
-        num_micro_batches: of the step, on this rank.
-        num_images: the images in all of them; by default they are of one size.
+        batches: gives the micro-batches.
+        sizes: images of each of the step's micro-batches on this rank.
         masks_of_step: dropout masks do not depend on the division, on CPUs; see ``Run``.
     """
     model.train()
     step_loss, masks = torch.zeros((), device=precision.device), StepMasks()
-    for i in range(num_micro_batches):
+    for i, size in enumerate(sizes):
         images, labels = next(batches)
-        num_images = num_images or num_micro_batches * len(labels)
         same_masks = masks.next_micro_batch() if masks_of_step else contextlib.nullcontext()
-        with dist_util.sync_gradients(model, now=i == num_micro_batches - 1), same_masks:
+        with dist_util.sync_gradients(model, now=i == len(sizes) - 1), same_masks:
             with precision.autocast():
-                loss = model(images, labels) / (num_images / len(labels))
+                loss = model(images, labels) / (sum(sizes) / size)
             precision.backward(loss)
         step_loss += loss.detach()
     return step_loss
@@ -197,7 +207,7 @@ def make_batches(
     sampler = data_utils.StepSampler(len(images), batch.per_rank, transform.num_draws, args.seed, *share)
     steps = range(first_step, args.num_steps + 1)
     return data_utils.train_batches(
-        images, sampler, steps, batch.micro_batch, transform, device, flags.decoding_workers(args)
+        images, sampler, steps, batch.sizes, transform, device, flags.decoding_workers(args)
     )
 
 
@@ -338,6 +348,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     start = compare_start(args.pretrained_dir, run) if source is None else pretrained.checksum(source)
     with run.remembering_unreadable(args.dataset):
         data = datasets.load(found, args.data_dir, flags.decoding_workers(args), run.fingerprint)
+    fit_batch(args, run, config, data, precision)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
         flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, str(precision)),
@@ -403,6 +414,47 @@ def compare_start(given: str | None, run: Run) -> str:
         return was
     now = pretrained.checksum(pretrained.load(metadata.open_weights(file, strict=False), model_type))
     return was if now == was else f"{now} ({given}; it began with {run.pretrained})"
+
+
+def fit_batch(
+    args: argparse.Namespace, run: Run, config: ViTConfig, data: datasets.DataSets, precision: Precision
+) -> None:
+    """Lets the batch have as many micro-batches as the memory asks for, where the flags leave that open."""
+    batch, device, parts = run.batch, precision.device, run.batch.num_micro_batches
+    is_open = batch.is_auto and run.state.step < args.num_steps
+    free, need = memory.free_bytes(device) if is_open else None, None
+    if free is not None:
+        with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
+            need = reckon_need(args, config, data, precision)
+        if device.type == "cuda":
+            free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
+        parts = max(parts, need.fewest_micro_batches(batch.per_rank, free))
+    parts = max(dist_util.gather(parts))  # of every rank, whatever its flags: check_ranks compares them later
+    if need is not None and free is not None:
+        logger.log(*need.explain(batch, parts, free))
+    elif is_open:
+        logger.info("%s does not tell how much memory is free: --gradient_accumulation_steps %d", device, parts)
+    run.batch = batch.at_least(parts) if batch.is_auto else batch
+
+
+def reckon_need(
+    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision
+) -> reckoning.Need:
+    """Returns the memory that a training takes on its device, from here on."""
+
+    def build(num_blocks: int) -> VisionTransformer:
+        with torch.device("meta"):
+            model = VisionTransformer(replace(config, num_layers=num_blocks), args.img_size, len(data.classes))
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    need = reckoning.reckon(build, config.num_layers, precision, args.img_size, dist_util.world_size())
+    if precision.device.type == "cuda":  # where the images in memory move
+        images = [x.images.nbytes for x in (data.train, data.test) if isinstance(x, datasets.MemoryImages)]
+        return replace(need, held=need.held + sum(images))
+    ahead = 2 * flags.decoding_workers(args) if isinstance(data.train, datasets.FileImages) else 0  # micro-batches
+    return replace(need, image=need.image + ahead * 4 * 3 * args.img_size**2)
 
 
 def check_ranks(args: argparse.Namespace, model: nn.Module, dataset: Callable[[], str]) -> None:

@@ -124,7 +124,7 @@ class OurTraining:
     ) -> Tensor:
         """Takes one step, counted from 1; returns its mean loss."""
         torch.manual_seed(data_utils.derive_seed(SEED, data_utils.DROPOUT, step, dist_util.rank()))
-        loss = forward_backward(self._model, micro_batches, self._precision, num_micro_batches)
+        loss = forward_backward(self._model, micro_batches, self._precision, [1] * num_micro_batches)
         self._precision.collect_skipped()  # as the loop does for the learning rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

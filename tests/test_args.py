@@ -37,9 +37,9 @@ def test_names_and_defaults_are_the_contract():
         log_every=10,
         learning_rate=3e-2, weight_decay=0, num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0,
         dropout=None, gelu="erf", hflip=False, device="auto", num_workers=None, resume="auto", save_every=None,
-        deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps=1, fp16=False, fp16_opt_level="O2",
-        amp_dtype="auto", amp_backend="native", compile=False, loss_scale=0, eval_only=False, load_model_dir=None,
-        test_fraction=None, gradient_checkpointing=False,
+        deterministic=False, local_rank=-1, seed=42, gradient_accumulation_steps="auto", fp16=False,
+        fp16_opt_level="O2", amp_dtype="auto", amp_backend="native", compile=False, loss_scale=0,
+        eval_only=False, load_model_dir=None, test_fraction=None, gradient_checkpointing=False,
     )  # fmt: skip
 
 
@@ -85,8 +85,17 @@ def test_values_at_their_bounds_are_taken():
     check("--test_fraction", "1", "-v")
 
 
+def test_micro_batches_are_a_whole_number_or_the_memorys_choice(capsys):
+    assert parse("--gradient_accumulation_steps", "4").gradient_accumulation_steps == 4
+    check("--gradient_accumulation_steps", "auto", "--train_batch_size", "509")
+    for wrong in ("many", "1.5", "Auto", ""):
+        with pytest.raises(SystemExit):
+            parse("--gradient_accumulation_steps", wrong)
+        assert "is neither auto nor a whole number" in capsys.readouterr().err
+
+
 def test_every_number_has_a_bound():
-    numbers = {f.name for f in flags.FLAGS if f.parse in (int, float)} | {f.name for f in NUMERIC}
+    numbers = {f.name for f in flags.FLAGS if f.parse in (int, float, flags.parse_auto)} | {f.name for f in NUMERIC}
     assert numbers - set(OUT_OF_BOUNDS) == {"local_rank"}  # which is compared with the launcher's
 
 

@@ -96,7 +96,7 @@ def losses(config, sizes: list[int], level: str = "O0") -> list[float]:
     for step in range(4):
         torch.manual_seed(step)
         micro_batches = zip(images.split(sizes), labels.split(sizes))
-        found.append(train.forward_backward(model, micro_batches, precision, len(sizes), 12).item())
+        found.append(train.forward_backward(model, micro_batches, precision, sizes).item())
         precision.step(optimizer, 1.0)
     return found
 

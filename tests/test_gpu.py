@@ -138,7 +138,7 @@ def test_steps_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
     batches = data_utils.train_batches(data.train, sampler, range(1, 9), 4, transform, device, 0)
 
     def take_step() -> None:
-        train.forward_backward(model, batches, precision, 2)
+        train.forward_backward(model, batches, precision, [1, 1])
         precision.collect_skipped()
         optimizer.param_groups[0]["lr"] = 0.01
         precision.step(optimizer, 1.0)

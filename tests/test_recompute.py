@@ -46,7 +46,7 @@ def trained(model: VisionTransformer, level: str, sizes: list[int]) -> list[Tens
     for step in range(4):
         torch.manual_seed(step)
         micro_batches = zip(x.split(sizes), labels.split(sizes))
-        losses.append(train.forward_backward(model, micro_batches, precision, len(sizes), 12))
+        losses.append(train.forward_backward(model, micro_batches, precision, sizes))
         precision.step(optimizer, 1.0)
     return [*losses, *precision.float32_weights(model).values()]
 

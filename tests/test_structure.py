@@ -100,6 +100,7 @@ ROOMS = {
     "utils.metrics": {"utils.console", "utils.dist_util", "utils.evaluation", "utils.log_files", "utils.outlook"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
+    "utils.reckoning": {"utils.batch", "utils.precision"},
     "utils.signals": {"utils.console", "utils.dist_util"},
     "utils.metadata": {"utils.checkpoint", "utils.weights"},
     "utils.weights": {"utils.checkpoint"},

@@ -51,7 +51,7 @@ def for_small_set(batch: Batch, num_steps: int, num_images: int) -> str | None:
     if batch.total > num_images:
         smaller = batch.smaller(min(PUBLISHED_BATCH, num_images // 4))  # a few steps an epoch
         flags.append(f"--train_batch_size {smaller.per_rank}")
-        if smaller.num_micro_batches != batch.num_micro_batches:
+        if smaller.num_micro_batches != batch.num_micro_batches and not batch.is_auto:
             flags.append(f"--gradient_accumulation_steps {smaller.num_micro_batches}")
         batch = smaller
     num_steps = math.ceil(EPOCHS * num_images / batch.total)

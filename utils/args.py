@@ -37,6 +37,13 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+def parse_auto(text: str) -> int | str:
+    """Returns a whole number, or "auto"."""
+    if text == "auto" or re.fullmatch(r"[+-]?\d+", text):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number")
+
+
 @dataclass(frozen=True)
 class Flag:
     """One flag.
@@ -93,7 +100,7 @@ class Flag:
         return common | {"type": self.parse, "required": not self.unset, "help": f"{self.help} ({default})"}
 
     def check(self, value: Any) -> None:
-        """Raises UserError if the value is out of bounds, as NaN always is."""
+        """Raises UserError if the value is out of bounds, as NaN always is and a word such as "auto" never."""
         bounds = [
             (words, bound, holds)
             for words, bound, holds in (
@@ -104,7 +111,7 @@ class Flag:
             )
             if bound is not None
         ]
-        if value is not None and not all(holds(value, bound) for _, bound, holds in bounds):
+        if not isinstance(value, str | None) and not all(holds(value, bound) for _, bound, holds in bounds):
             expected = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
             raise UserError(f"--{self.name} is {value}, expected {expected}")
 
@@ -157,8 +164,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "Training": (
         Flag("--num_steps", 10000, "steps in all", "result", least=1),
         Flag("--train_batch_size", 512, "training images per step and rank", "result", composed=True, least=1),
-        Flag("--gradient_accumulation_steps", 1, "micro-batches into which each rank's batch is split, to need less "
-             "memory", "last digits", least=1),
+        Flag("--gradient_accumulation_steps", "auto", "micro-batches into which each rank's batch is split, to need "
+             "less memory; auto: as few as fit", "last digits", composed=True, least=1, parse=parse_auto,
+             metavar="auto|N"),
         Flag("--gradient_checkpointing", False, "compute each block once more in the backward pass instead of keeping "
              "what is inside it: much less memory, about a third more time"),
         Flag("--learning_rate", 3e-2, "peak learning rate of SGD", "result", least=0, below=math.inf),
@@ -256,7 +264,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--name has {len(args.name)} characters, too many for the names of files")
     if not args.log_dir:
         raise UserError("--log_dir is empty; name a folder, or . for the one that you are in")
-    if args.train_batch_size % args.gradient_accumulation_steps:
+    if args.gradient_accumulation_steps != "auto" and args.train_batch_size % args.gradient_accumulation_steps:
         raise UserError(
             f"--train_batch_size {args.train_batch_size} is not a multiple of "
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"

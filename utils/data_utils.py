@@ -107,12 +107,19 @@ def train_batches(
     images: Images,
     sampler: StepSampler,
     steps: Iterable[int],
-    micro_batch_size: int,
+    micro_batch_sizes: int | list[int],
     transform: Transform,
     device: torch.device,
     num_workers: int,
 ) -> Iterator[MicroBatch]:
-    """Yields the training's micro-batches: for each of ``steps`` in turn, its images, ``micro_batch_size`` at a time.
+    """Yields the training's micro-batches: for each of ``steps`` in turn, its images, so many at a time.
+
+    Args:
+        images: of the training split.
+        sampler, steps: choose the images of each step.
+        micro_batch_sizes: of one step in their order, or one for all.
+        transform: makes the model's input of images.
+        device, num_workers: where the batches are needed, and processes that decode.
 
     Raises:
         ImageError: an image cannot be decoded, on whichever rank.
@@ -120,7 +127,7 @@ def train_batches(
     micro_batches = (
         pair
         for indices, draws in map(sampler, steps)
-        for pair in zip(indices.split(micro_batch_size), draws.split(micro_batch_size))
+        for pair in zip(indices.split(micro_batch_sizes), draws.split(micro_batch_sizes))
     )
     if isinstance(images, MemoryImages):
         return _transformed(images, micro_batches, transform, device)

@@ -54,7 +54,7 @@ class Run:
         state: how far it has come.
         settings: what decides on the result.
         environment: what may change the last digits.
-        batch: the division of a step's images, which a resume with other ranks changes; see ``open``.
+        batch: the division of a step's images, which a resume (see ``open``) and the memory change.
         masks_of_step: a step's dropout masks are the same in any number of micro-batches, on CPUs; not in a run that
             began with several before they were, so that it ends as it would have then.
         is_own: the state to resume from, if there is one, is of this very run.
@@ -106,9 +106,9 @@ class Run:
             self.pretrained = self._saved["pretrained"]
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
             was = self._saved["environment"]
-            self.batch = self.batch.resumed(self._saved["batch"], was.get("processes", 1))
-            in_one = was.get("--gradient_accumulation_steps", 1) == 1
-            self.masks_of_step = self._saved["batch"].get("masks_of_step", in_one)
+            parts = was.get("--gradient_accumulation_steps", 1)
+            self.batch = self.batch.resumed(self._saved["batch"], was.get("processes", 1), parts)
+            self.masks_of_step = self._saved["batch"].get("masks_of_step", parts == 1)
 
     def _find_state(self) -> dict[str, Any] | None:
         if self.resume == "none" or (self.resume == "auto" and not os.path.exists(self.paths.state)):

@@ -1,0 +1,168 @@
+"""Reckons the memory that a training needs, from a look at two and at three blocks of its model.
+
+All blocks of an encoder take the same memory, and so do all images.  So a few images that pass forward and backward
+through a few blocks, on the device and in the number formats of the training, tell what a whole model and any number
+of images take, before the weights are there.  Nothing else is tried: an error for lack of memory comes only if the
+memory has shrunk since.
+
+This module must not know models, which its caller builds, nor how much memory there is (utils/memory.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from utils.batch import Batch
+from utils.precision import Precision
+
+#: What a process on a CPU grows by, for each byte that its tensors hold in a forward and backward pass: the heap has
+#: holes.  Measured by ``python -m benchmarks.once.memory``.
+CPU_HEAP = 1.2
+
+#: Images of the two looks: a single one may be computed otherwise.
+FEW, ONE_MORE = 2, 3
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory that a training needs on one rank, in bytes.
+
+    Attributes:
+        held: by what is there from the first step to the last: weights, float32 masters, momentum, images.
+        gradients: by the gradients as the optimizer reads them.
+        buckets: by those that ranks exchange; 0 for a single rank.
+        image: by each image of a micro-batch, when its forward and backward pass hold the most.
+        heap: bytes that the process grows by for each of these.
+    """
+
+    held: int
+    gradients: int
+    buckets: int
+    image: int
+    heap: float = 1.0
+
+    def bytes(self, micro_batch: int, num_micro_batches: int) -> int:
+        """Returns what the process takes at its peak with so many images at a time."""
+        return int(self.heap * self.live_bytes(micro_batch, num_micro_batches))
+
+    def fewest_micro_batches(self, num_images: int, free: int) -> int:
+        """Returns the least number of parts of so many images that fits; all, where not even one image does."""
+        fits = (n for n in range(1, num_images + 1) if self.bytes(-(-num_images // n), n) <= free)
+        return next(fits, num_images)
+
+    def explain(self, batch: Batch, num_micro_batches: int, free: int) -> tuple[int, str]:
+        """Returns the level and the text of the log line about the choice that was made.
+
+        Args:
+            batch: before the choice.
+            num_micro_batches: those chosen.
+            free: bytes that may be taken.
+        """
+        most, chosen = batch.per_rank, batch.at_least(num_micro_batches)
+        whole, part = self.bytes(most, 1), self.bytes(chosen.micro_batch, num_micro_batches)
+        text = f"a step of {most} images at once needs {_size(whole)} of memory, {_size(free)} are free"
+        if num_micro_batches > 1:
+            text += f"; {chosen.micro_batch} at a time need {_size(part)}"
+        text += f": --gradient_accumulation_steps {num_micro_batches}"
+        if part > free:
+            return logging.WARNING, f"{text}, which may be too much"
+        if num_micro_batches > batch.num_micro_batches > 1:
+            return logging.WARNING, f"{text}; it was {batch.num_micro_batches} when the run was saved"
+        return logging.INFO, text
+
+    def live_bytes(self, micro_batch: int, num_micro_batches: int) -> int:
+        """Returns the bytes of the tensors that are there at the peak."""
+        passes = micro_batch * self.image
+        if num_micro_batches == 1 and not self.buckets:  # gradients come as the images' memory goes
+            return self.held + max(passes, self.gradients)
+        return self.held + self.gradients + self.buckets + passes
+
+
+def reckon(
+    build: Callable[[int], nn.Module], num_blocks: int, precision: Precision, img_size: int, num_ranks: int
+) -> Need:
+    """Returns what training a model needs.
+
+    Args:
+        build: makes the model with so many blocks, on the "meta" device.
+        num_blocks: of the model that is trained.
+        precision: the number formats of the training, which stay as they are.
+        img_size: side of the images, in pixels.
+        num_ranks: that train together.
+    """
+    half = str(precision.half).removeprefix("torch.")
+    fresh = [Precision(precision.device, precision.opt_level, half) for _ in range(3)]
+    model = build(num_blocks)
+    params = fresh[0].prepare(model)
+    held = _num_bytes({*model.parameters(), *params}) + _num_bytes(params)  # the last is momentum
+    buckets = _num_bytes(model.parameters()) if num_ranks > 1 else 0
+    two, three = (_peak_of_an_image(build(n), p, img_size) for n, p in zip((2, 3), fresh[1:]))
+    image = two + (num_blocks - 2) * (three - two)
+    return Need(held, _num_bytes(params), buckets, image, CPU_HEAP if precision.device.type == "cpu" else 1.0)
+
+
+def _size(num_bytes: int) -> str:
+    """Returns bytes as people read them."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _peak_of_an_image(model: nn.Module, precision: Precision, img_size: int) -> int:
+    """Returns the most bytes that each image of a batch adds in a forward and backward pass."""
+    model = model.to_empty(device=precision.device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()  # what lay there may be numbers that CPUs are slow with
+    precision.prepare(model)
+    model.train()
+    looks = [_held_after_each_operation(model, precision, img_size, n) for n in (FEW, ONE_MORE)]
+    if precision.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(looks[0]) != len(looks[1]):  # some library computes the two batches in different ways
+        return max(looks[1]) // ONE_MORE
+    # The difference leaves out what does not depend on the images, such as gradients of weights.
+    return max(more - few for few, more in zip(*looks)) // (ONE_MORE - FEW)
+
+
+def _held_after_each_operation(model: nn.Module, precision: Precision, img_size: int, num_images: int) -> list[int]:
+    """Returns the bytes of all tensors but the weights that are there after each operation of a pass."""
+    with _HeldBytes() as noted:
+        images = torch.zeros(num_images, 3, img_size, img_size, device=precision.device)
+        labels = torch.zeros(num_images, dtype=torch.long, device=precision.device)
+        with precision.autocast():
+            loss = model(images, labels)
+        loss.backward()
+    for p in model.parameters():
+        p.grad = None
+    return noted.bytes
+
+
+class _HeldBytes(TorchDispatchMode):
+    """Notes after each operation the bytes of those tensors that operations returned and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+        self.bytes.append(sum(size for _, size in self._storages.values()))
+        return result
