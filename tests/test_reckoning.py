@@ -216,3 +216,9 @@ def test_micro_batches_do_not_grow_with_other_ranks(ranks, was_ranks, was_parts,
     resumed = batch.resumed({"total": given * was_ranks, "given": given}, was_ranks, was_parts)
     assert (resumed.total, resumed.num_micro_batches) == (given * was_ranks, expected)
     assert resumed.micro_batch <= -(-given // was_parts)
+
+
+def test_a_state_without_its_batch_leaves_no_micro_batch_empty():
+    batch = Batch.from_flags(2, "auto", 1).resumed({"total": 0, "given": 0}, 2, 4)
+    assert all(batch.sizes)
+    assert sum(batch.sizes) == 2
