@@ -75,7 +75,8 @@ def test_before_the_first_evaluation_it_takes_a_third_of_the_steps_time_an_image
     ]
 
 
-def test_afterwards_evaluations_take_what_they_took_with_what_is_saved(tmp_path, clock, capsys):
+def test_afterwards_evaluations_take_what_they_took_with_what_is_saved(tmp_path, clock, caplog):
+    caplog.set_level("INFO")
     with TrainLog(str(tmp_path), 35, 8, 1, ahead := Outlook(35, 10, 1.0)) as log:
         trained(log, clock, range(1, 21))
         trained(log, clock, range(21, 26), first_secs=1)
@@ -84,7 +85,7 @@ def test_afterwards_evaluations_take_what_they_took_with_what_is_saved(tmp_path,
         assert ahead.text() == "1 min left of 2 min 44 s"
         trained(log, clock, range(26, 36), first_secs=1)
         assert ahead.left_secs == pytest.approx(25)  # the last one is still to come
-    assert "25 s left of 2 min 44 s" in capsys.readouterr().err
+    assert "25 s left of 2 min 44 s" in caplog.text
 
 
 def test_slow_steps_are_told_of_before_the_first_line_but_not_by_the_first(tmp_path, clock, caplog):

@@ -304,7 +304,7 @@ FAULTS = [
         Case("disk-read-only", "the disk becomes read-only", becomes_read_only, "output/a_checkpoint.bin", 1),
         Case("folder-read-only", "a read-only folder, from the start", lambda: Launch(within=mounted_read_only()),
              "output"),
-        Case("log-dir-empty", "an empty `--log_dir`", "--log_dir="),
+        Case("log-dir-empty", "an empty `--log_dir`", "--log_dir=", "--log_dir"),
         Case("logs-of-another", "a name that a run of another `--output_dir` has", other_output, "logs/a-2", 0),
         Case("folder-vanished", "the folder vanishes",
              befallen(after_step(7, lambda: shutil.rmtree("output")), after=lambda: None), "output/a_checkpoint.bin",
