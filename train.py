@@ -428,6 +428,8 @@ def fit_batch(
             need = reckon_need(args, config, data, precision)
         if device.type == "cuda":
             free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
+        else:
+            free += run.num_saved_bytes  # which are counted in the need
         parts = max(parts, need.fewest_micro_batches(batch.per_rank, free))
     parts = max(dist_util.gather(parts))  # of every rank, whatever its flags: check_ranks compares them later
     if need is not None and free is not None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from utils import checkpoint, dist_errors, dist_util, files, log_folder, manifest
 from utils.batch import Batch
@@ -128,6 +129,12 @@ class Run:
     def saved_settings(self) -> dict[str, Any] | None:
         """The settings of the state to resume from; None for a new run."""
         return None if self._saved is None else self._saved["settings"]
+
+    @property
+    def num_saved_bytes(self) -> int:
+        """The bytes of the state's weights and momentum, which model and optimizer take over; 0 for a new run."""
+        held = [] if self._saved is None else tree_leaves((self._saved["model"], self._saved["optimizer"]))
+        return sum(x.numel() * x.element_size() for x in held if isinstance(x, Tensor))
 
     def take_weights(self) -> dict[str, Tensor]:
         """Returns float32 weights by the model's names, of the state to resume from, and lets go of them."""
