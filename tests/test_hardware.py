@@ -31,6 +31,7 @@ def test_a_device_that_is_not_there_is_refused_with_the_remedy(monkeypatch, name
 
 def test_a_variable_that_a_launcher_set_wrongly_is_named(monkeypatch):
     uses = {"LOCAL_RANK": lambda: hardware.pick_device("cpu", -1), "LOCAL_WORLD_SIZE": hardware.num_cpus}
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for variable, use in uses.items():
         monkeypatch.setenv(variable, "first")
         with pytest.raises(ValueError, match=f"{variable}=first: expected a number"):
@@ -81,7 +82,10 @@ def test_processors_are_those_that_the_process_may_use_divided_among_the_ranks(m
     assert hardware.num_cpus() == len(before)
     for number in (1, 2, 1000):  # ranks of this machine
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
-        assert hardware.num_cpus() == max(len(before) // number, 1)
+        assert hardware.num_cpus() == len(before)  # that alone makes no ranks
+        with monkeypatch.context() as launched:
+            launched.setenv("WORLD_SIZE", "1000")
+            assert hardware.num_cpus() == max(len(before) // number, 1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -104,6 +108,7 @@ def test_threads_are_divided_unless_the_user_chose(monkeypatch, tmp_path, variab
     monkeypatch.setattr(torch, "set_num_threads", lambda n: chosen.append(n))
     monkeypatch.setattr(hardware, "num_cpus", lambda: 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

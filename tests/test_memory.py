@@ -80,8 +80,9 @@ def test_the_smallest_of_the_machine_and_its_control_groups_is_free(name, tmp_pa
 
 def test_the_ranks_of_a_machine_share_it(tmp_path, monkeypatch):
     places = write(tmp_path, machine(1000))
-    for variable, ranks in (("4", 4), ("", 1), ("0", 1)):
+    for variable, size, ranks in (("4", "8", 4), ("", "8", 1), ("0", "8", 1), ("4", "", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", variable)
+        monkeypatch.setenv("WORLD_SIZE", size)
         assert memory.free_bytes(CPU, *places) == pytest.approx(memory.CPU_SHARE * 1000 * MIB / ranks, abs=1)
 
 
@@ -94,6 +95,7 @@ def test_where_nobody_tells_nothing_is_known(tmp_path):
 def test_a_limit_of_the_process_is_its_own(limit, key, tmp_path, monkeypatch):
     """It is not shared, and what the process has taken counts; the limit itself is one that nothing reaches."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     status = {"proc/self/status": f"Name:\tpython\n{key}:\t {100 * 1024} kB"}
     before, highest = resource.getrlimit(getattr(resource, limit))
     least = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**34

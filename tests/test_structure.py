@@ -97,6 +97,7 @@ ROOMS = {
     "utils.inspection": {"utils.dist_util", "utils.images"},
     "utils.listing": {"utils.images"},
     "utils.manifest": {"utils.images", "utils.inspection", "utils.listing"},
+    "utils.memory": {"utils.hardware"},
     "utils.metrics": {"utils.console", "utils.dist_util", "utils.evaluation", "utils.log_files", "utils.outlook"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
@@ -104,7 +105,7 @@ ROOMS = {
     "utils.signals": {"utils.console", "utils.dist_util"},
     "utils.metadata": {"utils.checkpoint", "utils.weights"},
     "utils.weights": {"utils.checkpoint"},
-    "utils.workers": {"utils.signals"},
+    "utils.workers": {"utils.hardware", "utils.signals"},
     "utils.exits": {"utils.dist_errors", "utils.dist_util", "utils.memory", "utils.signals", "utils.workers"},
     "utils.run": {
         "utils.batch",

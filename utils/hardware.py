@@ -32,7 +32,7 @@ def launched() -> bool:
     """
     size = os.environ.get("WORLD_SIZE", "").strip()
     if size == "1":
-        return bool(os.environ.get("RANK") and (os.environ.get("MASTER_ADDR") or os.environ.get("MASTER_PORT")))
+        return all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     return bool(size)
 
 
@@ -43,15 +43,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """
     kind = device_type(name)
-    env_rank = _number("LOCAL_RANK", max(local_rank, 0))  # some launchers pass the flag alone
+    env_rank = _number("LOCAL_RANK", max(local_rank, 0)) if launched() else 0  # some launchers pass the flag alone
     if not launched() and local_rank > 0:
         raise UserError(
             f"--local_rank {local_rank} without a launcher; start several ranks with "
             "`torchrun --nproc_per_node=N` in place of `python`"
         )
-    if not launched():
-        env_rank = 0
-    elif local_rank not in (-1, env_rank):
+    if launched() and local_rank not in (-1, env_rank):
         raise UserError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
     if kind == "cuda":
         if env_rank >= torch.cuda.device_count():
@@ -141,11 +139,12 @@ def versions() -> dict[str, str]:
 def num_cpus() -> int:
     """Counts the processors that this process may use: its share, where a launcher started several on this machine."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(there // _local_world_size(), 1)
+    return max(there // local_world_size(), 1)
 
 
-def _local_world_size() -> int:
-    return max(_number("LOCAL_WORLD_SIZE", 1), 1)
+def local_world_size() -> int:
+    """Returns the number of ranks that a launcher started on this machine."""
+    return max(_number("LOCAL_WORLD_SIZE", 1), 1) if launched() else 1
 
 
 def _number(variable: str, otherwise: int) -> int:
@@ -157,7 +156,7 @@ def _number(variable: str, otherwise: int) -> int:
 
 def share_processors() -> None:
     """Gives each rank its share of the machine's threads, unless the user chose with OMP_NUM_THREADS."""
-    if _local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
+    if local_world_size() > 1 and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun()):
         torch.set_num_threads(num_cpus())
 
 

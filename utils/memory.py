@@ -7,11 +7,12 @@ This module must not know what takes the memory (utils/reckoning.py).
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from utils import hardware
 
 with contextlib.suppress(ImportError):  # Windows has none
     import resource
@@ -61,8 +62,7 @@ def free_bytes(device: torch.device, proc: str = "/proc", cgroups: str = "/sys/f
     if device.type != "cpu":
         return None
     shared = [*_of_machine(Path(proc)), *_of_control_groups(Path(proc), Path(cgroups))]
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")  # of this machine, which all take as much
-    each = [x // max(int(ranks) if ranks.isdecimal() else 1, 1) for x in shared]
+    each = [x // hardware.local_world_size() for x in shared]  # ranks of a machine all take as much
     found = [*each, *_of_limits(Path(proc))]
     return int(CPU_SHARE * max(min(found), 0)) if found else None
 

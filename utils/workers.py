@@ -32,7 +32,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from utils import signals
+from utils import hardware, signals
 
 #: Seconds between a worker's looks at its run, which may have ended.
 LOOK_SECS = 0.5
@@ -164,7 +164,7 @@ def _no_room(num_batches: int, num_bytes: int, smaller: str) -> str:
     """Explains that so many batches do not fit into the shared memory."""
     disk, need = os.statvfs("/dev/shm"), num_batches * num_bytes
     total, free = (_megabytes(blocks * disk.f_frsize) for blocks in (disk.f_blocks, disk.f_bavail))
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    num_ranks = hardware.local_world_size()
     enough = math.ceil(2 * num_ranks * need / 2**30)  # twice: an evaluation's batches come beside the training's
     return (
         f"/dev/shm is too small for the batches that worker processes decode: {num_batches} of {_megabytes(num_bytes)} "
