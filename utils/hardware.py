@@ -32,7 +32,7 @@ def launched() -> bool:
     """
     size = os.environ.get("WORLD_SIZE", "").strip()
     if size == "1":
-        return all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        return bool(os.environ.get("RANK") and (os.environ.get("MASTER_ADDR") or os.environ.get("MASTER_PORT")))
     return bool(size)
 
 
