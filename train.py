@@ -420,7 +420,7 @@ def fit_batch(
     args: argparse.Namespace, run: Run, config: ViTConfig, data: datasets.DataSets, precision: Precision
 ) -> None:
     """Lets the batch have as many micro-batches as the memory asks for, where the flags leave that open."""
-    batch, device, parts = run.batch, precision.device, run.batch.num_micro_batches
+    batch, device, number = run.batch, precision.device, run.batch.num_micro_batches
     is_open = batch.is_auto and run.state.step < args.num_steps
     free, need = memory.free_bytes(device) if is_open else None, None
     if free is not None:
@@ -430,13 +430,13 @@ def fit_batch(
             free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
         else:
             free += run.num_saved_bytes  # which are counted in the need
-        parts = max(parts, need.fewest_micro_batches(batch.per_rank, free))
-    parts = max(dist_util.gather(parts))  # of every rank, whatever its flags: check_ranks compares them later
+        number = max(number, need.fewest_micro_batches(batch.per_rank, free))
+    number = max(dist_util.gather(number))  # of every rank, whatever its flags: check_ranks compares them later
     if need is not None and free is not None:
-        logger.log(*need.explain(batch, parts, free))
+        logger.log(*need.explain(batch, number, free))
     elif is_open:
-        logger.info("%s does not tell how much memory is free: --gradient_accumulation_steps %d", device, parts)
-    run.batch = batch.at_least(parts) if batch.is_auto else batch
+        logger.info("%s does not tell how much memory is free: --gradient_accumulation_steps %d", device, number)
+    run.batch = batch.at_least(number) if batch.is_auto else batch
 
 
 def reckon_need(

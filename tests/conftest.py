@@ -16,6 +16,7 @@ from PIL import Image
 
 from models.configs import CONFIGS, ViTConfig
 from tests.helpers import fake_npz
+from tests.helpers.clock import Clock
 from tests.helpers.folders import noise, save, tree
 from utils import datasets, folders
 
@@ -112,6 +113,16 @@ def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(tmp_path)
     write_images()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time that the training's log reads."""
+    from utils import metrics
+
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
+    return clock
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import console, log_files, metrics
+from utils import console, log_files
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter
 from utils.metrics import TrainLog
@@ -27,21 +27,6 @@ def read_events(folder):
     events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time stands still unless a test moves it."""
-
-    class Clock:
-        now = 100.0
-
-        def perf_counter(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
-    return clock
 
 
 # ---- the writer ----

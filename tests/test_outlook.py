@@ -12,8 +12,9 @@ import torch
 
 import train
 from tests.helpers.boundaries import killed_at
+from tests.helpers.clock import Clock
 from tests.helpers.runs import SHORT, run
-from utils import metrics, outlook
+from utils import outlook
 from utils.evaluation import EvalResult
 from utils.metrics import TrainLog
 from utils.outlook import Outlook
@@ -28,22 +29,6 @@ RESULT = EvalResult(1.0, torch.zeros(2).long(), torch.zeros(2).long(), torch.one
 )  # fmt: skip
 def test_a_time_in_words(secs, words):
     assert outlook.duration(secs) == words
-
-
-class Clock:
-    """Time that moves only where a test moves it."""
-
-    now = 50.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
-    return clock
 
 
 def trained(log: TrainLog, clock: Clock, steps: range, first_secs: float = 30.0) -> None:

@@ -1,8 +1,6 @@
 """The training's progress as it is shown: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
-import json
-import os
 
 import pytest
 import torch
@@ -11,26 +9,6 @@ from utils import console, log_files, metrics
 from utils.metrics import TrainLog
 
 DONE, SKIPPED = torch.tensor(True), torch.tensor(False)
-
-
-def read_lines(folder):
-    with open(os.path.join(folder, log_files.METRICS_FILE), encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time stands still unless a test moves it."""
-
-    class Clock:
-        now = 100.0
-
-        def perf_counter(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
-    return clock
 
 
 @pytest.fixture
@@ -75,8 +53,8 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(make_log, tmp_path, c
         "31/35 steps, loss=30.0000, 8.0 images/s, 4 s left of 35 s",
         "35/35 steps, loss=34.0000, 8.0 images/s, 0 s left of 35 s",
     ]
-    assert [line["step"] for line in read_lines(tmp_path)] == [4, 8, 12, 16, 20, 24, 28, 32, 35]
-    assert [line["train/loss"] for line in read_lines(tmp_path)][:3] == [2.5, 6.5, 10.5]
+    assert [line["step"] for line in log_files.read_lines(str(tmp_path))] == [4, 8, 12, 16, 20, 24, 28, 32, 35]
+    assert [line["train/loss"] for line in log_files.read_lines(str(tmp_path))][:3] == [2.5, 6.5, 10.5]
 
 
 def test_slow_steps_have_a_line_each_and_evaluations_take_no_time_of_theirs(make_log, clock, caplog):

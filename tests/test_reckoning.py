@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
-from torch.utils._pytree import tree_leaves
 
 import train
 from models.configs import CONFIGS
@@ -18,7 +17,7 @@ from models.modeling import VisionTransformer
 from tests.helpers import runs
 from tests.helpers.forked import run_forked
 from tests.helpers.launching import ranks
-from utils import memory, reckoning
+from utils import checkpoint, memory, reckoning
 from utils.batch import Batch
 from utils.precision import Precision
 
@@ -110,7 +109,7 @@ def room_for(num_images: int, monkeypatch: pytest.MonkeyPatch, resumes: bool = F
     need, held = need_of("testing", 32, "O0"), 0
     if resumes:
         state = runs.last_state("a")
-        held = sum(x.nbytes for x in tree_leaves((state.model, state.optimizer)) if isinstance(x, torch.Tensor))
+        held = sum(x.nbytes for x in checkpoint.tensors_in([state.model, state.optimizer]))
     monkeypatch.setattr(memory, "free_bytes", lambda device: need.bytes(num_images, 2) - held)
 
 

@@ -313,7 +313,7 @@ def load_state(path: str) -> dict[str, Any]:
     try:
         version = state.pop("format")
         state = STATE_DEFAULTS | (_from_format_1(state) if version == 1 else state)
-        check_tensors(path, _tensors_in(state))
+        check_tensors(path, tensors_in(state))
         same = state.keys() == STATE_KINDS.keys() and version in (1, STATE_FORMAT)
         if not same or any(type(state[name]) is not kind for name, kind in STATE_KINDS.items()):
             raise UserError("another version's")
@@ -332,10 +332,10 @@ def _from_format_1(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"batch": batch, **renamed}
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor of nested dictionaries and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for x in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(x)
+            yield from tensors_in(x)

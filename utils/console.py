@@ -143,11 +143,11 @@ class _Lines:
     """The file of a tqdm bar where there is no terminal: makes each state a line, and none of a bar's end."""
 
     def write(self, text: str) -> None:
-        """Prints what tqdm draws, without what moves a cursor."""
+        """Writes what tqdm draws, without what moves a cursor."""
         line = text.replace("\x1b[A", "").strip()
         with contextlib.suppress(OSError):  # of a tool, whose streams do not last
             if line and sys.stderr is not None:  # else it would go to standard output
-                print(line, file=sys.stderr)
+                sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
         """Does nothing: a line of standard error is not kept back."""

@@ -43,13 +43,14 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """
     kind = device_type(name)
-    env_rank = _number("LOCAL_RANK", max(local_rank, 0)) if launched() else 0  # some launchers pass the flag alone
-    if not launched() and local_rank > 0:
+    is_rank = launched()
+    env_rank = _number("LOCAL_RANK", max(local_rank, 0)) if is_rank else 0  # some launchers pass the flag alone
+    if not is_rank and local_rank > 0:
         raise UserError(
             f"--local_rank {local_rank} without a launcher; start several ranks with "
             "`torchrun --nproc_per_node=N` in place of `python`"
         )
-    if launched() and local_rank not in (-1, env_rank):
+    if is_rank and local_rank not in (-1, env_rank):
         raise UserError(f"--local_rank {local_rank} contradicts LOCAL_RANK={env_rank}; leave the flag to the launcher")
     if kind == "cuda":
         if env_rank >= torch.cuda.device_count():

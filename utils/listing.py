@@ -111,13 +111,13 @@ def look_into(folder: str) -> Contents:
     Raises:
         UserError: it may not be read.
     """
-    contents, endings = Contents(folders_in(folder), [], Counter()), images.endings()
-    for entry in _entries(folder):
-        if not _is_folder(entry):
-            if (ending := _ending(entry.name)) in endings:
-                contents.images.append(entry.path)
-            else:
-                contents.others[ending] += 1
+    subfolders, files = _sorted_out(folder)
+    contents, endings = Contents(subfolders, [], Counter()), images.endings()
+    for entry in files:
+        if (ending := _ending(entry.name)) in endings:
+            contents.images.append(entry.path)
+        else:
+            contents.others[ending] += 1
     return contents
 
 
@@ -127,12 +127,20 @@ def folders_in(folder: str) -> list[str]:
     Raises:
         UserError: it may not be read.
     """
+    return _sorted_out(folder)[0]
+
+
+def _sorted_out(folder: str) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """Returns the names as ``folders_in`` does, and the files."""
+    subfolders: list[os.DirEntry[str]] = []
+    files: list[os.DirEntry[str]] = []
     try:
-        found = [entry for entry in _entries(folder) if _is_folder(entry)]
+        for entry in _entries(folder):
+            (subfolders if _is_folder(entry) else files).append(entry)
     except PermissionError as e:
         raise _denied(folder) from e
     above = _itself_and_above(folder)
-    return sorted(x.name for x in found if not (x.is_symlink() and os.path.realpath(x.path) in above))
+    return sorted(x.name for x in subfolders if not (x.is_symlink() and os.path.realpath(x.path) in above)), files
 
 
 def has_image(folder: str) -> bool:

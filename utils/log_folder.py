@@ -46,9 +46,7 @@ def sign(paths: RunPaths, run_id: str) -> None:
     """
     path, mine = os.path.join(paths.log_dir, OWNER_FILE), Owner(run_id, _place(paths))
     if _owner(paths) != mine:
-        with open(f"{path}{files.TEMPORARY}", "w", encoding="ascii") as f:
-            json.dump(asdict(mine), f)
-        files.replace(f.name, path)
+        files.write_text(path, json.dumps(asdict(mine)))
 
 
 def claim(paths: RunPaths, run_id: str, locks: contextlib.ExitStack) -> RunPaths:

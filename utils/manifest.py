@@ -94,9 +94,14 @@ def gone_without_harm(saved: Mapping[str, Any], now: Manifest) -> list[str]:
     """
     if not saved:
         return []
-    was = {*names_in(saved, "train"), *names_in(saved, "test")}
-    gone, new = was - {*now.train, *now.test}, {*now.train, *now.test} - was
-    return sorted(gone) if gone and not new and gone <= {*saved["unreadable"]} else []
+    gone, new = _gone_and_new(saved, now)
+    return gone if gone and not new and {*gone} <= {*saved["unreadable"]} else []
+
+
+def _gone_and_new(saved: Mapping[str, Any], now: Manifest) -> tuple[list[str], list[str]]:
+    """Returns the sorted names that only the state has, and those that only the folder has."""
+    was, here = {*names_in(saved, "train"), *names_in(saved, "test")}, {*now.train, *now.test}
+    return sorted(was - here), sorted(here - was)
 
 
 def difference(saved: Mapping[str, Any], now: Manifest, same_checksum: bool) -> str:
@@ -114,14 +119,13 @@ def difference(saved: Mapping[str, Any], now: Manifest, same_checksum: bool) -> 
     num_now = len(now.train) + len(now.test)
     if not saved:
         return f"its images were others (there are {num_now} now)"
-    was, here = ({*x} for x in (names_in(saved, "train") + names_in(saved, "test"), (*now.train, *now.test)))
-    gone, new = sorted(was - here), sorted(here - was)
+    gone, new = _gone_and_new(saved, now)
     changes = [f"{what} {listed(names)}" for what, names in (("gone:", gone), ("new:", new)) if names]
     if not changes:
         moved = {*names_in(saved, "train")} ^ {*now.train}
         other_split = f"others to train on, of another --test_fraction: {listed(sorted(moved))}"
         changes = [other_split if moved else "other contents or classes"]
-    return f"its folder had {len(was)} images then, {num_now} now ({'; '.join(changes)})"
+    return f"its folder had {num_now + len(gone) - len(new)} images then, {num_now} now ({'; '.join(changes)})"
 
 
 def without(result: Mapping[str, Any], saved: Mapping[str, Any], now: Manifest) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return sum(x.nbytes for x in tensors)
 
 
 def _peak_of_an_image(model: nn.Module, precision: Precision, img_size: int) -> int:

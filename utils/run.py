@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from utils import checkpoint, dist_errors, dist_util, files, log_folder, manifest
 from utils.batch import Batch
@@ -107,9 +106,9 @@ class Run:
             self.pretrained = self._saved["pretrained"]
             self.state = RunState(**{name: self._saved[name] for name in vars(self.state)})
             was = self._saved["environment"]
-            parts = was.get("--gradient_accumulation_steps", 1)
-            self.batch = self.batch.resumed(self._saved["batch"], was.get("processes", 1), parts)
-            self.masks_of_step = self._saved["batch"].get("masks_of_step", parts == 1)
+            num_micro_batches = was.get("--gradient_accumulation_steps", 1)
+            self.batch = self.batch.resumed(self._saved["batch"], was.get("processes", 1), num_micro_batches)
+            self.masks_of_step = self._saved["batch"].get("masks_of_step", num_micro_batches == 1)
 
     def _find_state(self) -> dict[str, Any] | None:
         if self.resume == "none" or (self.resume == "auto" and not os.path.exists(self.paths.state)):
@@ -133,8 +132,8 @@ class Run:
     @property
     def num_saved_bytes(self) -> int:
         """The bytes of the state's weights and momentum, which model and optimizer take over; 0 for a new run."""
-        held = [] if self._saved is None else tree_leaves((self._saved["model"], self._saved["optimizer"]))
-        return sum(x.numel() * x.element_size() for x in held if isinstance(x, Tensor))
+        held = [] if self._saved is None else [self._saved["model"], self._saved["optimizer"]]
+        return sum(x.nbytes for x in checkpoint.tensors_in(held))
 
     def take_weights(self) -> dict[str, Tensor]:
         """Returns float32 weights by the model's names, of the state to resume from, and lets go of them."""
