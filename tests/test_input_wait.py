@@ -53,7 +53,8 @@ def shares(folder):
 
 
 def warnings(caplog):
-    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "for images" in r.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [text for text in warned if "of the time for images" in text]
 
 
 # ---- the share ----

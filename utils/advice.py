@@ -70,10 +70,10 @@ def for_slow_images(share: float, num_workers: int, num_cpus: int, num_ranks: in
         num_ranks: ranks of this machine.
     """
     cores = f"{num_cpus} core{'s' * (num_cpus > 1)}" + f" for each of {num_ranks} ranks" * (num_ranks > 1)
-    itself = ", which the training process decodes itself" * (num_workers == 0)
+    itself = ", which it decodes itself" * (num_workers == 0)
     more = "more would hardly help; " if num_workers >= num_cpus else f"raise it, up to {num_cpus}, or "
     return (
-        f"The training waits for images {100 * share:.0f} % of the time{itself}; --num_workers is {num_workers}, and "
+        f"The training waits {100 * share:.0f} % of the time for images{itself}; --num_workers is {num_workers}, and "
         f'there {"is" if num_cpus == 1 else "are"} {cores}: {more}resize the folder once, see "Slow images" in '
         "docs/data.md"
     )
