@@ -25,7 +25,8 @@ def layer_shapes(config: ViTConfig, img_size: int) -> Counter[tuple[tuple[int, .
     """
     with torch.device("meta"):
         model = VisionTransformer(replace(config, num_layers=1), img_size, 1).transformer
-    num_patches, found = config.grid_size(img_size) ** 2, Counter()
+    num_patches = config.grid_size(img_size) ** 2
+    found: Counter[tuple[tuple[int, ...], int]] = Counter()
     stem, patches = model.embeddings.hybrid_model, model.embeddings.patch_embeddings
     for conv, size in [] if stem is None else _convolutions(stem, img_size):
         found[tuple(conv.weight.shape), conv.stride[0]] += size**2

@@ -83,7 +83,7 @@ def no_scale_fits():
 )
 def test_every_kind_of_run_that_is_killed_twice_ends_as_the_one_that_was_not(flags):
     """Once it resumes in the middle of two lines of the log, and once with the best weights of an evaluation."""
-    overflows, flags = flags.endswith("float16"), flags.split()
+    overflows, flags = flags.endswith(" float16"), flags.split()
     how = {"prepare": no_scale_fits} if overflows else {}
     for step in (2, 4):
         killed_at(f"after step {step}: step ends", *flags, "--save_every", "1", **how)

@@ -69,7 +69,7 @@ class Precision:
 
     @property
     def setting(self) -> str:
-        """What the flags ask for, by its name in the settings of saved states."""
+        """Names what the flags ask for, as the settings of saved states do."""
         return "float32" if self._asked_level == "O0" else f"{self.half} {self._asked_level}".removeprefix("torch.")
 
     @property
