@@ -109,7 +109,8 @@ def test_peers_are_their_makers_models(peer):
 
 def test_our_contender_has_the_losses_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [*runs.RUN, "--num_steps", "3", "--warmup_steps", "2", "--log_every", "1", "--dropout", "0.3", "--fp16"]
+    flags = [*runs.RUN, "--num_steps", "3", "--warmup_steps", "2", "--log_every", "1", "--dropout", "0.3", "--fp16",
+             "--amp_dtype", "bfloat16"]  # fmt: skip
     assert train.main(flags) == 0
     losses = [line["train/loss"] for line in runs.lines() if "train/loss" in line]
 
