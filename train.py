@@ -55,6 +55,7 @@ from utils.input_wait import InputWait
 from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
+from utils.optimizer import SGD
 from utils.outlook import Outlook
 from utils.precision import Precision
 from utils.process import process_restored
@@ -76,7 +77,7 @@ def train(
 ) -> None:
     """Trains from the step that the run has come to: images -> batch -> loss -> gradients -> step -> log -> save."""
     params = precision.prepare(model)
-    optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     precision.attach(model, optimizer)
     lr_factor = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
     outlook = Outlook(args.num_steps, args.eval_every, len(data.test) / run.batch.total)

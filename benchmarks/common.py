@@ -85,13 +85,20 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def processor(device: str) -> str:
+    """Returns the kind of what computes: its name and what decides how fast its matrix products are."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    name, flags = cpu_info()
+    return f"{name} ({', '.join(flags) or 'no known flag'})"
+
+
 def hardware(threads: int, device: str) -> str:
     """Returns two lines: date, processor and what of it is used; versions."""
-    name, flags = cpu_info()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = f"{name} ({', '.join(flags) or 'no known flag'}), {cores} cores, {threads} threads"
+    machine = f"{processor('cpu')}, {cores} cores, {threads} threads"
     if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"
+        machine = f"{processor(device)}; {machine}"
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     return f"{date.today()}, {machine}\nPython {platform.python_version()}, {versions}"
 

@@ -114,7 +114,7 @@ def test_float32_is_chosen_where_it_is_clearly_faster(measured, chosen, level, r
     number_format.choose(precision, SHAPES)
     assert precision.number_format == chosen
     assert precision.setting == f"bfloat16 {level}"  # what saved states have
-    assert str(precision) == (f"{level}, computed in float32" if chosen == "float32" else precision.setting)
+    assert str(precision) == (f"float32 in place of {precision.setting}" if chosen == "float32" else precision.setting)
     (line,) = caplog.messages
     assert f"{measured[0]:.3g} GFLOP/s in bfloat16, {measured[1]:.3g} in float32: {level} computes in {chosen}" in line
     assert ("--amp_dtype bfloat16 forces" in line) == (chosen == "float32")

@@ -65,7 +65,7 @@ class Precision:
         self._skipped = SkippedSteps()
 
     def __str__(self) -> str:
-        return self.setting if self.opt_level == self._asked_level else f"{self._asked_level}, computed in float32"
+        return self.setting if self.opt_level == self._asked_level else f"float32 in place of {self.setting}"
 
     @property
     def setting(self) -> str:
