@@ -184,6 +184,16 @@ class Speed:
         """Units per second in the median turn."""
         return self.work / statistics.median(self.secs)
 
+    def times(self, other: Speed) -> float:
+        """Returns how many times as fast as another this one is, in the median round.
+
+        Turns of one round are compared with each other: a machine that is slow for a while is slow for both.
+        """
+        if len(self.secs) != len(other.secs):
+            return self.median / other.median
+        ratios = (theirs / ours for ours, theirs in zip(self.secs, other.secs))
+        return statistics.median(ratios) * self.work / other.work
+
     @property
     def spread(self) -> str:
         """The slowest and the fastest turn."""

@@ -249,7 +249,7 @@ def measure(
     common.print_table(
         ["", "setting", "images/s", "slowest - fastest", "ours / it", *["share of peak"] * bool(best)],
         [
-            [name, notes[name], common.number(speed.median), speed.spread, f"{first.median / speed.median:.2f}",
+            [name, notes[name], common.number(speed.median), speed.spread, f"{first.times(speed):.2f}",
              *([f"{speed.median / best[name]:.0%}"] if best else [])]
             for name, speed in speeds.items()
         ],

@@ -143,7 +143,7 @@ def report(
     for name, speed in speeds.items():
         number_format, *choice = notes[name]
         cells.append([name, number_format, ", ".join(choice), common.number(speed.median), speed.spread,
-                      f"{speeds[first].median / speed.median:.2f}", f"{shares[name]:.0%}"])  # fmt: skip
+                      f"{speeds[first].times(speed):.2f}", f"{shares[name]:.0%}"])  # fmt: skip
         if memory:
             cells[-1].append(str(memory[name]))
     common.print_table(header + ["peak memory MiB (without imports)"] * bool(memory), cells)
@@ -151,10 +151,9 @@ def report(
     if others := [name for name in speeds if name not in ours]:
         best = max(others, key=lambda name: speeds[name].median)
         for name in ours:
-            ratio = speeds[name].median / speeds[best].median
-            print(f"{name} / the fastest peer in any format ({best}): {ratio:.2f}")
+            print(f"{name} / the fastest peer in any format ({best}): {speeds[name].times(speeds[best]):.2f}")
     for name in ours[1:]:
-        print(f"{name} / {first}: {speeds[name].median / speeds[first].median:.2f}")
+        print(f"{name} / {first}: {speeds[name].times(speeds[first]):.2f}")
     if memory and others:
         lean = min(others, key=lambda name: memory[name].peak)
         for name in ours:
