@@ -60,6 +60,12 @@ def crop_boxes(draws: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
+def _crop_box(draws: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns the box of one image; its draws are (NUM_DRAWS,)."""
+    top, left, height, width = crop_boxes(draws[None], height, width)[0].tolist()
+    return top, left, height, width
+
+
 def _centre_box(height: int, width: int) -> tuple[int, int, int, int]:
     h = round(width / RATIO[0]) if width / height < RATIO[0] else height
     w = round(height * RATIO[1]) if width / height > RATIO[1] else width
@@ -239,6 +245,14 @@ class EvalTransform:
         image = image.resize((self.img_size, self.img_size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+    def part(self, draws: Tensor) -> Callable[[int, int], tuple[int, int, int, int]] | None:
+        """Returns what chooses a part of an image in a file, by its height and width; None where all is read."""
+        return None
+
+    def finish(self, part: Tensor, draws: Tensor) -> Tensor:
+        """Makes what ``image`` returns of such a part, resized to (3, img_size, img_size) uint8."""
+        return part
+
     def complete(self, images: Tensor) -> Tensor:
         """Turns a batch of what ``image`` returns into what ``batch`` returns."""
         return normalize(images.float())
@@ -253,10 +267,12 @@ class TrainTransform(EvalTransform):
         augmentation: a transform of torchvision.transforms.v2, or any function, that takes and returns one image
             (3, img_size, img_size) uint8 and takes its random numbers from torch: it sees each image after crop and
             flip, with a generator seeded by that image's draws.
+        in_parts: of images in files no more need be read than ``part`` chooses.
     """
 
     hflip: bool = False
     augmentation: Callable[[Tensor], Tensor] | None = None
+    in_parts: bool = False
 
     num_draws = NUM_DRAWS
 
@@ -272,9 +288,16 @@ class TrainTransform(EvalTransform):
 
     def image(self, image: Image.Image, draws: Tensor) -> Tensor:
         """As ``EvalTransform.image``, of a crop of the image."""
-        top, left, height, width = crop_boxes(draws[None], image.height, image.width)[0].tolist()
-        x = super().image(image.crop((left, top, left + width, top + height)), draws)
-        return self._augment(x.flip(2) if self.hflip and flips(draws[None])[0] else x, draws)
+        top, left, height, width = _crop_box(draws, image.height, image.width)
+        return self.finish(super().image(image.crop((left, top, left + width, top + height)), draws), draws)
+
+    def part(self, draws: Tensor) -> Callable[[int, int], tuple[int, int, int, int]] | None:
+        """As ``EvalTransform.part``: the crop's top, left, height and width in pixels."""
+        return functools.partial(_crop_box, draws) if self.in_parts else None
+
+    def finish(self, part: Tensor, draws: Tensor) -> Tensor:
+        """As ``EvalTransform.finish``: mirrors and augments a crop."""
+        return self._augment(part.flip(2) if self.hflip and flips(draws[None])[0] else part, draws)
 
     def _augment(self, image: Tensor, draws: Tensor) -> Tensor:
         """Applies ``augmentation`` to (3, S, S) uint8, with random numbers that depend on ``draws`` alone."""
