@@ -49,6 +49,7 @@ from utils.batch import Batch
 from utils.console import lasting_streams, log_lines
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
+from utils.input_wait import InputWait
 from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
@@ -82,6 +83,8 @@ def train(
     state = run.restore(model, optimizer, precision, log)
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()
     batches = make_batches(args, run.batch, data.train, state.step + 1, precision.device)
+    if isinstance(data.train, datasets.FileImages):
+        batches = log.input_wait = InputWait(batches, precision.device, flags.decoding_workers(args))
     if model.config.dropout_rate and run.batch.num_micro_batches > 1 and precision.device.type != "cpu":
         logger.info("  Another number of micro-batches draws other dropout masks on %s", precision.device.type)
 

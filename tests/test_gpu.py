@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from models.modeling import VisionTransformer
 from tests.helpers.steps import make_optimizer
 from utils import augment, data_utils, datasets
 from utils.evaluation import Predictions
+from utils.input_wait import InputWait
 from utils.precision import Precision
 from utils.scheduler import make_schedule
 
@@ -160,6 +162,24 @@ def test_steps_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
                 predictions.add(logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_may_wait_for_a_batch_beside_a_gpu_that_computes():
+    """The share of waiting is the GPU's."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def waited(cycles: int) -> float:
+        batches = InputWait(iter(lambda: time.sleep(0.1), 0), device, 1)
+        next(batches)
+        torch.cuda.synchronize()
+        first = batches.secs()
+        torch.cuda._sleep(cycles)
+        next(batches)
+        torch.cuda.synchronize()
+        return batches.secs() - first
+
+    assert waited(cycles=10**9) < 0.05  # about half a second
+    assert 0.09 < waited(cycles=1) < 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

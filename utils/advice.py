@@ -1,4 +1,4 @@
-"""Remarks on a training set before a training on it: classes of unequal sizes, and flags that fit a small one.
+"""Remarks on a training set: classes of unequal sizes, flags that fit a small one, and what helps where it is slow.
 
 Source of the learning rate: the published recipe's 0.03 for batches of 512, in proportion for others.
 This module must not change what is trained.
@@ -58,3 +58,22 @@ def for_small_set(batch: Batch, num_steps: int, num_images: int) -> str | None:
     rate = PUBLISHED_RATE * batch.total / PUBLISHED_BATCH
     flags += [f"--num_steps {num_steps}", f"--warmup_steps {round(WARMUP_SHARE * num_steps)}"]
     return f"{remark}; {EPOCHS} epochs that fit it: {' '.join(flags)} --learning_rate {rate:.4g}"
+
+
+def for_slow_images(share: float, num_workers: int, num_cpus: int, num_ranks: int) -> str:
+    """Returns what makes a training wait less for its images.
+
+    Args:
+        share: of the time that went into waiting.
+        num_workers: processes of this rank that decode; 0: it decodes itself.
+        num_cpus: processors that this rank may use.
+        num_ranks: ranks of this machine.
+    """
+    cores = f"{num_cpus} core{'s' * (num_cpus > 1)}" + f" for each of {num_ranks} ranks" * (num_ranks > 1)
+    itself = ", which it decodes itself" * (num_workers == 0)
+    more = "more would hardly help; " if num_workers >= num_cpus else f"raise it, up to {num_cpus}, or "
+    return (
+        f"The training waits {100 * share:.0f} % of the time for images{itself}; --num_workers is {num_workers}, and "
+        f'there {"is" if num_cpus == 1 else "are"} {cores}: {more}resize the folder once, see "Slow images" in '
+        "docs/data.md"
+    )

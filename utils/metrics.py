@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils import console, dist_util
 from utils.evaluation import EvalResult
+from utils.input_wait import InputWait
 from utils.log_files import MetricsWriter, check_finite
 from utils.outlook import Outlook
 
@@ -38,11 +39,15 @@ class TrainLog:
         images_per_step: images of one step, over all ranks.
         log_every: steps between two lines.
         outlook: reckons the time left; by default as for a run without evaluations.
+
+    Attributes:
+        input_wait: whose share of the time is shown, where processes decode the images.
     """
 
     def __init__(
         self, log_dir: str, num_steps: int, images_per_step: int, log_every: int, outlook: Outlook | None = None
     ) -> None:
+        self.input_wait: InputWait | None = None
         self._outlook = outlook or Outlook(num_steps, num_steps, 0.0)
         self._log_dir = log_dir
         self._num_steps = num_steps
@@ -67,7 +72,7 @@ class TrainLog:
         )
         self._logs_progress = dist_util.is_main() and self._bar.disable
         self._shown: float | None = None  # when the last line of progress was
-        self._text = ""  # loss and speed of the last line
+        self._text = ""  # loss, speed and waiting of the last line
         self._opened, self._opened_secs = time.perf_counter(), (self.train_secs, self.eval_secs)
         self._start_clock()
         return self
@@ -79,6 +84,7 @@ class TrainLog:
     def _start_clock(self) -> None:
         self._since = time.perf_counter()
         self._steps_since = 0
+        self._waited = self.input_wait.secs() if self.input_wait else 0.0
 
     def _count_secs(self) -> None:
         """Adds the time since the clock was started to the training's, and starts the clock anew."""
@@ -122,37 +128,43 @@ class TrainLog:
                 self._shown = now
 
     def _write_line(self, step: int, learning_rate: float) -> str:
-        """Writes the line of the files that is due after a step; returns its loss and speed as a text."""
+        """Writes the line of the files that is due after a step; returns what it tells as a text."""
         losses = self._read_losses(step)
         values = {"train/loss": sum(losses) / len(losses)} if losses else {}
-        secs, steps = max(time.perf_counter() - self._since, 1e-9), self._steps_since
-        self._count_secs()
-        speed = steps * self._images_per_step / secs
+        secs, speed, share = self._since_line()
         self._timed_secs += secs
-        self._timed_steps += steps
-        self._text = _text(values.get("train/loss"), speed)
-        self._writer.write(
-            step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, {"secs": self.train_secs}
-        )
+        self._timed_steps += self._steps_since
+        self._count_secs()
+        self._text = _text(values.get("train/loss"), speed, share)
+        notes = {"secs": self.train_secs} | ({} if share is None else {"input_share": share})
+        self._writer.write(step, {**values, "train/lr": learning_rate, "images_per_sec": speed}, notes)
         return self._text
 
+    def _since_line(self) -> tuple[float, float, float | None]:
+        """Returns the seconds since the last line of the files, images per second, and the share spent waiting."""
+        secs = max(time.perf_counter() - self._since, 1e-9)
+        share = min((self.input_wait.secs() - self._waited) / secs, 1.0) if self.input_wait else None
+        return secs, self._steps_since * self._images_per_step / secs, share
+
     def _progress(self) -> str:
-        """Returns loss and speed since the last line of the files; the loss only if no other rank has a part in it."""
+        """Returns what a line of the files would tell; the loss only if no other rank has a part in it."""
         mean = None
         if dist_util.world_size() == 1:
             losses = torch.stack(self._losses)[torch.stack(self._applied)]
             mean = float(losses.cpu().numpy().mean()) if len(losses) else None
-        secs = max(time.perf_counter() - self._since, 1e-9)
-        return _text(mean, self._steps_since * self._images_per_step / secs)
+        _, speed, share = self._since_line()
+        return _text(mean, speed, share)
 
     def _look_ahead(self, step: int, is_due: bool) -> None:
-        """Shows how long the run still takes: in the bar, with the next step, and once as a log line."""
+        """Shows how long the run still takes: in the bar, in lines, and once in words; warns of slow images."""
         now = time.perf_counter()
         trained = self.train_secs - self._opened_secs[0] + now - self._since
         self._outlook.step(step, trained, now - self._opened, sum(self._opened_secs))
         self._bar.set_postfix_str(", ".join(filter(None, (self._text, self._outlook.text()))), refresh=False)
         if words := self._outlook.first_words(is_due):
             logger.info("%s", words)
+        if self.input_wait and (words := self.input_wait.advice(trained)):
+            logger.warning("%s", words)
 
     def evaluation(self, step: int, result: EvalResult, secs: float) -> None:
         """Writes the line of an evaluation after a step, which took so many seconds."""
@@ -230,6 +242,7 @@ class TrainLog:
         return self._timed_steps * self._images_per_step / max(self._timed_secs, 1e-9)
 
 
-def _text(loss: float | None, speed: float) -> str:
-    """Returns a loss, if there is one, and images per second as bar and lines show them."""
-    return f"{'' if loss is None else f'loss={loss:.4f}, '}{speed:.1f} images/s"
+def _text(loss: float | None, speed: float, share: float | None) -> str:
+    """Returns a loss, if there is one, images per second and the share of waiting as bar and lines show them."""
+    waits = "" if share is None else f", {100 * share:.0f} % waiting for images"
+    return f"{'' if loss is None else f'loss={loss:.4f}, '}{speed:.1f} images/s{waits}"

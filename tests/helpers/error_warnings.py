@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,30 @@ from tests.helpers.error_faults import FLOAT16, after_step, befallen, in_forward
 from tests.helpers.error_inputs import finetuned, shapes, trained, weights
 from tests.helpers.errors import Case, Group, Launch
 from tests.helpers.folders import tree
-from tests.helpers.runs import RUN, write_images
-from utils import checkpoint
+from tests.helpers.runs import RUN, several_sizes, write_images
+from utils import checkpoint, data_utils, input_wait
 
 
 def few_images() -> list[str]:
     write_images("pets")
     return ["--dataset", "pets", "--train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_steps", "301",
             "--eval_every", "301"]  # fmt: skip
+
+
+def slow_images() -> Launch:
+    """A training on files in which every batch takes longer than all else, warned of at once."""
+    batches = data_utils.train_batches
+
+    def slow(*args: Any) -> Iterator[Any]:
+        for batch in batches(*args):
+            time.sleep(0.05)
+            yield batch
+
+    def prepare() -> None:
+        data_utils.train_batches, input_wait.ENOUGH_SECS = slow, 0
+
+    write_images("pets", several_sizes())
+    return Launch(["--dataset", "pets", "--train_batch_size", "8", "--num_steps", "5"], prepare=prepare)
 
 
 def described(**changes: Any) -> Callable[[], list[str]]:
@@ -106,6 +123,8 @@ WARNINGS = [
         Case("batch-larger-than-set", "a batch larger than the training set",
              "--num_steps 5 --train_batch_size 1438", "larger than the training set", 0),
         Case("epochs-many", "a training of more than 300 epochs", few_images, "epochs of the 8 images", 0),
+        Case("images-slow", "a training on files that waits for its images more than a fifth of the time", slow_images,
+             "--num_workers", 0, "[Slow images](data.md#slow-images) has more."),
         Case("warm-up-too-long", "a warm-up as long as the training", "--num_steps 2", "--warmup_steps", 0,
              "Give a smaller `--warmup_steps`, a tenth of the steps, say."),
         Case("precision-no-effect", "a flag of `--fp16` without it", "--num_steps 5 --fp16_opt_level O1",

@@ -22,6 +22,8 @@ HEAD = "| id | what happened | message | exit code |\n| --- | --- | --- | --- |\
 
 #: What differs from run to run or from system to system, and what stands for it on the page.
 RUN_SPECIFIC = [
+    (r"\d+(?= % of the time)", "86"),
+    (r"there (is|are) \d+ cores?: raise it, up to \d+", "there are 8 cores: raise it, up to 8"),
     (r"\d+ (?=is (training|downloading))", "1234 "),
     (r"\(choose from [^)]*\)", "(choose from ...)"),
     (r"(?<=was (?:folder) )[0-9a-f-]+", "..."),

@@ -35,6 +35,8 @@ SHORT = [
     *RUN, "--dataset", "pets", "--num_steps", "4", "--warmup_steps", "1", "--log_every", "3", "--eval_every", "2",
     "--eval_batch_size", "4", "--seed", "18",
 ]  # fmt: skip
+#: What no two runs have in common in metrics.jsonl.
+TIMES = ("images_per_sec", "secs", "eval_secs", "input_share")
 
 
 def run(*flags: str) -> int:
@@ -77,10 +79,7 @@ def last_state(name: str = "a") -> SimpleNamespace:
 def lines(name: str = "a") -> list[dict[str, float]]:
     """Returns the lines of metrics but for their times."""
     with open(f"logs/{name}/metrics.jsonl", encoding="utf-8") as f:
-        return [
-            {k: x for k, x in json.loads(line).items() if k not in ("images_per_sec", "secs", "eval_secs")}
-            for line in f
-        ]
+        return [{k: x for k, x in json.loads(line).items() if k not in TIMES} for line in f]
 
 
 def events(name: str = "a") -> list[tuple[int, str, float, bytes]]:
