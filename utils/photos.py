@@ -30,9 +30,8 @@ from torch.utils.data import get_worker_info
 
 from utils import image_ends, images
 
-#: What --jpeg_decoding may be, and what a training had that began before there was a choice.
-DECODINGS = ("scaled", "full")
-SCALED, FULL = DECODINGS
+#: The ways of --jpeg_decoding: this module's, and ``images.read_image``'s.
+SCALED, FULL = "scaled", "full"
 #: Images of other names are read by Pillow alone, whatever is in them.
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
 #: A crop keeps at least so many pixels for each of the result's, along both sides.
@@ -61,6 +60,11 @@ STEPS = {
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 
+def is_taken(path: str) -> bool:
+    """Returns true of a name that a JPEG has."""
+    return path.lower().endswith(ENDINGS)
+
+
 def read_crop(path: str, choose: Callable[[int, int], Box], out_size: int) -> Tensor | None:
     """Decodes what a crop of a JPEG needs, and resizes it to a square.
 
@@ -72,7 +76,7 @@ def read_crop(path: str, choose: Callable[[int, int], Box], out_size: int) -> Te
     Returns:
         (3, out_size, out_size) uint8; None of what ``images.read_image`` is to read, or to refuse.
     """
-    if not path.lower().endswith(ENDINGS):
+    if not is_taken(path):
         return None
     images.silence_pillow()
     try:
@@ -204,15 +208,16 @@ def _torchvision() -> Callable[[Tensor, int, bool], Tensor] | None:
 @contextlib.contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Sends what this process writes to stderr to nowhere."""
-    nowhere, stderr = _descriptors()
-    os.dup2(nowhere, 2)
+    stderr = os.dup(2)
     try:
+        os.dup2(_nowhere(), 2)
         yield
     finally:
         os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @functools.cache
-def _descriptors() -> tuple[int, int]:
-    """Returns this worker's descriptors of nowhere and of stderr, which it keeps."""
-    return os.open(os.devnull, os.O_WRONLY), os.dup(2)
+def _nowhere() -> int:
+    """Returns a descriptor that this process keeps, and that takes whatever is written."""
+    return os.open(os.devnull, os.O_WRONLY)
