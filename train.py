@@ -42,6 +42,7 @@ from utils import (
     memory,
     metadata,
     number_format,
+    photos,
     reckoning,
     report,
 )
@@ -85,7 +86,7 @@ def train(
     run.take_over()
     state = run.restore(model, optimizer, precision, log)
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()
-    batches = make_batches(args, run.batch, data.train, state.step + 1, precision.device)
+    batches = make_batches(args, run, data.train, state.step + 1, precision.device)
     if isinstance(data.train, datasets.FileImages):
         batches = log.input_wait = InputWait(batches, precision.device, flags.decoding_workers(args))
     if model.config.dropout_rate and run.batch.num_micro_batches > 1 and precision.device.type != "cpu":
@@ -205,15 +206,16 @@ def is_due(step: int, every: int, num_steps: int) -> bool:
 
 
 def make_batches(
-    args: argparse.Namespace, batch: Batch, images: datasets.Images, first_step: int, device: torch.device
+    args: argparse.Namespace, run: Run, images: datasets.Images, first_step: int, device: torch.device
 ) -> Iterator[data_utils.MicroBatch]:
     """Returns the micro-batches of all steps from the first one on, in their order."""
-    transform = augment.TrainTransform(args.img_size, args.hflip)
+    in_parts = run.settings.get("--jpeg_decoding") == photos.SCALED
+    transform = augment.TrainTransform(args.img_size, args.hflip, in_parts=in_parts)
     share = (dist_util.rank(), dist_util.world_size())
-    sampler = data_utils.StepSampler(len(images), batch.per_rank, transform.num_draws, args.seed, *share)
+    sampler = data_utils.StepSampler(len(images), run.batch.per_rank, transform.num_draws, args.seed, *share)
     steps = range(first_step, args.num_steps + 1)
     return data_utils.train_batches(
-        images, sampler, steps, batch.sizes, transform, device, flags.decoding_workers(args)
+        images, sampler, steps, run.batch.sizes, transform, device, flags.decoding_workers(args)
     )
 
 
@@ -361,7 +363,8 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     fit_batch(args, run, config, data, precision)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
-        flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, precision.setting),
+        flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, precision.setting,
+                       find_decoding(args.jpeg_decoding, run, data.train)),
         flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type, processor,
                           precision.number_format),
         flags.defaults(),
@@ -425,6 +428,18 @@ def compare_start(given: str | None, run: Run) -> str:
         return was
     now = pretrained.checksum(pretrained.load(metadata.open_weights(file, strict=False), model_type))
     return was if now == was else f"{now} ({given}; it began with {run.pretrained})"
+
+
+def find_decoding(given: str | None, run: Run, images: datasets.Images) -> str:
+    """Returns how JPEGs are decoded for training: as ``given``, or as the saved run did; "" where there are none."""
+    in_files = isinstance(images, datasets.FileImages)
+    if not (in_files and any(map(photos.is_taken, images.paths or []))):
+        if given:
+            reason = "no image to train on is named as a JPEG" if in_files else "the images are kept in memory"
+            logger.warning("--jpeg_decoding %s has no effect: %s", given, reason)
+        return ""
+    new = photos.SCALED if run.saved_settings is None else photos.FULL  # no earlier version had another
+    return given or (run.saved_settings or {}).get("--jpeg_decoding", new)
 
 
 def fit_batch(

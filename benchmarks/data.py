@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks import common, peers
+from benchmarks import common, peers, photos
 from benchmarks.step import flops_of_step
 from models.configs import CONFIGS
 from train import evaluate
@@ -278,6 +278,13 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--eval_images", type=int, default=256, help="images of one evaluation")
     p.add_argument("--num_workers", type=int, default=2, help="worker processes, where a contender has them")
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="ours, in the evaluation")
+    p.add_argument(
+        "--photos",
+        nargs="*",
+        choices=(*photos.KINDS, []),
+        metavar="|".join(photos.KINDS),
+        help="only loaders of photographs in files (benchmarks/photos.py)",
+    )
     p.add_argument("--one_process", action="store_true", help="all in this process, process-wide settings included")
     common.add_flags(p, rounds=7)
     return p
@@ -290,6 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     common.check_flags(p, args, "img_size", "batch_size", "eval_batch_size", "batches", "eval_images", "num_workers")
     if args.quick:
         args.batches, args.eval_images = min(args.batches, 2), min(args.eval_images, 16)
+    if args.photos is not None:
+        print(common.hardware(args.threads, "cpu"), flush=True)
+        return photos.run(args)
     setting = Setting(
         args.dataset, args.data_dir, args.img_size, args.batch_size, args.batches, args.eval_batch_size,
         args.eval_images, args.model_type, args.device, args.num_workers,

@@ -79,7 +79,14 @@ ROOMS = {
     "utils.augment": {"utils.hardware"},
     "utils.checkpoint": {"utils.files"},
     "utils.cifar": {"utils.console", "utils.dist_util", "utils.files"},
-    "utils.data_utils": {"utils.datasets", "utils.dist_errors", "utils.hardware", "utils.images", "utils.workers"},
+    "utils.data_utils": {
+        "utils.datasets",
+        "utils.dist_errors",
+        "utils.hardware",
+        "utils.images",
+        "utils.photos",
+        "utils.workers",
+    },
     "utils.datasets": {
         "utils.cifar",
         "utils.dist_util",
@@ -109,6 +116,7 @@ ROOMS = {
         "utils.outlook",
     },
     "utils.number_format": {"utils.dist_util", "utils.precision"},
+    "utils.photos": {"utils.image_ends", "utils.images"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
     "utils.reckoning": {"utils.batch", "utils.precision"},

@@ -144,6 +144,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--img_size", 224, "side of the images that the model sees, in pixels; a multiple of the patch, any for "
              "R50 and R26 hybrids", "result", least=1),
         Flag("--hflip", False, "mirror half of the training images", "result", training_only=True),
+        Flag("--jpeg_decoding", None, "how training decodes JPEGs in files; scaled: no larger than a crop needs, by "
+             "libjpeg, and in less time; full: as evaluations do", "result", composed=True, parse=str,
+             choices=("scaled", "full"), unset="scaled; full in a training begun before there was a choice",
+             training_only=True),
         Flag("--num_workers", None, "processes of each rank that decode images, for folders of large images; "
              "0: the rank decodes them itself", per_rank=True, parse=int, least=0, unset="the rank's CPUs, at most 8"),
     ),
@@ -299,7 +303,13 @@ def decoding_workers(args: argparse.Namespace) -> int:
 
 
 def settings(
-    args: argparse.Namespace, pretrained: str, dataset: str, dropout_rate: float, batch: int, precision: str
+    args: argparse.Namespace,
+    pretrained: str,
+    dataset: str,
+    dropout_rate: float,
+    batch: int,
+    precision: str,
+    jpeg_decoding: str = "",
 ) -> dict[str, Any]:
     """Returns what decides on a run's result, by the names of the flags: a run resumes only under the same.
 
@@ -312,6 +322,7 @@ def settings(
         dropout_rate: the model's.
         batch: images of one step on all ranks.
         precision: name of the number formats.
+        jpeg_decoding: how JPEGs are decoded for training; "" where there are none to decode.
     """
     return {
         "--pretrained_dir": pretrained,
@@ -321,6 +332,7 @@ def settings(
         "--dropout": dropout_rate,
         "--train_batch_size of all processes": batch,
         "precision": precision,
+        **({"--jpeg_decoding": jpeg_decoding} if jpeg_decoding else {}),
     }
 
 
@@ -350,8 +362,8 @@ def environment(
 
 
 def defaults() -> dict[str, Any]:
-    """Returns the default of every flag that has one: what a setting counts as that a saved state lacks."""
-    return {f"--{flag.name}": flag.default for flag in FLAGS if flag.default is not None}
+    """Returns what a setting counts as that a saved state lacks: the flag's default, but for what was new with it."""
+    return {f"--{flag.name}": flag.default for flag in FLAGS if flag.default is not None} | {"--jpeg_decoding": "full"}
 
 
 def with_defaults(args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import dist_errors, workers
+from utils import dist_errors, photos, workers
 from utils.datasets import FileImages, Images, MemoryImages
 from utils.hardware import to_device
 from utils.images import ImageError, read_image
@@ -31,7 +31,14 @@ class Transform(Protocol):
     """Makes the model's input of images; ``augment.EvalTransform`` explains each method."""
 
     @property
+    def img_size(self) -> int: ...
+
+    @property
     def num_draws(self) -> int: ...
+
+    def part(self, draws: Tensor) -> Callable[[int, int], photos.Box] | None: ...
+
+    def finish(self, part: Tensor, draws: Tensor) -> Tensor: ...
 
     def batch(self, images: Tensor, draws: Tensor) -> Tensor: ...
 
@@ -239,10 +246,18 @@ class _DecodeTask(Dataset):
     def __getitem__(self, item: tuple[int, list[float]]) -> tuple[Tensor, Tensor] | Exception:
         index, draws = item
         try:
-            image = read_image(self.images.paths[index])
-            return self.transform.image(image, torch.tensor(draws, dtype=torch.float64)), self.images.labels[index]
+            image = self._image(self.images.paths[index], torch.tensor(draws, dtype=torch.float64))
+            return image, self.images.labels[index]
         except (ImageError, MemoryError, OSError) as e:
             return e
+
+    def _image(self, path: str, draws: Tensor) -> Tensor:
+        """Returns a finished image, (3, S, S) uint8."""
+        choose = self.transform.part(draws)
+        part = None if choose is None else photos.read_crop(path, choose, self.transform.img_size)
+        if part is None:
+            return self.transform.image(read_image(path), draws)
+        return self.transform.finish(part, draws)
 
 
 def _collate(items: Sequence[tuple[Tensor, Tensor] | Exception], smaller: str) -> tuple[Tensor, ...] | Exception:

@@ -16,6 +16,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
@@ -116,7 +117,7 @@ def remedy(ending: str) -> str | None:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Returns Pillow's names of the formats that are read here, after registering that of pillow_heif, if installed."""
-    _silence_pillow()
+    silence_pillow()
     Image.preinit()  # so that the usual formats are tried first
     Image.init()
     with contextlib.suppress(ImportError):
@@ -126,7 +127,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in NOT_TAKEN)
 
 
-def _silence_pillow() -> None:
+def silence_pillow() -> None:
     """Keeps what Pillow says of odd files off the user's screen: it reads them all the same, or raises.
 
     The filter stays, because ``warnings.catch_warnings`` is not for threads, and is set again where somebody else's
@@ -151,8 +152,8 @@ def read_image(path: str) -> Image.Image:
     with _errors_of(path), _open(path) as image:
         _widen_transparency(image)
         image.load()  # Pillow turns a TIFF itself here, and deletes its tag
-        turn, rgb = _turn(image), _to_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        way, rgb = turn(image), to_rgb(image)
+        return rgb if way is None else rgb.transpose(way)
 
 
 @contextlib.contextmanager
@@ -175,14 +176,19 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def open_file(path: str) -> IO[bytes]:
+    """Opens a file to read it, and nothing else: a pipe would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is not a file")
+    return open(path, "rb")
+
+
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[ImageFile.ImageFile]:
     """Opens an image; reads no more than its header where its format allows that."""
-    _silence_pillow()
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-        raise OSError("it is not a file")
+    silence_pillow()
     # Not by its path: Pillow 13 would map TIFFs into memory, and mix up the pixels of those turned by 90 degrees.
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         try:
             image = Image.open(f, formats=_formats())
         except UnidentifiedImageError as e:
@@ -194,7 +200,7 @@ def _open(path: str) -> Iterator[ImageFile.ImageFile]:
             yield image
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def turn(image: Image.Image) -> Image.Transpose | None:
     """Returns what makes an image upright; None if nothing, or if its orientation cannot be read."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -216,7 +222,8 @@ def _widen_transparency(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = PNG_SAMPLES[samples](image.info["transparency"])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the image of any mode as RGB, transparency on white."""
     if image.mode == "F":
         return _from_float(np.asarray(image))
     if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
@@ -260,7 +267,7 @@ def look(path: str) -> frozenset[str]:
     with _errors_of(path):
         with _open(path) as image:
             found = {"float": image.mode == "F", "transparency": _has_alpha(image),
-                     "orientation": image_ends.may_be_turned(image) and _turn(image) is not None}  # fmt: skip
+                     "orientation": image_ends.may_be_turned(image) and turn(image) is not None}  # fmt: skip
             in_doubt = found["float"] or not image_ends.is_whole(image)
         if in_doubt:
             with DECODING:
@@ -276,9 +283,9 @@ def is_as_before(path: str) -> bool:
     """
     with _errors_of(path), DECODING:
         with Image.open(path) as image:  # by its path, as they did
-            if image.format != "TIFF" and _turn(image) is not None:  # TIFFs are turned by Pillow
+            if image.format != "TIFF" and turn(image) is not None:  # TIFFs are turned by Pillow
                 return False
             image.info.pop("transparency", None)
-            before = _to_rgb(image) if image.mode.startswith("I") else image.convert("RGB")
+            before = to_rgb(image) if image.mode.startswith("I") else image.convert("RGB")
         now = read_image(path)
         return (before.size, before.tobytes()) == (now.size, now.tobytes())
