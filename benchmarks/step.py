@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks import common, peer_settings, peers
+from benchmarks.peak import matmul_peaks
 from models.configs import CONFIGS, ViTConfig
 from utils.precision import OPT_LEVELS
 
@@ -129,7 +130,7 @@ def peaks(notes: Mapping[str, peers.Choice], setting: peers.Setting, quick: bool
     config = setting.config
     tokens = (1 + config.grid_size(setting.img_size) ** 2) * setting.batch_size // setting.num_micro_batches
     dtypes = map(peers.dtype_of, notes.values())
-    return common.matmul_peaks(setting.device, dtypes, tokens, config.hidden_size, config.mlp_dim, quick)
+    return matmul_peaks(setting.device, dtypes, tokens, config.hidden_size, config.mlp_dim, quick)
 
 
 def report(
