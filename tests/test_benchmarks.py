@@ -75,7 +75,8 @@ def test_data_prints_every_contender(capsys):
     _, (images, evaluation) = tables_of(capsys)
     names = [f"{name}, {n} workers" for name in ("torchvision", "torchvision v2") for n in (1, 0)]
     assert [row[""] for row in images] == ["ours", *names]
-    assert [row[""] for row in evaluation] == ["ours, bfloat16 O2", "ours, float32", "plain reference, float32"]
+    assert [row[""] for row in evaluation[1:]] == ["ours, float32", "plain reference, float32"]
+    assert re.fullmatch("ours, (float32 in place of )?bfloat16 O2", evaluation[0][""])  # as this processor is faster
     check_ratios(images)
     check_ratios(evaluation)
     assert all(re.fullmatch(r"\d+%", row["share of peak"]) for row in evaluation)
