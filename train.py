@@ -87,7 +87,7 @@ def train(
     state = run.restore(model, optimizer, precision, log)
     ddp_model, rank = dist_util.wrap(model), dist_util.rank()
     batches = make_batches(args, run, data.train, state.step + 1, precision.device)
-    if isinstance(data.train, datasets.FileImages):
+    if isinstance(data.train, datasets.FileImages) and precision.device.type != "mps":  # whose work hides in the wait
         batches = log.input_wait = InputWait(batches, precision.device, flags.decoding_workers(args))
     if model.config.dropout_rate and run.batch.num_micro_batches > 1 and precision.device.type != "cpu":
         logger.info("  Another number of micro-batches draws other dropout masks on %s", precision.device.type)
@@ -357,7 +357,7 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     start = compare_start(args.pretrained_dir, run) if source is None else pretrained.checksum(source)
     with run.remembering_unreadable(args.dataset):
         data = datasets.load(found, args.data_dir, flags.decoding_workers(args), run.fingerprint)
-    processor = ", ".join(sorted(set(dist_util.gather(hardware.device_name(precision.device)))))
+    processor = ", ".join(sorted(set(dist_util.gather(hardware.processor(precision.device)))))
     kept = run.saved_environment.get("number format") if run.saved_environment.get("processor") == processor else None
     number_format.choose(precision, layer_shapes(config, args.img_size), kept=kept)
     fit_batch(args, run, config, data, precision)
@@ -432,14 +432,14 @@ def compare_start(given: str | None, run: Run) -> str:
 
 def find_decoding(given: str | None, run: Run, images: datasets.Images) -> str:
     """Returns how JPEGs are decoded for training: as ``given``, or as the saved run did; "" where there are none."""
-    in_files = isinstance(images, datasets.FileImages)
+    in_files, saved = isinstance(images, datasets.FileImages), run.saved_settings or {}
     if not (in_files and any(map(photos.is_taken, images.paths or []))):
         if given:
             reason = "no image to train on is named as a JPEG" if in_files else "the images are kept in memory"
             logger.warning("--jpeg_decoding %s has no effect: %s", given, reason)
-        return ""
+        return saved.get("--jpeg_decoding", "")  # the last may have gone, for it could not be read
     new = photos.SCALED if run.saved_settings is None else photos.FULL  # no earlier version had another
-    return given or (run.saved_settings or {}).get("--jpeg_decoding", new)
+    return given or saved.get("--jpeg_decoding", new)
 
 
 def fit_batch(

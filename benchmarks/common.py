@@ -29,13 +29,11 @@ from typing import Any, Protocol
 
 import torch
 
-from utils.hardware import device_name
+from utils.hardware import processor as processor_of
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
 #: Starts contenders' processes with nothing loaded, so that memory and settings are their own.
 START_METHOD: Any = "spawn"
-#: Instruction sets that decide how fast matrix products are.
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "i8mm", "sve")
 
 
 class Contender(Protocol):
@@ -65,17 +63,6 @@ class Job:
 # ---- the machine ----
 
 
-def cpu_info() -> tuple[str, list[str]]:
-    """Returns the processor's name and those of CPU_FLAGS that it has, as Linux tells them."""
-    name, flags = device_name(torch.device("cpu")), set()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        for line in f:
-            key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
-                flags |= set(value.split())
-    return name, [flag for flag in CPU_FLAGS if flag in flags]
-
-
 def version(package: str) -> str:
     """Returns a package's version, or that there is none."""
     try:
@@ -86,10 +73,8 @@ def version(package: str) -> str:
 
 def processor(device: str) -> str:
     """Returns the kind of what computes: its name and what decides how fast its matrix products are."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    name, flags = cpu_info()
-    return f"{name} ({', '.join(flags) or 'no known flag'})"
+    name = processor_of(torch.device(device))
+    return f"{name}, CUDA {torch.version.cuda}" if device == "cuda" else name
 
 
 def hardware(threads: int, device: str) -> str:

@@ -281,13 +281,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--eval_images", type=int, default=256, help="images of one evaluation")
     p.add_argument("--num_workers", type=int, default=2, help="worker processes, where a contender has them")
     p.add_argument("--fp16_opt_level", choices=OPT_LEVELS, default="O2", help="ours, in the evaluation")
-    p.add_argument(
-        "--photos",
-        nargs="*",
-        choices=(*photos.KINDS, []),
-        metavar="|".join(photos.KINDS),
-        help="only loaders of photographs in files (benchmarks/photos.py)",
-    )
+    p.add_argument("--photos", nargs="*", choices=(*photos.KINDS, []), metavar="|".join(photos.KINDS),
+                   help="only loaders of photographs in files (benchmarks/photos.py)")  # fmt: skip
     p.add_argument("--one_process", action="store_true", help="all in this process, process-wide settings included")
     common.add_flags(p, rounds=7)
     return p

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import common, data, peak, peers, start, step
-from benchmarks.once import communication, saving, scaling
+from benchmarks import common, data, peak, peers, photos, start, step
+from benchmarks.once import communication, saving, scaled_decoding, scaling
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
@@ -80,6 +80,23 @@ def test_data_prints_every_contender(capsys):
     check_ratios(images)
     check_ratios(evaluation)
     assert all(re.fullmatch(r"\d+%", row["share of peak"]) for row in evaluation)
+
+
+def test_loaders_of_photographs_are_measured_on_made_ones(capsys, monkeypatch):
+    kept = ("ours", "decode_jpeg, transforms.v2")
+    monkeypatch.setattr(photos, "LOADERS", {name: photos.LOADERS[name] for name in kept})
+    data.main(["--photos", "large", "--quick", "--one_process", "--num_workers", "1", "--img_size", "32"])
+    _, (table,) = tables_of(capsys)
+    assert [row[""] for row in table] == list(kept)
+    check_ratios(table)
+
+
+def test_scaled_decoding_is_measured_on_photographs_and_text(capsys):
+    scaled_decoding.main(["--quick"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    names = [line.partition(":")[0] for line in lines]
+    assert names == [f"{kind}, 1/{scale}" for kind in ("photographs", "text") for scale in (1, 2, 4)]
+    assert lines[0].endswith("1 at most")
 
 
 def test_start_prints_both_and_their_phases(capsys):

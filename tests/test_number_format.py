@@ -251,6 +251,21 @@ def test_ranks_that_measure_differently_agree_on_what_is_faster_for_all(rates_of
         assert job.output().count("--amp_dtype auto: ") == 1
 
 
+def test_ranks_of_unequal_flags_are_told_so(tmp_path):
+    flags = [*TINY, "--name", "a", "--num_steps", "2", "--warmup_steps", "1", "--train_batch_size", "8"]
+    with ranks(tmp_path, [[*flags, "--fp16"], flags]) as job:
+        assert job.results() == [2, 2], job.output()
+        assert "--fp16" in job.output()
+
+
+def test_float32_takes_no_loss_scale(caplog):
+    precision = Precision(torch.device("cpu"), "O2", "auto", loss_scale=1000)
+    with caplog.at_level(logging.WARNING):
+        number_format.choose(precision, {((8, 8), 1): 4}, kept="float32")
+    assert "--loss_scale has no effect" in caplog.text
+    assert precision.static_scale == 0
+
+
 # ---- the processor of this machine, with and without its instructions ----
 
 PROGRAM = """

@@ -8,12 +8,14 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train
 from benchmarks.photos import photo
 from tests.helpers.boundaries import killed_at
 from tests.helpers.odd_images import exif, saved
@@ -39,6 +41,11 @@ MODES = ("L", "CMYK")
 def in_worker(monkeypatch, yes=True):
     """Lets torchvision decode here, as in a worker."""
     monkeypatch.setattr(photos, "get_worker_info", lambda: yes or None)
+
+
+def always(*box):
+    """Chooses the same box of every image."""
+    return lambda height, width: box
 
 
 def draws(count, seed=0):
@@ -93,7 +100,7 @@ def test_rows_above_the_crops_end_are_those_of_the_whole_image(monkeypatch, tmp_
         whole = np.asarray(read_image(path))
         for bottom in (*range(1, 36), 48, 64, 65, 100, 121, 122, 123):
             side = min(bottom, 16)
-            got = photos.read_crop(path, lambda h, w: (bottom - side, 5, side, side), side)
+            got = photos.read_crop(path, always(bottom - side, 5, side, side), side)
             expected = whole[bottom - side : bottom, 5 : 5 + side]
             np.testing.assert_array_equal(got.permute(1, 2, 0).numpy(), expected, err_msg=f"{name} to {bottom}")
 
@@ -158,23 +165,22 @@ def test_one_box_is_that_of_many():
 
 def test_other_formats_and_names_are_left_to_pillow(tmp_path):
     plain = photo(*SIZE, seed=1).convert("RGB")
-    jpeg, choose = saved(plain, "JPEG"), lambda h, w: (0, 0, 9, 9)
+    jpeg, png, choose = saved(plain, "JPEG"), saved(plain, "PNG"), always(0, 0, 9, 9)
     assert photos.read_crop(written(tmp_path, jpeg, "a.JPEG"), choose, 8) is not None
-    frame = photos._frame_at(jpeg) + 1
-    for name, content in {
-        "a.png": saved(plain, "PNG"), "b.png": jpeg, "a.jpg": saved(plain, "PNG"), "b.jpg": b"", "c.jpg": b"\xff\xd8\xff",
-        "lossless.jpg": jpeg[:frame] + b"\xc3" + jpeg[frame + 1 :], "arithmetic.jpg": jpeg[:frame] + b"\xc9" + jpeg[frame + 1 :],
-        "12 bits.jpg": jpeg[: frame + 3] + b"\x0c" + jpeg[frame + 4 :],
-    }.items():  # fmt: skip
+    kind = photos._frame_at(jpeg) + 1
+    lossless, arithmetic = (jpeg[:kind] + marker + jpeg[kind + 1 :] for marker in (b"\xc3", b"\xc9"))
+    bits_12 = jpeg[: kind + 3] + b"\x0c" + jpeg[kind + 4 :]
+    for name, content in {"a.png": png, "b.png": jpeg}.items():
         assert photos.read_crop(written(tmp_path, content, name), choose, 8) is None, name
+    for content in (png, b"", b"\xff\xd8\xff", lossless, arithmetic, bits_12):
+        assert photos.read_crop(written(tmp_path, content), choose, 8) is None
     os.mkfifo(tmp_path / "pipe.jpg")
     for name in ("pipe.jpg", "missing.jpg"):
         assert photos.read_crop(str(tmp_path / name), choose, 8) is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("box", [(0, 0, 9, 9), (0, 0, 123, 181)])
-def test_a_file_that_is_cut_off_is_an_error_that_names_it(tmp_path, workers, box, capfd):
+def test_a_file_that_is_cut_off_is_an_error_that_names_it(tmp_path, workers, capfd):
     content = saved(photo(*SIZE, seed=1).convert("RGB"), "JPEG")
     path = written(tmp_path, content[: len(content) * 2 // 3])
     transform = augment.TrainTransform(8, in_parts=True)
@@ -191,7 +197,7 @@ def test_a_worker_decodes_damage_and_says_nothing_on_stderr(tmp_path, capfd, mon
     at = content.index(b"\xff\xda") + 300
     content[at : at + 20] = bytes(range(20))
     path = written(tmp_path, bytes(content))
-    got = photos.read_crop(path, lambda h, w: (0, 0, 60, 60), 60)
+    got = photos.read_crop(path, always(0, 0, 60, 60), 60)
     np.testing.assert_array_equal(got.permute(1, 2, 0).numpy(), np.asarray(read_image(path))[:60, :60])
     assert capfd.readouterr().err == ""
     os.write(2, b"still there")
@@ -210,9 +216,9 @@ def test_the_limit_of_pixels_comes_before_decoding(tmp_path, monkeypatch):
 def test_without_torchvisions_library_pillow_decodes(tmp_path, monkeypatch):
     in_worker(monkeypatch)
     path = written(tmp_path, saved(photo(*SIZE, seed=1).convert("RGB"), "JPEG"))
-    expected = photos.read_crop(path, lambda h, w: (3, 5, 60, 70), 40)
+    expected = photos.read_crop(path, always(3, 5, 60, 70), 40)
     monkeypatch.setattr(photos, "_torchvision", lambda: None)
-    assert torch.equal(photos.read_crop(path, lambda h, w: (3, 5, 60, 70), 40), expected)
+    assert torch.equal(photos.read_crop(path, always(3, 5, 60, 70), 40), expected)
 
 
 # ---- a training ----
@@ -262,6 +268,18 @@ def test_a_training_of_an_earlier_version_resumes_with_whole_images(album, capsy
     assert "--jpeg_decoding was full, is scaled; give it the same" in capsys.readouterr().err
     assert run(*album) == 0
     assert_same(outcome(), expected)
+
+
+def test_a_training_whose_last_jpeg_is_gone_keeps_its_setting():
+    run, images = SimpleNamespace(saved_settings={"--jpeg_decoding": "scaled"}), FileImages(["a.png"], torch.zeros(1))
+    assert train.find_decoding(None, run, images) == "scaled"
+
+
+def test_a_folder_without_jpegs_has_no_such_setting(caplog):
+    run, images = SimpleNamespace(saved_settings=None), FileImages(["a.png"], torch.zeros(1))
+    with caplog.at_level(logging.WARNING):
+        assert train.find_decoding("full", run, images) == ""
+    assert "no image to train on is named as a JPEG" in caplog.text
 
 
 def test_no_jpeg_in_files_is_a_warning_and_no_setting(pets, caplog):

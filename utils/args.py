@@ -194,8 +194,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--fp16", False, "mixed precision; the other flags of this group need it", "result", composed=True),
         Flag("--fp16_opt_level", "O2", "apex's level: O0 float32, O1 autocast, O2 half-precision weights with float32 "
              "masters, O3 half precision throughout", "result", composed=True, choices=OPT_LEVELS),
-        Flag("--amp_dtype", "auto", "half-precision type; auto: float16 on CUDA, else bfloat16, and on CPUs that "
-             "measurably compute the model faster in float32, float32", "result", composed=True, choices=AMP_DTYPES),
+        Flag("--amp_dtype", "auto", "half-precision type; auto: float16 on CUDA, else bfloat16, on a CPU float32 "
+             "where that is measured to be faster", "result", composed=True, choices=AMP_DTYPES),
         Flag("--loss_scale", 0, "fixed loss scale; 0: a dynamic one where float16 needs it", "result", parse=float,
              least=0, below=math.inf),
         Flag("--amp_backend", "native", "native: PyTorch's own; apex: NVIDIA's, in a version that still has amp",

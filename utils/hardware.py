@@ -21,6 +21,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 #: The variables that a process, here the launcher, was started with; on Linux.
 LAUNCHERS_ENVIRONMENT = "/proc/{}/environ"
 
+#: Instruction sets that decide how fast a CPU's matrix products are.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "i8mm", "sve")
+
 #: Settings with which cuBLAS adds up in one order; source: pytorch.org/docs/stable/notes/randomness.html.
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 
@@ -121,6 +124,19 @@ def device_name(device: torch.device) -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def processor(device: torch.device) -> str:
+    """Returns the kind of what computes: a device's name and, of a CPU on Linux, those of CPU_FLAGS that it has."""
+    if device.type != "cpu":
+        return device_name(device)
+    flags: set[str] = set()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                flags |= set(value.split())
+    return f"{device_name(device)} ({', '.join(flag for flag in CPU_FLAGS if flag in flags) or 'no known flag'})"
 
 
 def versions() -> dict[str, str]:

@@ -80,7 +80,7 @@ class Precision:
     def compute_in_float32(self) -> None:
         """Computes as O0 does, whatever the flags ask for; must come before ``prepare``."""
         assert self.is_open
-        self.opt_level = "O0"
+        self.opt_level, self.static_scale = "O0", 0
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         """Casts the model's weights as the level asks, in place; returns what an optimizer changes, with masters."""

@@ -130,6 +130,8 @@ WARNINGS = [
         Case("precision-no-effect", "a flag of `--fp16` without it", "--num_steps 5 --fp16_opt_level O1",
              "--fp16_opt_level", 0),
         Case("zero-head-no-effect", "`--zero_head` without weights", "--num_steps 5 --zero_head", "--zero_head", 0),
+        Case("jpeg-decoding-no-effect", "`--jpeg_decoding` where no JPEG in a file is trained on",
+             "--num_steps 5 --jpeg_decoding full", "--jpeg_decoding", 0),
         Case("deterministic-no-effect", "`--deterministic` on a CPU", "--num_steps 5 --deterministic",
              "--deterministic", 0, "CPUs give the same bits anyway, with the same number of threads."),
         Case("step-skipped", "float16 gradients that overflow", befallen(
