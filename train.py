@@ -28,6 +28,7 @@ from models import commands, pretrained, published
 from models.configs import ViTConfig, canonical_name, make_config
 from models.cpu_ops import StepMasks
 from models.modeling import VisionTransformer
+from models.shapes import layer_shapes
 from utils import args as flags
 from utils import (
     augment,
@@ -40,6 +41,7 @@ from utils import (
     hardware,
     memory,
     metadata,
+    number_format,
     photos,
     reckoning,
     report,
@@ -54,6 +56,7 @@ from utils.input_wait import InputWait
 from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
 from utils.metrics import TrainLog
+from utils.optimizer import SGD
 from utils.outlook import Outlook
 from utils.precision import Precision
 from utils.process import process_restored
@@ -75,7 +78,7 @@ def train(
 ) -> None:
     """Trains from the step that the run has come to: images -> batch -> loss -> gradients -> step -> log -> save."""
     params = precision.prepare(model)
-    optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = SGD(params, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     precision.attach(model, optimizer)
     lr_factor = make_schedule(args.decay_type, args.warmup_steps, args.num_steps)
     outlook = Outlook(args.num_steps, args.eval_every, len(data.test) / run.batch.total)
@@ -281,6 +284,7 @@ def evaluate_only(args: argparse.Namespace) -> int:
         pretrained.warn_of_other_classes(source, args.dataset, data.classes)
         model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
         check_ranks(args, model, data.checksum)
+        number_format.choose(precision, layer_shapes(config, args.img_size), training=False)
     log_start(args, "Validation", model, data, precision)
     model, data = to_device(args, model, data, precision.device)
     precision.prepare(model)
@@ -353,12 +357,16 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     start = compare_start(args.pretrained_dir, run) if source is None else pretrained.checksum(source)
     with run.remembering_unreadable(args.dataset):
         data = datasets.load(found, args.data_dir, flags.decoding_workers(args), run.fingerprint)
+    processor = ", ".join(sorted(set(dist_util.gather(hardware.device_name(precision.device)))))
+    kept = run.saved_environment.get("number format") if run.saved_environment.get("processor") == processor else None
+    number_format.choose(precision, layer_shapes(config, args.img_size), kept=kept)
     fit_batch(args, run, config, data, precision)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
-        flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, str(precision),
+        flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, precision.setting,
                        find_decoding(args.jpeg_decoding, run, data.train)),
-        flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type),
+        flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type, processor,
+                          precision.number_format),
         flags.defaults(),
         data.manifest,
     )  # fmt: skip

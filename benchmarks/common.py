@@ -1,4 +1,4 @@
-"""Turns, processes, the machine's own peak, memory and tables: for all measurements of speed.
+"""Turns, processes, memory and tables: for all measurements of speed.
 
 A contender is built by a picklable function and takes turns: ``run()`` is one turn and gives its
 seconds.  ``crew`` starts each in a process of its own, so that what one sets for its process (the
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -85,13 +84,20 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def processor(device: str) -> str:
+    """Returns the kind of what computes: its name and what decides how fast its matrix products are."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    name, flags = cpu_info()
+    return f"{name} ({', '.join(flags) or 'no known flag'})"
+
+
 def hardware(threads: int, device: str) -> str:
     """Returns two lines: date, processor and what of it is used; versions."""
-    name, flags = cpu_info()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = f"{name} ({', '.join(flags) or 'no known flag'}), {cores} cores, {threads} threads"
+    machine = f"{processor('cpu')}, {cores} cores, {threads} threads"
     if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"
+        machine = f"{processor(device)}; {machine}"
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     return f"{date.today()}, {machine}\nPython {platform.python_version()}, {versions}"
 
@@ -100,40 +106,6 @@ def synchronize(device: str) -> None:
     """Waits until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def matmul_peak(device: str, dtype: torch.dtype, rows: int, width: int, hidden: int, quick: bool) -> float:
-    """Returns the best rate of one matrix product on this machine, in FLOP/s.
-
-    Tried are the products of a ViT's linear layers and large squares, with either layout of the second factor.
-
-    Args:
-        device, dtype: where and in what to multiply.
-        rows: B * T, tokens of a batch.
-        width, hidden: D and the width of the MLP.
-        quick: smaller squares and fewer repetitions.
-    """
-    sides = (256, 512) if quick else (1024, 2048, 4096) if device == "cpu" else (2048, 4096, 8192)
-    secs = 0.002 if quick else 0.05
-    shapes = [(rows, width, width), (rows, width, hidden), (rows, hidden, width), *((n, n, n) for n in sides)]
-    best = 0.0
-    for m, k, n in shapes:
-        a = torch.randn(m, k, device=device).to(dtype)
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        for b in (torch.randn(k, n, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype).T):
-            product = functools.partial(torch.mm, a, b, out=out)
-            first = timed(product, 1, device)  # warms up
-            repeats = max(1, round(secs / (first if first > secs else timed(product, 1, device))))
-            fastest = min(timed(product, repeats, device) for _ in range(3))
-            best = max(best, 2 * m * k * n / fastest)
-    return best
-
-
-def matmul_peaks(
-    device: str, dtypes: Iterable[torch.dtype], rows: int, width: int, hidden: int, quick: bool
-) -> dict[torch.dtype, float]:
-    """Returns ``matmul_peak`` in each number format, computed once where some are the same."""
-    return {dtype: matmul_peak(device, dtype, rows, width, hidden, quick) for dtype in dict.fromkeys(dtypes)}
 
 
 # ---- time ----
@@ -176,6 +148,16 @@ class Speed:
     def median(self) -> float:
         """Units per second in the median turn."""
         return self.work / statistics.median(self.secs)
+
+    def times(self, other: Speed) -> float:
+        """Returns how many times as fast as another this one is, in the median round.
+
+        Turns of one round are compared with each other: a machine that is slow for a while is slow for both.
+        """
+        if len(self.secs) != len(other.secs):
+            return self.median / other.median
+        ratios = (theirs / ours for ours, theirs in zip(self.secs, other.secs))
+        return statistics.median(ratios) * self.work / other.work
 
     @property
     def spread(self) -> str:

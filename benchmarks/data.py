@@ -27,10 +27,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks import common, peers, photos
+from benchmarks.peak import matmul_peaks
 from benchmarks.step import flops_of_step
 from models.configs import CONFIGS
+from models.shapes import layer_shapes
 from train import evaluate
 from utils import augment, data_utils, datasets, dist_util
+from utils.number_format import choose
 from utils.precision import OPT_LEVELS, Precision
 
 NUM_SYNTHETIC = 10_000
@@ -183,11 +186,11 @@ class StockImages:
 class OurEvaluation:
     """train.py's."""
 
-    def __init__(self, setting: Setting, level: str) -> None:
+    def __init__(self, setting: Setting, *precision: str) -> None:
         self._setting = setting
         self._images = setting.load()[1]
         s = setting
-        self._model, self._precision = peers.build(s.model_type, s.img_size, None, s.device, level)
+        self._model, self._precision = peers.build(s.model_type, s.img_size, None, s.device, *precision)
         self._precision.prepare(self._model)
         self.note = (f"batch {s.eval_batch_size}",)
         self.run()
@@ -249,7 +252,7 @@ def measure(
     common.print_table(
         ["", "setting", "images/s", "slowest - fastest", "ours / it", *["share of peak"] * bool(best)],
         [
-            [name, notes[name], common.number(speed.median), speed.spread, f"{first.median / speed.median:.2f}",
+            [name, notes[name], common.number(speed.median), speed.spread, f"{first.times(speed):.2f}",
              *([f"{speed.median / best[name]:.0%}"] if best else [])]
             for name, speed in speeds.items()
         ],
@@ -261,7 +264,7 @@ def evaluation_peaks(setting: Setting, dtypes: Mapping[str, torch.dtype], quick:
     config, size = CONFIGS[setting.model_type], setting.img_size
     flops = flops_of_step(config, size, peers.NUM_CLASSES, 1) / 3  # a third of a step's is the forward pass
     rows = (1 + config.grid_size(size) ** 2) * setting.eval_batch_size
-    rates = common.matmul_peaks(setting.device, dtypes.values(), rows, config.hidden_size, config.mlp_dim, quick)
+    rates = matmul_peaks(setting.device, dtypes.values(), rows, config.hidden_size, config.mlp_dim, quick)
     return {name: rates[dtype] / flops for name, dtype in dtypes.items()}
 
 
@@ -322,8 +325,11 @@ def main(argv: list[str] | None = None) -> None:
     jobs, dtypes = {}, {}
     for level in levels:
         precision = Precision(torch.device(args.device), level)
-        jobs[f"ours, {precision}"] = job(OurEvaluation, level)
-        dtypes[f"ours, {precision}"] = torch.float32 if level == "O0" else precision.half
+        choose(precision, layer_shapes(CONFIGS[args.model_type], args.img_size), training=False)
+        name, number_format = f"ours, {precision}", precision.number_format
+        forced = () if number_format == "float32" else (number_format,)
+        jobs[name] = job(OurEvaluation, precision.opt_level, *forced)
+        dtypes[name] = getattr(torch, number_format)
     plain = "plain reference, float32"
     jobs[plain], dtypes[plain] = job(StockEvaluation, args.num_workers), torch.float32
     peaks = functools.partial(evaluation_peaks, setting, dtypes, args.quick)

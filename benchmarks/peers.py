@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from benchmarks import common, plain
 from models.configs import CONFIGS, ViTConfig
 from models.modeling import VisionTransformer
+from models.shapes import layer_shapes
 from train import forward_backward
 from utils import data_utils, dist_util
+from utils.number_format import choose
+from utils.optimizer import SGD
 from utils.precision import Precision
 
 NUM_CLASSES = 10
@@ -40,7 +44,7 @@ ATTENTIONS: dict[str, tuple[str, ...]] = {
 OPTIMIZERS: dict[str, dict[str, bool]] = {"SGD": {}, "SGD foreach": {"foreach": True}, "SGD fused": {"fused": True}}
 COMPILED = "torch.compile"
 
-#: Attention, optimizer, and COMPILED if it is.
+#: What a contender runs with, beside its number format: attention, optimizer, and COMPILED if it is.
 Choice = tuple[str, ...]
 
 
@@ -54,6 +58,10 @@ class Setting:
     num_micro_batches: int
     dropout: float
     device: str
+
+    def __str__(self) -> str:
+        split = f" in {self.num_micro_batches} micro-batches" if self.num_micro_batches > 1 else ""
+        return f"{self.model_type}, {self.img_size} px, batch {self.batch_size}{split}, dropout {self.dropout}"
 
     @property
     def config(self) -> ViTConfig:
@@ -73,25 +81,36 @@ class Setting:
 
 
 class Stepper:
-    """Takes turns of some steps, after two that warm up; ``step`` takes one and returns its loss."""
+    """Takes turns of some steps, after one that warms up, or two; ``step`` takes one and returns its loss.
 
-    def __init__(self, step: Callable[[], Tensor], device: str, note: Choice) -> None:
-        self.note = note
+    The note is the number format, as ``dtype_of`` reads it, then the choice.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], device: str, number_format: str, choice: Choice) -> None:
+        self.note = (number_format, *choice)
         self._step, self._device = step, device
+        start = time.perf_counter()
         if not math.isfinite(step().item()):
-            raise ValueError(f"the loss is not finite ({', '.join(note)})")
-        secs = common.timed(step, 1, device)
+            raise ValueError(f"the loss is not finite ({', '.join(self.note)})")
+        secs = time.perf_counter() - start
+        if secs < 1:
+            secs = common.timed(step, 1, device)
         self._repeats = max(1, round(0.2 / secs))  # a turn of a few milliseconds would be all noise
 
     def run(self) -> float:
         return common.timed(self._step, self._repeats, self._device)
 
 
+def dtype_of(note: Choice) -> torch.dtype:
+    """Returns the number format of the matrix products, with whose name a contender's note begins."""
+    return getattr(torch, note[0].split()[0])
+
+
 # ---- this project ----
 
 
 def build(
-    model_type: str, img_size: int, dropout: float | None, device: str, opt_level: str
+    model_type: str, img_size: int, dropout: float | None, device: str, opt_level: str, amp_dtype: str = "auto"
 ) -> tuple[VisionTransformer, Precision]:
     """Returns this project's model with random weights, and its number formats; it is not prepared yet.
 
@@ -99,7 +118,7 @@ def build(
         model_type, img_size: as the flags.
         dropout: rate; None is the architecture's own.
         device: cpu or cuda.
-        opt_level: of the precision.
+        opt_level, amp_dtype: of the precision.
     """
     torch_device = dist_util.setup(device, -1)
     config = CONFIGS[model_type]
@@ -107,7 +126,9 @@ def build(
         config = replace(config, dropout_rate=dropout)
     torch.manual_seed(SEED)
     model = VisionTransformer(config, img_size, NUM_CLASSES, zero_head=True)
-    return model.to(torch_device), Precision(torch_device, opt_level)
+    precision = Precision(torch_device, opt_level, amp_dtype)
+    choose(precision, layer_shapes(config, img_size))
+    return model.to(torch_device), precision
 
 
 class OurTraining:
@@ -115,7 +136,7 @@ class OurTraining:
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self._precision = precision
-        self.optimizer = torch.optim.SGD(precision.prepare(model), lr=0.0, momentum=0.9, fused=True)
+        self.optimizer = SGD(precision.prepare(model), lr=0.0, momentum=0.9, fused=True)
         precision.attach(model, self.optimizer)
         self._model = dist_util.wrap(model)
 
@@ -142,15 +163,16 @@ def our_stepper(setting: Setting, opt_level: str, compiled: bool = False) -> Ste
     def step() -> Tensor:
         return training.step(next(steps), LEARNING_RATE, iter(micro_batches), len(micro_batches))
 
-    return Stepper(step, setting.device, ("as train.py", COMPILED) if compiled else ("as train.py",))
+    choice = ("as train.py", COMPILED) if compiled else ("as train.py",)
+    return Stepper(step, setting.device, str(precision), choice)
 
 
 # ---- the others ----
 
 
 def stock_stepper(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], setting: Setting, half: torch.dtype | None,
-    pure: bool, options: dict[str, bool], note: Choice,
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], setting: Setting, number_format: str,
+    options: dict[str, bool], choice: Choice,
 ) -> Stepper:  # fmt: skip
     """Returns a model in the loop that everybody writes.
 
@@ -158,11 +180,12 @@ def stock_stepper(
         model: with random weights.
         loss_of: its mean loss, given images and labels.
         setting: of all contenders.
-        half: for autocast, or None: float32.
-        pure: hold the weights in ``half`` instead of autocast.
+        number_format: one of ``formats``.
         options: of torch.optim.SGD.
-        note: the settings it runs with.
+        choice: of the settings it runs with.
     """
+    dtype, pure = dtype_of((number_format,)), number_format.endswith("weights")
+    half = None if dtype == torch.float32 else dtype
     model = model.to(setting.device, half if pure else None).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, **options)
     scaler = torch.amp.GradScaler(setting.device, enabled=half == torch.float16)
@@ -183,13 +206,20 @@ def stock_stepper(
         optimizer.zero_grad()
         return total
 
-    return Stepper(step, setting.device, note)
+    return Stepper(step, setting.device, number_format, choice)
 
 
-def plain_stepper(setting: Setting, half: torch.dtype | None) -> Stepper:
-    """Returns the plain formulation of the reference script."""
+def formats(peer: str, device: str) -> list[str]:
+    """Returns the number formats that a peer trains in, on a kind of device."""
+    half = ["bfloat16 autocast"] if device == "cpu" else ["float16 autocast", "bfloat16 autocast"]
+    # timm and Hugging Face offer to hold all weights in bfloat16, without float32 masters.
+    return ["float32", *half] + ["bfloat16 weights"] * (peer != "torchvision")
+
+
+def plain_stepper(setting: Setting) -> Stepper:
+    """Returns the plain formulation of the reference script, in float32 as it comes."""
     model = plain_model(setting.config, setting.img_size, NUM_CLASSES, setting.dropout)
-    return stock_stepper(model, model, setting, half, False, {}, ("SGD",))
+    return stock_stepper(model, model, setting, "float32", {}, ("SGD",))
 
 
 def plain_model(config: ViTConfig, img_size: int, num_classes: int, dropout: float) -> plain.PlainViT:
@@ -256,7 +286,7 @@ def hugging_face_model(setting: Setting, attention: str) -> nn.Module:
     return transformers.AutoModelForImageClassification.from_config(theirs, attn_implementation=attention)
 
 
-def peer_stepper(peer: str, setting: Setting, half: torch.dtype | None, pure: bool, choice: Choice) -> Stepper:
+def peer_stepper(peer: str, setting: Setting, number_format: str, choice: Choice) -> Stepper:
     """Returns a peer at one of its settings."""
     attention, optimizer, *rest = choice
     model: Any
@@ -273,34 +303,23 @@ def peer_stepper(peer: str, setting: Setting, half: torch.dtype | None, pure: bo
             return call(pixel_values=images, labels=labels).loss
         return nn.functional.cross_entropy(call(images), labels)
 
-    return stock_stepper(model, loss_of, setting, half, pure, OPTIMIZERS[optimizer], choice)
+    return stock_stepper(model, loss_of, setting, number_format, OPTIMIZERS[optimizer], choice)
 
 
-def fastest_choice(
-    peer: str, setting: Setting, half: torch.dtype | None, pure: bool, trials: int, compile_too: bool
-) -> Choice:
-    """Returns the fastest of a peer's settings: tries each optimizer with its default attention, then the rest."""
+def default_choice(peer: str) -> Choice:
+    """Returns the settings that a peer has of itself, with torch's SGD as it comes."""
+    return ATTENTIONS[peer][0], next(iter(OPTIMIZERS))
+
+
+def fastest_stepper(peer: str, setting: Setting, number_format: str, trials: int) -> Stepper:
+    """Returns a peer at its fastest setting: tries each optimizer with its default attention, then the rest."""
 
     @functools.cache
     def secs(choice: Choice) -> float:
-        stepper = peer_stepper(peer, setting, half, pure, choice)
+        stepper = peer_stepper(peer, setting, number_format, choice)
         return min(stepper.run() for _ in range(trials))
 
     first, *others = ATTENTIONS[peer]
     best = min(((first, optimizer) for optimizer in OPTIMIZERS), key=secs)
     best = min([best, *((attention, best[1]) for attention in others)], key=secs)
-    return min([best, (*best, COMPILED)], key=secs) if compile_too else best
-
-
-class Peer:
-    """A peer that has found its fastest setting."""
-
-    def __init__(
-        self, peer: str, setting: Setting, half: torch.dtype | None, pure: bool, trials: int, compile_too: bool
-    ) -> None:
-        choice = fastest_choice(peer, setting, half, pure, trials, compile_too)
-        self._stepper = peer_stepper(peer, setting, half, pure, choice)
-        self.note = self._stepper.note
-
-    def run(self) -> float:
-        return self._stepper.run()
+    return peer_stepper(peer, setting, number_format, best)

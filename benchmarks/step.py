@@ -1,12 +1,13 @@
 """Speed of one training step, against timm, torchvision, Hugging Face and a plain formulation.
 
-    python -m benchmarks.step [--model_type ViT-B_32] [--batch_size 32] [--dropout 0.1] [--memory]
+    python -m benchmarks.step [--model_type ViT-B_32] [--batch_size 32] [--dropout 0.1] [--memory] [--search]
 
 One step is: forward, loss, backward (in micro-batches, with --gradient_accumulation_steps), clip to norm 1,
-SGD with momentum 0.9.  The images are random and already where they are needed.  Each peer is first
-tried at the settings it offers and then runs at its fastest; the contenders then take turns, each in a
-process of its own.  Needs timm and transformers (requirements-dev.txt); a peer that is not installed is
-left out, and the output says so.
+SGD with momentum 0.9.  The images are random and already where they are needed.  The contenders, each in
+a process of its own, are this project at several levels of precision and the peers in every number format, at
+their fastest settings as recorded in peer_settings.json, which --search tries anew.  Each takes a turn; then a
+peer that is behind the fastest leaves, to save minutes and memory, and the others take turns.  Needs timm and
+transformers (requirements-dev.txt); a peer that is not installed is left out, and the output says so.
 
 FLOPs of a step are counted by formula, three times the forward pass of the plain formulation
 (forward, gradients of the activations, gradients of the weights), a multiply-add as two, per image
@@ -20,16 +21,22 @@ They are the same for all contenders: work that one leaves out raises its share 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from typing import Any
 
 import torch
 
-from benchmarks import common, peers
+from benchmarks import common, peer_settings, peers
+from benchmarks.peak import matmul_peaks
 from models.configs import CONFIGS, ViTConfig
-from utils.precision import OPT_LEVELS, Precision
+from utils.precision import OPT_LEVELS
+
+OURS, PLAIN = "ours", "plain reference"
+#: A peer that takes so many times as long as the fastest takes no more than one turn.
+BEHIND = 1.2
 
 
 def flops_of_step(config: ViTConfig, img_size: int, num_classes: int, batch_size: int) -> float:
@@ -41,105 +48,118 @@ def flops_of_step(config: ViTConfig, img_size: int, num_classes: int, batch_size
     return 3.0 * forward * batch_size
 
 
-@dataclass(frozen=True)
-class Row:
-    """A contender of the table: its name, how it is built, the number format of its matrix products."""
-
-    name: str
-    dtype: torch.dtype
-    format: str
-    job: common.Job
-    peer: str = ""
-    pure: bool = False
-
-
-def make_rows(setting: peers.Setting, args: argparse.Namespace) -> list[Row]:
-    """Returns those who take part, in the table's order; prints who is not installed."""
-    precision = Precision(torch.device(setting.device), args.fp16_opt_level[0])
-    half = None if precision.opt_level == "O0" else precision.half
-    dtype = half or torch.float32
-    name = str(dtype).removeprefix("torch.")
-    autocast = f"{name} autocast" if half else name
-
-    def job(build: Callable, *values: Any, package: str = "torch") -> common.Job:
-        # torch._dynamo comes with any optimizer of torch.
-        return common.Job(functools.partial(build, *values), ("torch._dynamo", package), setting.device, args.threads)
-
-    rows = []
-    for level in args.fp16_opt_level:
-        theirs = torch.float32 if level == "O0" else precision.half
-        label = str(Precision(torch.device(setting.device), level))
-        rows.append(Row(f"ours, {level}", theirs, label, job(peers.our_stepper, setting, level)))
-        if args.compile:
-            compiled = job(peers.our_stepper, setting, level, True)
-            rows.append(Row(f"ours, {level}, compiled", theirs, label, compiled))
+def pick_peers(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Returns name and number format of the peers that take part, by both; prints who is not installed."""
+    found = []
     for peer, package in peers.PACKAGES.items():
-        if not common.installed(package):
+        if common.installed(package):
+            found += [(peer, number_format) for number_format in peers.formats(peer, args.device)]
+        else:
             print(f"{peer} is left out: {package} is not installed (requirements-dev.txt)")
-            continue
-        pures = [False]
-        if half == torch.bfloat16 and peer != "torchvision":
-            pures.append(True)  # these offer to hold all weights in bfloat16, without float32 masters
-        for pure in pures:
-            build = job(peers.Peer, peer, setting, half, pure, 1 if args.quick else 3, args.compile, package=package)
-            labels = (f"{peer}, all {name}", f"{name} weights") if pure else (peer, autocast)
-            rows.append(Row(labels[0], dtype, labels[1], build, peer, pure))
-    rows.append(Row("plain reference", torch.float32, "float32", job(peers.plain_stepper, setting, None)))
-    if half:
-        rows.append(Row("plain reference, half", dtype, autocast, job(peers.plain_stepper, setting, half)))
-    return [row for row in rows if not args.only or row.name.startswith(("ours", *args.only))]
+    names = {", ".join(x): x for x in found}
+    return {name: x for name, x in names.items() if not args.only or name.startswith(tuple(args.only))}
 
 
-def measure_memory(rows: list[Row], setting: peers.Setting, notes: dict[str, peers.Choice]) -> dict[str, common.Memory]:
-    """Returns the peak memory of each, in a fresh process, peers at the setting that was the fastest."""
-    memory = {}
-    for row in rows:
-        job = row.job
-        if row.peer:
-            half = None if row.dtype == torch.float32 else row.dtype
-            build = functools.partial(peers.peer_stepper, row.peer, setting, half, row.pure, notes[row.name])
-            job = common.Job(build, job.imports, job.device, job.threads)
-        memory[row.name] = common.memory_of(job)
-    return memory
+def make_job(args: argparse.Namespace, build: Callable, *values: Any, imports: tuple[str, ...] = ()) -> common.Job:
+    """Returns how to make a contender, which imports some modules before its memory counts."""
+    return common.Job(functools.partial(build, *values), imports, args.device, args.threads)
 
 
-def peaks(rows: list[Row], setting: peers.Setting, quick: bool) -> dict[torch.dtype, float]:
-    """Returns the rate of the best matrix products in each number format, FLOP/s."""
+def search(
+    setting: peers.Setting, chosen: Mapping[str, tuple[str, str]], args: argparse.Namespace
+) -> peer_settings.Record:
+    """Tries the settings of peers, each peer in a process of its own; records the fastest, unless it is --quick."""
+    settings = {}
+    for name, (peer, number_format) in chosen.items():
+        job = make_job(args, peers.fastest_stepper, peer, setting, number_format, 1 if args.quick else 2)
+        with common.crew({name: job}, args.one_process) as ready:
+            settings[name] = ready[name].note[1:]
+        print(f"The fastest setting of {name}: {', '.join(settings[name])}", flush=True)
+    versions = {package: common.version(package) for package in ("torch", *peers.PACKAGES.values())}
+    record = peer_settings.Record(str(date.today()), f"{setting}, {args.threads} threads", versions, settings)
+    if not args.quick:
+        peer_settings.write(common.processor(args.device), record)
+        print(f"recorded in {peer_settings.PATH}")
+    return record
+
+
+def make_jobs(
+    setting: peers.Setting, chosen: Mapping[str, tuple[str, str]], record: peer_settings.Record,
+    args: argparse.Namespace,
+) -> dict[str, common.Job]:  # fmt: skip
+    """Returns the contenders by name, in the table's order; with --compile each but the plain one twice."""
+    jobs, dynamo = {}, ("torch._dynamo",)  # which comes with any optimizer of torch, but not with ours
+    for level in args.fp16_opt_level:
+        jobs[f"{OURS}, {level}"] = make_job(args, peers.our_stepper, setting, level)
+        if args.compile:
+            job = make_job(args, peers.our_stepper, setting, level, True, imports=dynamo)
+            jobs[f"{OURS}, {level}, compiled"] = job
+    for name, (peer, number_format) in chosen.items():
+        choice, imports = tuple(record.settings.get(name, peers.default_choice(peer))), dynamo + (peers.PACKAGES[peer],)
+        values = (peers.peer_stepper, peer, setting, number_format)
+        jobs[name] = make_job(args, *values, choice, imports=imports)
+        if args.compile:
+            jobs[f"{name}, compiled"] = make_job(args, *values, (*choice, peers.COMPILED), imports=imports)
+    plain = f"{PLAIN}, float32"
+    if not args.only or plain.startswith(tuple(args.only)):
+        jobs[plain] = make_job(args, peers.plain_stepper, setting, imports=dynamo)
+    return jobs
+
+
+@contextlib.contextmanager
+def heats(
+    jobs: Mapping[str, common.Job], one_process: bool
+) -> Iterator[tuple[dict[str, common.Contender], dict[str, peers.Choice], dict[str, float]]]:
+    """Gives those who are not behind, ready to take turns; of all, their notes and the seconds of one turn."""
+    with contextlib.ExitStack() as running:
+        ready: dict[str, common.Contender] = {}
+        notes, secs, ends = {}, {}, {}
+        for name, job in jobs.items():
+            ends[name] = running.enter_context(contextlib.ExitStack())
+            ready |= ends[name].enter_context(common.crew({name: job}, one_process))
+            notes[name], secs[name] = ready[name].note, ready[name].run()
+            of_peers = [secs[x] for x in secs if not x.startswith(OURS)]
+            for x in [x for x in ready if not x.startswith(OURS) and secs[x] > BEHIND * min(of_peers)]:
+                del ready[x]
+                ends[x].close()
+        yield ready, notes, secs
+
+
+def peaks(notes: Mapping[str, peers.Choice], setting: peers.Setting, quick: bool) -> dict[torch.dtype, float]:
+    """Returns the rate of the best matrix products in each number format that contenders use, FLOP/s."""
     config = setting.config
     tokens = (1 + config.grid_size(setting.img_size) ** 2) * setting.batch_size // setting.num_micro_batches
-    dtypes = (row.dtype for row in rows)
-    return common.matmul_peaks(setting.device, dtypes, tokens, config.hidden_size, config.mlp_dim, quick)
+    dtypes = map(peers.dtype_of, notes.values())
+    return matmul_peaks(setting.device, dtypes, tokens, config.hidden_size, config.mlp_dim, quick)
 
 
 def report(
-    rows: list[Row], speeds: dict[str, common.Speed], peak: dict[torch.dtype, float], flops: float,
-    notes: dict[str, peers.Choice], memory: dict[str, common.Memory],
+    speeds: Mapping[str, common.Speed], notes: Mapping[str, peers.Choice], shares: Mapping[str, float],
+    memory: Mapping[str, common.Memory],
 ) -> None:  # fmt: skip
-    """Prints the table, and the ratios to the fastest and the leanest."""
-    first = rows[0].name
-    header = ["", "precision", "setting", "images/s", "slowest - fastest", "ours / it", "share of peak"]
-    header += ["peak memory MiB (without imports)"] * bool(memory)
-    images, cells = speeds[first].work, []
-    for row in rows:
-        speed = speeds[row.name]
-        share = speed.median / images * flops / peak[row.dtype]
-        cells.append([row.name, row.format, ", ".join(notes[row.name]), common.number(speed.median), speed.spread,
-                      f"{speeds[first].median / speed.median:.2f}", f"{share:.0%}"])  # fmt: skip
+    """Prints the table, and the ratios to the fastest and the leanest peer and to our first level."""
+    first = next(iter(speeds))
+    header = ["", "precision", "setting", "images/s", "slowest - fastest", f"{first} / it", "share of peak"]
+    cells = []
+    for name, speed in speeds.items():
+        number_format, *choice = notes[name]
+        cells.append([name, number_format, ", ".join(choice), common.number(speed.median), speed.spread,
+                      f"{speeds[first].times(speed):.2f}", f"{shares[name]:.0%}"])  # fmt: skip
         if memory:
-            cells[-1].append(str(memory[row.name]))
-    common.print_table(header, cells)
-    stock = [row for row in rows if row.peer]
-    alike = [row for row in stock if not row.pure]
-    for what, group in (("stock peer", alike), ("peer, bfloat16 weights included", stock)):
-        if group:
-            best = max(group, key=lambda row: speeds[row.name].median)
-            ratio = speeds[first].median / speeds[best.name].median
-            print(f"{first} / the fastest {what} ({best.name}): {ratio:.2f}")
-    if memory and alike:
-        for what, group in (("peer", alike), ("peer, bfloat16 weights included", stock)):
-            lean = min(group, key=lambda row: memory[row.name].peak)
-            ratio = memory[first].peak / max(memory[lean.name].peak, 1)
-            print(f"peak memory, {first} / the leanest {what} ({lean.name}): {ratio:.2f}")
+            cells[-1].append(str(memory[name]))
+    common.print_table(header + ["peak memory MiB (without imports)"] * bool(memory), cells)
+    ours = [name for name in speeds if name.startswith(OURS)]
+    if others := [name for name in speeds if name not in ours]:
+        best = max(others, key=lambda name: speeds[name].median)
+        for name in ours:
+            print(f"{name} / the fastest peer in any format ({best}): {speeds[name].times(speeds[best]):.2f}")
+    for name in ours[1:]:
+        print(f"{name} / {first}: {speeds[name].times(speeds[first]):.2f}")
+    if memory and others:
+        lean = min(others, key=lambda name: memory[name].peak)
+        for name in ours:
+            ratio = memory[name].peak / max(memory[lean].peak, 1)
+            print(f"peak memory, {name} / the leanest peer in any format ({lean}): {ratio:.2f}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -152,15 +172,14 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=int, default=32, help="images of one step")
     p.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that batch")
     p.add_argument("--dropout", type=float, default=0.1, help="rate, of all contenders")
-    p.add_argument(
-        "--fp16_opt_level", nargs="+", choices=OPT_LEVELS, default=["O2"],
-        help="ours; the first is compared: O0 with peers in float32, the others with peers in half precision",
-    )  # fmt: skip
+    p.add_argument("--fp16_opt_level", nargs="+", choices=OPT_LEVELS, default=["O0", "O1", "O2"], help="ours")
     p.add_argument("--memory", action="store_true", help="also measure peak memory, each in a fresh process")
-    p.add_argument("--compile", action="store_true", help="ours with --compile too, and peers may try it (minutes)")
-    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="peers, or 'plain', besides ours")
+    p.add_argument("--compile", action="store_true", help="all but the plain formulation compiled, too (minutes)")
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME",
+                   help="peers that take part, as the table names them, or the beginning of that")  # fmt: skip
+    p.add_argument("--search", action="store_true", help="try the peers' settings and record the fastest (minutes)")
     p.add_argument("--one_process", action="store_true", help="all in this process, process-wide settings included")
-    common.add_flags(p, rounds=11)
+    common.add_flags(p, rounds=3)
     return p
 
 
@@ -179,22 +198,25 @@ def main(argv: list[str] | None = None) -> None:
                       args.dropout, args.device)  # fmt: skip
     torch.set_num_threads(args.threads)
     print(common.hardware(args.threads, args.device))
-    split = f" in {setting.num_micro_batches} micro-batches" if setting.num_micro_batches > 1 else ""
-    print(f"{args.model_type}, {args.img_size} px, batch {args.batch_size}{split}, dropout {args.dropout}, "
-          f"{args.rounds} rounds", flush=True)  # fmt: skip
-    rows = make_rows(setting, args)
-    peak = peaks(rows, setting, args.quick)
-    with common.crew({row.name: row.job for row in rows}, args.one_process) as ready:
-        secs = common.take_turns({name: contender.run for name, contender in ready.items()}, args.rounds)
-        notes = {name: contender.note for name, contender in ready.items()}
-    for dtype, again in peaks(rows, setting, args.quick).items():
-        peak[dtype] = max(peak[dtype], again)
-    memory = measure_memory(rows, setting, notes) if args.memory else {}
+    print(f"{setting}, {args.rounds} rounds; one turn for a peer {BEHIND} times as slow as the fastest", flush=True)
+    chosen = pick_peers(args)
+    if args.search:
+        record = search(setting, chosen, args)
+    else:
+        record, whose = peer_settings.find(common.processor(args.device))
+        print(whose, flush=True)
+    jobs = make_jobs(setting, chosen, record, args)
+    with heats(jobs, args.one_process) as (ready, notes, once):
+        before = peaks(notes, setting, args.quick)
+        turns = common.take_turns({name: contender.run for name, contender in ready.items()}, args.rounds)
+    peak = {dtype: max(rate, before[dtype]) for dtype, rate in peaks(notes, setting, args.quick).items()}
+    memory = {name: common.memory_of(job) for name, job in jobs.items()} if args.memory else {}
     flops = flops_of_step(setting.config, args.img_size, peers.NUM_CLASSES, args.batch_size)
     print("; ".join(f"matrix products in {str(dtype).removeprefix('torch.')}: {rate / 1e9:,.0f} GFLOP/s"
                     for dtype, rate in peak.items()) + f"; one step: {flops / 1e9:,.1f} GFLOP")  # fmt: skip
-    speeds = {name: common.Speed(taken, args.batch_size) for name, taken in secs.items()}
-    report(rows, speeds, peak, flops, notes, memory)
+    speeds = {name: common.Speed(turns.get(name, [secs]), args.batch_size) for name, secs in once.items()}
+    rates = {name: speed.median / args.batch_size * flops for name, speed in speeds.items()}
+    report(speeds, notes, {name: rate / peak[peers.dtype_of(notes[name])] for name, rate in rates.items()}, memory)
 
 
 if __name__ == "__main__":

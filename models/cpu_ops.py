@@ -1,4 +1,4 @@
-"""Operations for CPUs: dropout whose masks cost little, and attention's products, with scores in float32.
+"""Operations for CPUs: dropout whose masks cost little, and attention scores in float32.
 
 Source: Srivastava et al., JMLR 15 (2014), in the scaled form that every framework uses: in training an
 element is kept with probability 1 - rate and divided by it, in evaluation nothing happens.
@@ -156,69 +156,32 @@ def cast_for_matmul(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if autocasts(kind) else x
 
 
-def attention_scores(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
-    """Scaled products of queries (B, Q, D) and keys (B, T, D), in float32 at least: (B, A, Q, T).
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled products of queries and keys, (B, A, T, K) each, in float32 at least: (B, A, T, T).
 
     The fused kernels do the same.  In bfloat16 the rounding of scores is a large part of the gradients' error, and
     this product is a hundredth of a block's work.
     """
-    return _Scores.apply(q, k, num_heads)
-
-
-def weighted_values(probs: Tensor, v: Tensor) -> Tensor:
-    """Sums values (B, T, D) by probabilities (B, A, Q, T): (B, Q, D), in the values' type."""
-    return _WeightedValues.apply(probs, v)
+    return _Scores.apply(q, k)
 
 
 class _Scores(torch.autograd.Function):
-    """Lays the heads out one after the other once: views of them would be copied for every product.
-
-    Keeps queries and keys for the backward pass in their own type: float32 copies would take twice the memory.
-    """
+    """Keeps queries and keys for the backward pass in their own type: float32 copies would take twice the memory."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, num_heads: int) -> Tensor:
-        q, k = _by_head(q, num_heads), _by_head(k, num_heads)
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
         ctx.save_for_backward(q, k)
         with _no_autocast(q):
             return _scaled(q) @ _exact(k).transpose(-2, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         q, k = ctx.saved_tensors
         with _no_autocast(q):
-            dq = (grads[0] @ _exact(k)).mul_(q.shape[-1] ** -0.5)
+            dq = grads[0] @ _exact(k) * q.shape[-1] ** -0.5
             dk = grads[0].transpose(-2, -1) @ _scaled(q)
-        return _by_token(dq, q.dtype), _by_token(dk, k.dtype), None
-
-
-class _WeightedValues(torch.autograd.Function):
-    """Lays the heads out as ``_Scores`` does."""
-
-    @staticmethod
-    def forward(ctx: Any, probs: Tensor, v: Tensor) -> Tensor:
-        ctx.probs_dtype = probs.dtype
-        probs, v = probs.to(v.dtype), _by_head(v, probs.shape[1])
-        ctx.save_for_backward(probs, v)
-        return _by_token(probs @ v, v.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        probs, v = ctx.saved_tensors
-        grad = _by_head(grads[0], probs.shape[1])
-        return (grad @ v.transpose(-2, -1)).to(ctx.probs_dtype), _by_token(probs.transpose(-2, -1) @ grad, v.dtype)
-
-
-def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, D) -> (B, A, T, K), in memory too."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).contiguous()
-
-
-def _by_token(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, A, T, K) -> (B, T, D), in memory too."""
-    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(2)
+        return dq.to(q.dtype), dk.to(k.dtype)
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import npz as google
 from models.configs import CONFIGS, ViTConfig
-from models.cpu_ops import attention_scores, cast_for_matmul, dropout, weighted_values
+from models.cpu_ops import attention_scores, cast_for_matmul, dropout
 from models.modeling_resnet import ResNetV2
 from models.recompute import Recomputed
 from utils.errors import UserError
@@ -53,17 +53,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
         x = cast_for_matmul(x)
-        q, k, v = self.query(x[:, :num_queries]), self.key(x), self.value(x)  # (B, num_queries or T, D), (B, T, D)
+        q = self._split_heads(self.query(x[:, :num_queries]))  # (B, A, num_queries or T, K)
+        k, v = self._split_heads(self.key(x)), self._split_heads(self.value(x))
         probs = None
         if self.vis or (x.device.type == "cpu" and torch.is_grad_enabled()):
             # The fused kernel returns no probabilities; on CPUs its backward is slower than this.
-            probs = attention_scores(q, k, self.num_heads).softmax(dim=-1)  # (B, A, num_queries or T, T)
-            x = weighted_values(dropout(probs, self.dropout_rate, self.training), v)  # (B, num_queries or T, D)
+            probs = attention_scores(q, k).softmax(dim=-1)
+            x = dropout(probs, self.dropout_rate, self.training).to(v.dtype) @ v  # (B, A, T, K)
         else:
             rate = self.dropout_rate if self.training else 0.0
-            x = F.scaled_dot_product_attention(*map(self._split_heads, (q, k, v)), dropout_p=rate)  # (B, A, T, K)
-            x = x.transpose(1, 2).flatten(2)  # (B, num_queries or T, D)
-        x = self.out(x)
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # (B, A, T, K)
+        x = self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
         return dropout(x, self.dropout_rate, self.training), probs if self.vis else None
 
 

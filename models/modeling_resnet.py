@@ -42,7 +42,8 @@ class StdConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=(self.weight[0].numel()) ** -0.5)  # lecun_normal, Flax's default
+        if not self.weight.is_meta:  # for which torch would import its compiler: a second
+            nn.init.normal_(self.weight, std=(self.weight[0].numel()) ** -0.5)  # lecun_normal, Flax's default
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight

@@ -175,7 +175,7 @@ def test_a_flag_that_decides_is_in_every_saved_state():
     args = flags.make_parser().parse_args(["--name", "a"])
     for on, saved in (
         ("result", flags.settings(args, "", "digits", 0.1, 8, "float32")),
-        ("last digits", flags.environment(args, 8, 1, "cpu")),
+        ("last digits", flags.environment(args, 8, 1, "cpu", "a processor", "float32")),
     ):
         assert {f"--{name}" for name in flags.deciding(on)} <= set(saved)
 

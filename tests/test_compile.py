@@ -67,7 +67,7 @@ def test_a_compiled_model_trains_and_drops_alike_and_keeps_its_weights_names(com
 
 
 def test_a_compiled_model_trains_alike_in_half_precision(compiled):
-    flags = ["--dropout", "0", "--fp16"]
+    flags = ["--dropout", "0", "--fp16", "--amp_dtype", "bfloat16"]
     assert losses_of("compiled", *flags, "--compile") == pytest.approx(losses_of("plain", *flags), abs=0.02)
     assert len(compiled) == 1
 

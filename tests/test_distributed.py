@@ -50,7 +50,7 @@ def watched(flags: list[str]) -> list:
 
 #: Number of ranks, micro-batches a step and more flags of runs on 64 images a step, whose gradients are clipped.
 CLIP = ["--learning_rate", "0.3", "--max_grad_norm", "0.05"]
-HALF = ["--fp16", "--fp16_opt_level", "O2"]
+HALF = ["--fp16", "--fp16_opt_level", "O2", "--amp_dtype", "bfloat16"]
 RUNS = {
     "one": (1, 1, CLIP), "two": (2, 4, CLIP), "four": (4, 1, CLIP), "not clipped": (1, 1, CLIP[:2]),
     "half of one": (1, 1, CLIP + HALF), "half of two": (2, 1, CLIP + HALF),

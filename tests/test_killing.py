@@ -73,9 +73,9 @@ def no_scale_fits():
         "--dropout 0.5 --max_grad_norm inf",
         "--model_type testing-hybrid",
         "--dataset digits --eval_batch_size 90",
-        "--fp16 --fp16_opt_level O1",
-        "--fp16 --fp16_opt_level O2",
-        "--fp16 --fp16_opt_level O3",
+        "--fp16 --fp16_opt_level O1 --amp_dtype bfloat16",
+        "--fp16 --fp16_opt_level O2 --amp_dtype bfloat16",
+        "--fp16 --fp16_opt_level O3 --amp_dtype bfloat16",
         "--fp16 --fp16_opt_level O1 --amp_dtype float16",
         "--fp16 --fp16_opt_level O2 --amp_dtype float16",
         "--fp16 --fp16_opt_level O1 --amp_dtype float16 --loss_scale 128",
@@ -83,7 +83,7 @@ def no_scale_fits():
 )
 def test_every_kind_of_run_that_is_killed_twice_ends_as_the_one_that_was_not(flags):
     """Once it resumes in the middle of two lines of the log, and once with the best weights of an evaluation."""
-    overflows, flags = flags.endswith("float16"), flags.split()
+    overflows, flags = flags.endswith(" float16"), flags.split()
     how = {"prepare": no_scale_fits} if overflows else {}
     for step in (2, 4):
         killed_at(f"after step {step}: step ends", *flags, "--save_every", "1", **how)

@@ -14,7 +14,8 @@ RUN = [
     "--dataset", "cifar10-images", "--model_type", "ViT-S_14", "--img_size", "56", "--train_batch_size", "64",
     "--num_steps", "300", "--warmup_steps", "30", "--learning_rate", "0.01", "--device", "cpu",
 ]  # fmt: skip
-LEVELS = {"float32": [], "O1": ["--fp16", "--fp16_opt_level", "O1"], "O2": ["--fp16", "--fp16_opt_level", "O2"]}
+HALF = ["--fp16", "--amp_dtype", "bfloat16", "--fp16_opt_level"]
+LEVELS = {"float32": [], "O1": [*HALF, "O1"], "O2": [*HALF, "O2"]}
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 

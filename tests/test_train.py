@@ -110,7 +110,7 @@ def test_same_seed_same_run_and_another_seed_another():
 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
 def test_fp16_trains_and_writes_float32_weights(level):
-    assert train.main([*RUN, "--fp16", "--fp16_opt_level", level]) == 0
+    assert train.main([*RUN, "--fp16", "--fp16_opt_level", level, "--amp_dtype", "bfloat16"]) == 0
     state = torch.load("output/a_checkpoint.bin", weights_only=True)
     assert {x.dtype for x in state.values()} == {torch.float32}
     assert train.main(["--name", "a", *TINY, "-v"]) == 0

@@ -35,8 +35,9 @@ class ApexPrecision(Precision):
         self._optimizer: torch.optim.Optimizer | None = None
         self._applied = True
 
-    def __str__(self) -> str:
-        return f"{super().__str__()} by apex"
+    @property
+    def setting(self) -> str:
+        return f"{super().setting} by apex"
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         return list(model.parameters())

@@ -194,8 +194,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--fp16", False, "mixed precision; the other flags of this group need it", "result", composed=True),
         Flag("--fp16_opt_level", "O2", "apex's level: O0 float32, O1 autocast, O2 half-precision weights with float32 "
              "masters, O3 half precision throughout", "result", composed=True, choices=OPT_LEVELS),
-        Flag("--amp_dtype", "auto", "half-precision type; auto: float16 on CUDA, else bfloat16", "result",
-             composed=True, choices=AMP_DTYPES),
+        Flag("--amp_dtype", "auto", "half-precision type; auto: float16 on CUDA, else bfloat16, and on CPUs that "
+             "measurably compute the model faster in float32, float32", "result", composed=True, choices=AMP_DTYPES),
         Flag("--loss_scale", 0, "fixed loss scale; 0: a dynamic one where float16 needs it", "result", parse=float,
              least=0, below=math.inf),
         Flag("--amp_backend", "native", "native: PyTorch's own; apex: NVIDIA's, in a version that still has amp",
@@ -336,16 +336,22 @@ def settings(
     }
 
 
-def environment(args: argparse.Namespace, batch: int, num_micro_batches: int, device: str) -> dict[str, Any]:
+def environment(
+    args: argparse.Namespace, batch: int, num_micro_batches: int, device: str, processor: str, number_format: str
+) -> dict[str, Any]:
     """Returns what may change the last digits of a run's result, by the names of saved states.
 
     Args:
         args: the flags.
         batch, num_micro_batches: of one step on each rank.
         device: its kind.
+        processor: the device's name; if those of ranks differ, all of them.
+        number_format: that matrix products are computed in.
     """
     return {
         "--device": device,
+        "processor": processor,
+        "number format": number_format,
         **{f"--{name}": getattr(args, name) for name in deciding("last digits")},
         "--train_batch_size": batch,
         "--gradient_accumulation_steps": num_micro_batches,

@@ -319,6 +319,8 @@ def load_state(path: str) -> dict[str, Any]:
             raise UserError("another version's")
         if not 0 <= state["last_eval_step"] <= state["step"]:
             raise UserError("impossible values")
+        # Older states were computed in the format that their settings ask for, such as "bfloat16 O2".
+        state["environment"].setdefault("number format", state["settings"].get("precision", "").partition(" ")[0])
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} holds no training state of this version; --resume none starts over") from e
     return state

@@ -8,10 +8,11 @@ The levels are those of NVIDIA apex (nvidia.github.io/apex/amp.html):
         token and position embeddings stay float32
     O3  half precision throughout
 
-Half is float16 on CUDA, with loss scaling at O1 and O2, and bfloat16 without on CPUs.  ``Precision`` does
-this with torch's own means, ``apex.ApexPrecision`` with an apex that still has amp.  The training loop reads the
-same for all of them: ``prepare`` and ``attach``, then in each step ``autocast`` and ``backward`` for every
-micro-batch, ``collect_skipped``, ``step``.
+Half is float16 on CUDA, with loss scaling at O1 and O2, and bfloat16 without on CPUs, some of which are faster in
+float32: there all levels may compute as O0 does (utils/number_format.py).  ``Precision`` does this with torch's own
+means, ``apex.ApexPrecision`` with an apex that still has amp.  The training loop reads the same for all of them:
+``prepare`` and ``attach``, then in each step ``autocast`` and ``backward`` for every micro-batch, ``collect_skipped``,
+``step``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Precision:
         opt_level: one of ``OPT_LEVELS``.
         amp_dtype: the half-precision type, or "auto": float16 on CUDA, bfloat16 elsewhere.
         loss_scale: a fixed factor for the loss, or 0: dynamic for float16, none for bfloat16.
+
+    Attributes:
+        opt_level: the level at which it computes.
+        is_open: the flags leave it to the processor whether to compute in float32.
     """
 
     def __init__(
@@ -47,7 +52,8 @@ class Precision:
         assert opt_level in OPT_LEVELS
         assert amp_dtype in AMP_DTYPES
         self.device = device
-        self.opt_level = opt_level
+        self.opt_level = self._asked_level = opt_level
+        self.is_open = amp_dtype == "auto" and device.type == "cpu" and opt_level != "O0"
         if amp_dtype == "auto":
             amp_dtype = "float16" if device.type == "cuda" else "bfloat16"
         self.half = torch.float16 if amp_dtype == "float16" else torch.bfloat16
@@ -59,7 +65,22 @@ class Precision:
         self._skipped = SkippedSteps()
 
     def __str__(self) -> str:
-        return "float32" if self.opt_level == "O0" else f"{self.half} {self.opt_level}".removeprefix("torch.")
+        return self.setting if self.opt_level == self._asked_level else f"float32 in place of {self.setting}"
+
+    @property
+    def setting(self) -> str:
+        """Names what the flags ask for, as the settings of saved states do."""
+        return "float32" if self._asked_level == "O0" else f"{self.half} {self._asked_level}".removeprefix("torch.")
+
+    @property
+    def number_format(self) -> str:
+        """The type that matrix products are computed in."""
+        return "float32" if self.opt_level == "O0" else str(self.half).removeprefix("torch.")
+
+    def compute_in_float32(self) -> None:
+        """Computes as O0 does, whatever the flags ask for; must come before ``prepare``."""
+        assert self.is_open
+        self.opt_level = "O0"
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         """Casts the model's weights as the level asks, in place; returns what an optimizer changes, with masters."""

@@ -130,6 +130,11 @@ class Run:
         return None if self._saved is None else self._saved["settings"]
 
     @property
+    def saved_environment(self) -> dict[str, Any]:
+        """The environment of the state to resume from; empty for a new run."""
+        return {} if self._saved is None else self._saved["environment"]
+
+    @property
     def num_saved_bytes(self) -> int:
         """The bytes of the state's weights and momentum, which model and optimizer take over; 0 for a new run."""
         held = [] if self._saved is None else [self._saved["model"], self._saved["optimizer"]]

@@ -191,14 +191,15 @@ def _read_array(name: str, data: bytes) -> np.ndarray:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise UserError(f"{name} is of a format that is not known")
-    shape, _, dtype = _HEADERS[version](file)
+    shape, is_fortran, dtype = _HEADERS[version](file)
     if dtype.hasobject:
         raise Pickled(f"it is a pickled .npz ({name} holds objects of Python, which could run code and are not read); "
                       "save its arrays as numbers")  # fmt: skip
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
         raise UserError(f"{name} says it is of shape {shape}, and has {len(data) - file.tell():,} bytes")
-    file.seek(0)
-    array = np.lib.format.read_array(file, allow_pickle=False)
+    # np.lib.format.read_array copies piece by piece: a file of 419 MB takes 0.8 s instead of 0.5.
+    numbers = bytearray(memoryview(data)[file.tell() :])
+    array: np.ndarray = np.ndarray(shape, dtype, numbers, order="F" if is_fortran else "C")
     if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
         # bfloat16, for which NumPy has no type: JAX's programs store its bits so
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
