@@ -438,8 +438,8 @@ def find_decoding(given: str | None, run: Run, images: datasets.Images) -> str:
             reason = "no image to train on is named as a JPEG" if in_files else "the images are kept in memory"
             logger.warning("--jpeg_decoding %s has no effect: %s", given, reason)
         return saved.get("--jpeg_decoding", "")  # the last may have gone, for it could not be read
-    new = photos.SCALED if run.saved_settings is None else photos.FULL  # no earlier version had another
-    return given or saved.get("--jpeg_decoding", new)
+    unset = photos.SCALED if run.saved_settings is None else flags.defaults()["--jpeg_decoding"]
+    return given or saved.get("--jpeg_decoding", unset)
 
 
 def fit_batch(

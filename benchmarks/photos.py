@@ -256,9 +256,9 @@ def _measure(title: str, setting: Setting, args: argparse.Namespace) -> None:
         secs = common.take_turns(runs, args.rounds)
     kind = setting.kind
     speeds = {name: common.Speed(taken, kind.batches * kind.batch_size) for name, taken in secs.items()}
-    ours = next(iter(speeds.values())).median
+    ours = next(iter(speeds.values()))
     print(f"\n{title}; {args.img_size} px, batch {kind.batch_size}, {setting.workers} workers, {args.rounds} rounds")
     common.print_table(
         ["", "images/s", "slowest - fastest", "ours / it"],
-        [[name, common.number(x.median), x.spread, f"{ours / x.median:.2f}"] for name, x in speeds.items()],
+        [[name, common.number(x.median), x.spread, f"{ours.times(x):.2f}"] for name, x in speeds.items()],
     )

@@ -1,5 +1,6 @@
 """The measurement of a step: whom it compares, at which settings, and what it prints."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from benchmarks import common, peer_settings, peers, step
 from models.configs import CONFIGS
 from tests.helpers import runs
 from tests.helpers.tables import TINY, check_ratios, tables_of
-from utils import augment, data_utils, datasets
+from utils import augment, data_utils, datasets, number_format
 from utils.scheduler import make_schedule
 
 LEVELS = ("O0", "O1", "O2")
@@ -81,6 +82,14 @@ def number(cell):
 
 def test_step_prints_every_contender(capsys, monkeypatch):
     monkeypatch.setattr(peers, "fastest_stepper", None)  # tried only if asked
+    monkeypatch.setattr(number_format, "measure", lambda *_: (100.0, 50.0))
+    run, lengths = peers.Stepper.run, itertools.count(1.0, 0.01)
+
+    def steady(self):  # each contender's turns take equally long
+        run(self)
+        return vars(self).setdefault("secs", next(lengths))
+
+    monkeypatch.setattr(peers.Stepper, "run", steady)
     step.main([*TINY, "--batch_size", "4", "--gradient_accumulation_steps", "2", "--one_process"])
     text, (table,) = tables_of(capsys)
     expected = ["ours, O0", "ours, O1", "ours, O2"]

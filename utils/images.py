@@ -149,7 +149,7 @@ def read_image(path: str) -> Image.Image:
     Raises:
         ImageError: it cannot be decoded.
     """
-    with _errors_of(path), _open(path) as image:
+    with errors_of(path), _open(path) as image:
         _widen_transparency(image)
         image.load()  # Pillow turns a TIFF itself here, and deletes its tag
         way, rgb = turn(image), to_rgb(image)
@@ -157,7 +157,7 @@ def read_image(path: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _errors_of(path: str) -> Iterator[None]:
+def errors_of(path: str) -> Iterator[None]:
     """Makes of all that decoders raise, which are errors of many kinds, that image's error."""
     try:
         yield
@@ -264,7 +264,7 @@ def look(path: str) -> frozenset[str]:
     Raises:
         ImageError: it cannot be read.
     """
-    with _errors_of(path):
+    with errors_of(path):
         with _open(path) as image:
             found = {"float": image.mode == "F", "transparency": _has_alpha(image),
                      "orientation": image_ends.may_be_turned(image) and turn(image) is not None}  # fmt: skip
@@ -281,7 +281,7 @@ def is_as_before(path: str) -> bool:
     Raises:
         ImageError: it cannot be read.
     """
-    with _errors_of(path), DECODING:
+    with errors_of(path), DECODING:
         with Image.open(path) as image:  # by its path, as they did
             if image.format != "TIFF" and turn(image) is not None:  # TIFFs are turned by Pillow
                 return False

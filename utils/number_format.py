@@ -52,12 +52,12 @@ def choose(precision: Precision, shapes: Shapes, training: bool = True, kept: st
         training: measure the products of the backward pass, too.
         kept: the choice of a training that resumes on the same processor, as ``Precision.number_format``.
     """
-    level, half, is_open = precision.opt_level, precision.number_format, precision.is_open
-    scale = precision.static_scale
-    rates = dist_util.gather(measure(shapes, precision.half, training) if is_open and kept is None else None)
-    if not is_open or (kept is None and None in rates):  # of other flags on other ranks, which are refused later
+    level, half, loss_scale = precision.opt_level, precision.number_format, precision.static_scale
+    measures = precision.is_open and kept is None
+    rates = dist_util.gather(measure(shapes, precision.half, training) if measures else None)
+    if not precision.is_open or (measures and None in rates):  # by other flags of other ranks, which are refused later
         return
-    if kept is None:
+    if measures:
         # Ranks wait for each other: what counts is the time that all take.
         in_half, in_float32 = (len(rates) / sum(1 / rate for rate in of_ranks) for of_ranks in zip(*rates))
         if in_float32 > WORTH_IT * in_half:
@@ -70,7 +70,7 @@ def choose(precision: Precision, shapes: Shapes, training: bool = True, kept: st
         if kept == "float32":
             precision.compute_in_float32()
         reason = "as before on this processor"
-    if scale != precision.static_scale:
+    if precision.static_scale != loss_scale:
         logger.warning("--loss_scale has no effect in float32")
     chosen = precision.number_format
     text = f"--amp_dtype auto: {reason}: {level} computes in {chosen}"

@@ -46,7 +46,7 @@ RGB = 3  # of torchvision's ImageReadMode
 
 T = Image.Transpose
 #: What a turn does to an image's rows and columns, in this order: reverse the rows, reverse the columns, swap them.
-STEPS = {
+REVERSALS = {
     None: (False, False, False),
     T.FLIP_LEFT_RIGHT: (False, True, False),
     T.ROTATE_180: (True, True, False),
@@ -75,24 +75,26 @@ def read_crop(path: str, choose: Callable[[int, int], Box], out_size: int) -> Te
 
     Returns:
         (3, out_size, out_size) uint8; None of what ``images.read_image`` is to read, or to refuse.
+
+    Raises:
+        OSError, MemoryError: the machine lacks open files or memory.
     """
     if not is_taken(path):
         return None
     images.silence_pillow()
     try:
-        with images.open_file(path) as f:
-            data = f.read()
-        if (at := _frame_at(data)) is None:
-            return None
-        with _open(data) as image:  # heeds the limit of pixels
-            turn = images.turn(image) if image_ends.may_be_turned(image) else None
-            swapped = STEPS[turn][2]
-            seen = choose(*(image.size if swapped else image.size[::-1]))
-            box = _as_stored(seen, turn, *image.size[::-1])
-            square = _decode(image, data, at, box, out_size)
-    except MemoryError:
-        raise
-    except Exception:  # decoders raise errors of many kinds; Pillow's is the one to tell
+        with images.errors_of(path):
+            with images.open_file(path) as f:
+                data = f.read()
+            if (at := _frame_at(data)) is None:
+                return None
+            with _open(data) as image:  # heeds the limit of pixels
+                turn = images.turn(image) if image_ends.may_be_turned(image) else None
+                swapped = REVERSALS[turn][2]
+                seen = choose(*(image.size if swapped else image.size[::-1]))
+                box = _as_stored(seen, turn, *image.size[::-1])
+                square = _decode(image, data, at, box, out_size)
+    except images.ImageError:  # Pillow's is the one to tell
         return None
     return torch.from_numpy(np.array(_turned(square, turn).transpose(2, 0, 1), order="C"))  # twice as fast as torch
 
@@ -126,7 +128,7 @@ def _without_rows_below(data: bytes, at: int, bottom: int) -> bytes:
 def _as_stored(box: Box, turn: T | None, height: int, width: int) -> Box:
     """Returns where a crop of the turned image lies in the image of this size as its file has it."""
     top, left, h, w = box
-    rows_reversed, columns_reversed, swapped = STEPS[turn]
+    rows_reversed, columns_reversed, swapped = REVERSALS[turn]
     if swapped:
         top, left, h, w = left, top, w, h
     return height - top - h if rows_reversed else top, width - left - w if columns_reversed else left, h, w
@@ -134,7 +136,7 @@ def _as_stored(box: Box, turn: T | None, height: int, width: int) -> Box:
 
 def _turned(x: np.ndarray, turn: T | None) -> np.ndarray:
     """Turns pixels (H, W, 3); copies nothing."""
-    rows_reversed, columns_reversed, swapped = STEPS[turn]
+    rows_reversed, columns_reversed, swapped = REVERSALS[turn]
     x = x[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
     return x.transpose(1, 0, 2) if swapped else x
 
