@@ -99,7 +99,7 @@ def test_half_precision_that_is_hopeless_is_found_out_in_less_time_than_one_of_i
     monkeypatch.setattr(number_format, "BUDGET_SECS", 3.0)  # also on a busy machine both passes have their turn
     shapes = layer_shapes(CONFIGS["ViT-B_32"], 224)
     in_half, in_float32 = number_format.measure(shapes, torch.bfloat16, True)
-    assert 0 < sum(lost) < 2 * 3072 * 768 * 256 * secs_per_flop
+    assert sum(lost) < 2 * 3072 * 768 * 256 * secs_per_flop
     assert in_float32 > number_format.WORTH_IT * in_half
 
 
