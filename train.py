@@ -219,7 +219,7 @@ def make_batches(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     images: datasets.Images,
@@ -247,7 +247,8 @@ def evaluate(
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
-    with explain_out_of_memory(f"evaluating {batch_size} images at once; give a smaller --eval_batch_size"):
+    remedy = f"evaluating {batch_size} images at once; give a smaller --eval_batch_size"
+    with explain_out_of_memory(remedy), precision.reusing_casts():
         for x, labels in bar:
             if stop is not None and stop.now():
                 return None
