@@ -76,6 +76,9 @@ class ApexPrecision(Precision):
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # apex has patched the functions themselves
 
+    def reusing_casts(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         scale = self._scaler().loss_scale()
         with self._amp.scale_loss(loss, self._optimizer) as scaled_loss:
