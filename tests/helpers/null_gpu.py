@@ -1,8 +1,8 @@
 """A GPU that is none: PyTorch's own CUDA code runs on it, and its kernels are counted and do nothing.
 
-Devices, waits, launches, memory and the choice of kernels are those of a real GPU; what is read back is zeros or garbage.
-It is not part of the repository: the environment variable NULL_GPU names its folder, ../shared/nullgpu beside the
-repository by default.  The fixture ``null_gpu`` builds it for the tests that need it, and skips them elsewhere.
+Devices, waits, launches, memory and the choice of kernels are those of a real GPU; what is read back is zeros or
+garbage.  It is not part of the repository: the environment variable NULL_GPU names its folder, ../shared/nullgpu beside
+the repository by default.  The fixture ``null_gpu`` builds it for the tests that need it, and skips them elsewhere.
 
 ``is_null``, ``counts`` and ``log`` are for the process that runs with it.
 """
@@ -66,7 +66,7 @@ class NullGpu:
 
 
 def build(folder: Path) -> NullGpu:
-    """Builds the null GPU in a folder, unless it is there; skips the test, with the reason, where that is impossible."""
+    """Builds the null GPU in a folder, unless it is there; skips the test, with the reason, where that cannot be."""
     sources = Path(os.environ.get("NULL_GPU") or ROOT.parent / "shared" / "nullgpu")
     if not (sources / "build.sh").is_file():
         pytest.skip(f"needs the null GPU of {sources}, which is absent (NULL_GPU names another folder)")
