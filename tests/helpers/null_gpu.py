@@ -4,7 +4,7 @@ Devices, waits, launches, memory and the choice of kernels are those of a real G
 garbage.  It is not part of the repository: the environment variable NULL_GPU names its folder, ../shared/nullgpu beside
 the repository by default.  The fixture ``null_gpu`` builds it for the tests that need it, and skips them elsewhere.
 
-``is_null``, ``counts`` and ``log`` are for the process that runs with it.
+``is_null``, ``note`` and ``log`` are for the process that runs with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -90,34 +89,22 @@ def build(folder: Path) -> NullGpu:
 # ---- within the process ----
 
 
-class Counts(NamedTuple):
-    """How often each happened since the process began, or between two moments."""
-
-    launches: int
-    products: int
-    waits: int
-    copies: int
-
-    def since(self, before: Counts) -> Counts:
-        """Returns what has happened since."""
-        return Counts(*(now - then for now, then in zip(self, before)))
-
-
 def is_null() -> bool:
     """Tells if this process runs with the null GPU."""
-    return hasattr(ctypes.CDLL(None), "nullgpu_counts")
+    return "libnullgpu" in os.environ.get("LD_PRELOAD", "")
 
 
-def counts() -> Counts:
-    """Returns what was launched (by kernels, and by cuBLAS: products), waited for and copied so far."""
-    numbers = (ctypes.c_long * 4)()
-    ctypes.CDLL(None).nullgpu_counts(numbers)
-    return Counts(*numbers)
+def note(text: str) -> None:
+    """Writes a line of its own into the ``log``."""
+    ctypes.CDLL(None).nullgpu_note(text.encode())
 
 
 @contextlib.contextmanager
 def log() -> Iterator[list[str]]:
-    """Gives the lines that the null GPU writes in the block, once it is over: of launches, products, memory, NCCL."""
+    """Gives the lines that the null GPU writes in the block, once it is over.
+
+    They begin with what was done: KERNEL (launched), GEMM (a product), COPY, SYNC (waited for), MALLOC, NCCL, NOTE.
+    """
     lines: list[str] = []
     null = ctypes.CDLL(None)
     with tempfile.NamedTemporaryFile("r") as file:
