@@ -48,7 +48,7 @@ from utils import (
 )
 from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
-from utils.batch import Batch
+from utils.batch import EVALUATED, Batch
 from utils.console import lasting_streams, log_lines
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
@@ -164,7 +164,7 @@ def after_step(
             run.save()  # no test image was decoded yet: one that crashes what decodes it must not cost the steps
         start, num_workers = time.perf_counter(), flags.decoding_workers(args)
         with log.paused():
-            result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, num_workers, stop)
+            result = evaluate(model, data.test, precision, args.img_size, run.batch.evaluated, num_workers, stop)
             if result is not None:  # else a signal came meanwhile: the resumed run evaluates
                 state.last_eval_step = step
                 log.evaluation(step, result, time.perf_counter() - start)
@@ -285,11 +285,12 @@ def evaluate_only(args: argparse.Namespace) -> int:
         model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
         check_ranks(args, model, data.checksum)
         number_format.choose(precision, layer_shapes(config, args.img_size), training=False)
+        batch_size = fit_evaluation(args, config, data, precision)
     log_start(args, "Validation", model, data, precision)
     model, data = to_device(args, model, data, precision.device)
     precision.prepare(model)
     precision.attach(model, None)
-    result = evaluate(model, data.test, precision, args.img_size, args.eval_batch_size, flags.decoding_workers(args))
+    result = evaluate(model, data.test, precision, args.img_size, batch_size, flags.decoding_workers(args))
     assert result is not None  # no signal is noted here
     log_result(None, result)
     return 0
@@ -361,12 +362,13 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     kept = run.saved_environment.get("number format") if run.saved_environment.get("processor") == processor else None
     number_format.choose(precision, layer_shapes(config, args.img_size), kept=kept)
     fit_batch(args, run, config, data, precision)
+    evaluated = fit_evaluation(args, config, data, precision, run.saved_environment.get("--eval_batch_size"))
+    run.batch = replace(run.batch, evaluated=evaluated)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
         flags.settings(args, start, dataset, config.dropout_rate, run.batch.total, precision.setting,
                        find_decoding(args.jpeg_decoding, run, data.train)),
-        flags.environment(args, run.batch.per_rank, run.batch.num_micro_batches, precision.device.type, processor,
-                          precision.number_format),
+        flags.environment(args, run.batch, precision.device.type, processor, precision.number_format),
         flags.defaults(),
         data.manifest,
     )  # fmt: skip
@@ -465,18 +467,42 @@ def fit_batch(
     run.batch = batch.at_least(number) if batch.is_auto else batch
 
 
+def fit_evaluation(
+    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision, saved: int | None = None
+) -> int:
+    """Returns how many images an evaluation takes at once: on a GPU as many as fit, where the flag leaves that open.
+
+    Args:
+        args, config, data, precision: of the run.
+        saved: images that the saved run took: on a GPU more are not taken now, so that the digits stay.
+    """
+    size = EVALUATED if args.eval_batch_size == "auto" else args.eval_batch_size
+    if args.eval_batch_size == "auto" and precision.device.type == "cuda":
+        with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
+            need = reckon_need(args, config, data, precision)
+            free = (memory.free_bytes(precision.device) or 0) - need.held - need.buckets - need.fixed
+            few_blocks = build_on_meta(args, config, len(data.classes), num_blocks=2)
+            pixels = data.test.images[0, 0].numel() if isinstance(data.test, datasets.MemoryImages) else 0
+            size, why = reckoning.evaluated_at_once(few_blocks, precision, args.img_size, pixels, free)
+        logger.info("  %s", why)
+        size = min(size, saved or size)
+    return min(dist_util.gather(size))
+
+
+def build_on_meta(args: argparse.Namespace, config: ViTConfig, num_classes: int, num_blocks: int) -> VisionTransformer:
+    """Returns the model with so many blocks, without memory for its weights."""
+    with torch.device("meta"):
+        model = VisionTransformer(replace(config, num_layers=num_blocks), args.img_size, num_classes)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
 def reckon_need(
     args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision
 ) -> reckoning.Need:
     """Returns the memory that a training takes on its device, from here on."""
-
-    def build(num_blocks: int) -> VisionTransformer:
-        with torch.device("meta"):
-            model = VisionTransformer(replace(config, num_layers=num_blocks), args.img_size, len(data.classes))
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
-
+    build = functools.partial(build_on_meta, args, config, len(data.classes))
     need = reckoning.reckon(build, config.num_layers, precision, args.img_size, dist_util.world_size())
     if precision.device.type == "cuda":  # where the images in memory move
         images = [x.images.nbytes for x in (data.train, data.test) if isinstance(x, datasets.MemoryImages)]

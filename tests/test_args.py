@@ -17,6 +17,7 @@ from tests.helpers.runs import TINY, last_state
 from tests.test_old_files import CIRCUMSTANCES_KEYS, SETTINGS_KEYS
 from utils import args as flags
 from utils import checkpoint
+from utils.batch import Batch
 from utils.errors import UserError
 
 NUMERIC = [f for f in flags.FLAGS if isinstance(f.default, (int, float)) and not isinstance(f.default, bool)]
@@ -33,7 +34,7 @@ def check(*words):
 def test_names_and_defaults_are_the_contract():
     assert vars(parse()) == dict(
         name="a", dataset="cifar10", data_dir="./data", model_type="ViT-B_16", pretrained_dir=None, zero_head=False,
-        output_dir="output", log_dir="logs", img_size=224, train_batch_size=512, eval_batch_size=64, eval_every=100,
+        output_dir="output", log_dir="logs", img_size=224, train_batch_size=512, eval_batch_size="auto", eval_every=100,
         log_every=10,
         learning_rate=3e-2, weight_decay=0, num_steps=10000, decay_type="cosine", warmup_steps=500, max_grad_norm=1.0,
         dropout=None, gelu="erf", hflip=False, device="auto", jpeg_decoding=None, num_workers=None, resume="auto",
@@ -175,7 +176,7 @@ def test_a_flag_that_decides_is_in_every_saved_state():
     args = flags.make_parser().parse_args(["--name", "a"])
     for on, saved in (
         ("result", flags.settings(args, "", "digits", 0.1, 8, "float32")),
-        ("last digits", flags.environment(args, 8, 1, "cpu", "a processor", "float32")),
+        ("last digits", flags.environment(args, Batch(8, 1, 1, 8), "cpu", "a processor", "float32")),
     ):
         assert {f"--{name}" for name in flags.deciding(on)} <= set(saved)
 

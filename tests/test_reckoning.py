@@ -44,18 +44,19 @@ def need_of(model_type: str, img_size: int, level: str, num_ranks: int = 1, **ch
     return reckoning.reckon(build, config.num_layers, Precision(CPU, level), img_size, num_ranks)
 
 
-def bytes_of_an_image(model_type: str, img_size: int, level: str, **changes: int) -> float:
+def bytes_of_an_image(model_type: str, img_size: int, level: str, training: bool = True, **changes: int) -> float:
     """Returns what each image adds to the peak that torch's profiler sees in the passes of the whole model."""
-    model = VisionTransformer(replace(CONFIGS[model_type], **changes), img_size, 10)
+    model = VisionTransformer(replace(CONFIGS[model_type], **changes), img_size, 10).train(training)
     precision = Precision(CPU, level)
     precision.prepare(model)
     peaks = []
     for num_images in (32, 64):
         images, labels = torch.zeros(num_images, 3, img_size, img_size), torch.zeros(num_images, dtype=torch.long)
         with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
-            with precision.autocast():
+            with torch.inference_mode(not training), precision.autocast():
                 loss = model(images, labels)
-            loss.backward()
+            if training:
+                loss.backward()
         model.zero_grad()
         events = profile.profiler.kineto_results.events()
         now = peak = 0
@@ -78,6 +79,33 @@ def test_the_reckoned_bytes_of_an_image_are_those_that_the_whole_model_takes(mod
     }  # the random numbers of dropout are numpy's, which torch does not see
     measured = bytes_of_an_image(model_type, img_size, level, **changes)
     assert need_of(model_type, img_size, level, **changes).image == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "img_size", "level"), [("ViT-demo", 32, "O0"), ("ViT-demo", 32, "O1"), ("testing-hybrid", 32, "O2")]
+)
+def test_an_evaluation_takes_as_many_images_as_fit(model_type, img_size, level):
+    with torch.device("meta"):
+        few_blocks = VisionTransformer(replace(CONFIGS[model_type], num_layers=2), img_size, 10)
+
+    def taken(free: float) -> int:
+        return reckoning.evaluated_at_once(few_blocks, Precision(CPU, level), img_size, img_size**2, int(free))[0]
+
+    image = bytes_of_an_image(model_type, img_size, level, training=False)
+    copies = 3 * 4 * 3 * img_size**2  # the images before the pass
+    for number in (1, 2, 64, 256):
+        assert taken(0.85 * number * (image + copies)) < max(number, 2)
+        assert taken(1.15 * number * (image + copies)) == number
+        assert taken(1.6 * number * (image + copies)) == number  # powers of two
+    assert taken(1e12) == 512
+    assert taken(-1) == 1  # what does not fit at all is tried
+
+
+def test_images_that_are_larger_than_the_model_sees_are_counted():
+    with torch.device("meta"):
+        few_blocks = VisionTransformer(CONFIGS["testing"], 32, 10)
+    small, large = (reckoning.evaluated_at_once(few_blocks, Precision(CPU), 32, n, 2**26)[0] for n in (32**2, 500**2))
+    assert large == 4 < small  # of 9 MB each
 
 
 def test_masters_momentum_gradients_and_the_buckets_of_several_ranks_are_counted():
@@ -104,9 +132,11 @@ def losses(name: str) -> list[float]:
     return [line["train/loss"] for line in runs.lines(name) if "train/loss" in line]
 
 
-def room_for(num_images: int, monkeypatch: pytest.MonkeyPatch, resumes: bool = False) -> None:
+def room_for(
+    num_images: int, monkeypatch: pytest.MonkeyPatch, resumes: bool = False, dropout_rate: float = 0.1
+) -> None:
     """Leaves memory for so many images of ``RUN`` at a time; a state to resume from is in memory already."""
-    need, held = need_of("testing", 32, "O0"), 0
+    need, held = need_of("testing", 32, "O0", dropout_rate=dropout_rate), 0
     if resumes:
         state = runs.last_state("a")
         held = sum(x.nbytes for x in checkpoint.tensors_in([state.model, state.optimizer]))
@@ -118,7 +148,7 @@ def test_unequal_micro_batches_train_as_the_whole_batch_does(monkeypatch, caplog
     flags = [*RUN, "--dropout", "0"]
     assert train.main(flags) == 0
     assert "--gradient_accumulation_steps 1" in caplog.text
-    room_for(5, monkeypatch)
+    room_for(5, monkeypatch, dropout_rate=0)
     assert train.main([*flags, "--name", "b"]) == 0
     assert "5 at a time need" in caplog.text
     assert "--gradient_accumulation_steps 3" in caplog.text
@@ -166,13 +196,22 @@ def train_with(given: tuple[list[str], int]) -> int:
 
 
 def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
-    need, flags = need_of("testing", 32, "O0", num_ranks=2), [*RUN, "--num_steps", "2", "--dropout", "0"]
+    need, flags = (
+        need_of("testing", 32, "O0", num_ranks=2, dropout_rate=0),
+        [*RUN, "--num_steps", "2", "--dropout", "0"],
+    )
     assert train.main([*RUN, "--name", "b", "--train_batch_size", "26", "--num_steps", "2", "--dropout", "0"]) == 0
     with ranks(tmp_path, [(flags, 2**40), (flags, need.bytes(5, 3))], train_with) as run:
         assert run.results() == [0, 0], run.output()
         assert "--gradient_accumulation_steps 3" in run.output()
     assert runs.last_state("a").environment["--gradient_accumulation_steps"] == 3
     assert losses("a") == pytest.approx(losses("b"), abs=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 64), (["--eval_batch_size", "90"], 90)])
+def test_evaluations_on_a_cpu_take_64_images_unless_a_number_is_given(flags, expected):
+    assert train.main([*RUN, "--num_steps", "1", *flags]) == 0
+    assert runs.last_state("a").environment["--eval_batch_size"] == expected
 
 
 def test_a_device_that_does_not_tell_takes_the_whole_batch(monkeypatch, caplog):

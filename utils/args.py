@@ -21,6 +21,7 @@ import torch
 
 from models.configs import CONFIGS, canonical_name
 from utils import dist_util, hardware
+from utils.batch import Batch
 from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, AMP_DTYPES, OPT_LEVELS
 from utils.scheduler import DECAY_TYPES
@@ -184,7 +185,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "Evaluation": (
         Flag("--eval_every", 100, "steps between two evaluations", "result", least=1, training_only=True),
-        Flag("--eval_batch_size", 64, "images evaluated at once, per rank", "last digits", least=1),
+        Flag("--eval_batch_size", "auto", "images evaluated at once, per rank; auto: 64, on a GPU as many as fit, at "
+             "most 512", "last digits", composed=True, least=1, parse=parse_auto, metavar="auto|N"),
         Flag("-v --eval_only", False, "evaluate a fine-tuned checkpoint instead of training; bare, or with true or "
              "false", parse=parse_bool, metavar="BOOL"),
         Flag("--load_model_dir", None, "checkpoint to evaluate: a file or folder as for --pretrained_dir, with its "
@@ -337,13 +339,13 @@ def settings(
 
 
 def environment(
-    args: argparse.Namespace, batch: int, num_micro_batches: int, device: str, processor: str, number_format: str
+    args: argparse.Namespace, batch: Batch, device: str, processor: str, number_format: str
 ) -> dict[str, Any]:
     """Returns what may change the last digits of a run's result, by the names of saved states.
 
     Args:
         args: the flags.
-        batch, num_micro_batches: of one step on each rank.
+        batch: the division of the images.
         device: its kind.
         processor: the device's name; if those of ranks differ, all of them.
         number_format: that matrix products are computed in.
@@ -353,8 +355,9 @@ def environment(
         "processor": processor,
         "number format": number_format,
         **{f"--{name}": getattr(args, name) for name in deciding("last digits")},
-        "--train_batch_size": batch,
-        "--gradient_accumulation_steps": num_micro_batches,
+        "--train_batch_size": batch.per_rank,
+        "--gradient_accumulation_steps": batch.num_micro_batches,
+        "--eval_batch_size": batch.evaluated,
         "processes": dist_util.world_size(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

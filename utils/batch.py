@@ -12,6 +12,10 @@ from utils.errors import UserError
 logger = logging.getLogger("train")
 
 
+#: Images that an evaluation takes at once where its flag leaves that open: on CPUs more are no faster; on GPUs at most.
+EVALUATED, MOST_EVALUATED = 64, 512
+
+
 @dataclass(frozen=True)
 class Batch:
     """The division of a step's images.
@@ -22,6 +26,7 @@ class Batch:
         num_ranks: ranks that share the step.
         given: per_rank as its flag has it.
         is_auto: the memory decides on the number of micro-batches.
+        evaluated: images that an evaluation takes at once on each rank.
     """
 
     per_rank: int
@@ -29,6 +34,7 @@ class Batch:
     num_ranks: int
     given: int
     is_auto: bool = False
+    evaluated: int = EVALUATED
 
     @property
     def total(self) -> int:

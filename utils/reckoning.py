@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from utils.batch import Batch
+from utils.batch import MOST_EVALUATED, Batch
 from utils.precision import Precision
 
 #: What a process on a CPU grows by, for each byte that its tensors hold in a forward and backward pass: the heap has
@@ -30,6 +30,10 @@ CPU_HEAP = 1.2
 
 #: Images of the two looks: a single one may be computed otherwise.
 FEW, ONE_MORE = 2, 3
+
+#: Copies of its images in float32 that an evaluation holds beside the forward pass: those of the batch before, and two
+#: while images are resized.
+EVALUATED_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Need:
         gradients: by the gradients as the optimizer reads them.
         buckets: by those that ranks exchange; 0 for a single rank.
         image: by each image of a micro-batch, when its forward and backward pass hold the most.
+        fixed: then by what does not depend on the images: weights that autocast has cast, the first gradients.
         heap: bytes that the process grows by for each of these.
     """
 
@@ -48,6 +53,7 @@ class Need:
     gradients: int
     buckets: int
     image: int
+    fixed: int = 0
     heap: float = 1.0
 
     def bytes(self, micro_batch: int, num_micro_batches: int) -> int:
@@ -81,7 +87,7 @@ class Need:
 
     def live_bytes(self, micro_batch: int, num_micro_batches: int) -> int:
         """Returns the bytes of the tensors that are there at the peak."""
-        passes = micro_batch * self.image
+        passes = self.fixed + micro_batch * self.image
         if num_micro_batches == 1 and not self.buckets:  # gradients come as the images' memory goes
             return self.held + max(passes, self.gradients)
         return self.held + self.gradients + self.buckets + passes
@@ -105,9 +111,31 @@ def reckon(
     params = fresh[0].prepare(model)
     held = _num_bytes({*model.parameters(), *params}) + _num_bytes(params)  # the last is momentum
     buckets = _num_bytes(model.parameters()) if num_ranks > 1 else 0
-    two, three = (_peak_of_an_image(build(n), p, img_size) for n, p in zip((2, 3), fresh[1:]))
+    few_blocks = build(2), build(3)
+    (two, fixed), (three, _) = (_peak(m, p, img_size) for m, p in zip(few_blocks, fresh[1:]))
     image = two + (num_blocks - 2) * (three - two)
-    return Need(held, _num_bytes(params), buckets, image, CPU_HEAP if precision.device.type == "cpu" else 1.0)
+    if precision.opt_level == "O1":  # autocast's copies of the other blocks' weights are kept for the backward pass
+        fixed += (_num_bytes(model.parameters()) - _num_bytes(few_blocks[0].parameters())) // 2
+    return Need(held, _num_bytes(params), buckets, image, fixed, CPU_HEAP if precision.device.type == "cpu" else 1.0)
+
+
+def evaluated_at_once(
+    model: nn.Module, precision: Precision, img_size: int, num_pixels: int, free: int
+) -> tuple[int, str]:
+    """Returns the images that fit into memory at once in an evaluation, a power of two, and a log line about them.
+
+    Args:
+        model: with two blocks of the model that is evaluated, on the "meta" device: the peak is that of one.
+        precision, img_size: as for ``reckon``.
+        num_pixels: of an image before it is resized on the device.
+        free: bytes that may be taken, when the weights are there.
+    """
+    half = str(precision.half).removeprefix("torch.")
+    image, _ = _peak(model, Precision(precision.device, precision.opt_level, half), img_size, training=False)
+    image += EVALUATED_COPIES * 4 * 3 * max(img_size**2, num_pixels)
+    number = 2 ** (max(min(free // image, MOST_EVALUATED), 1).bit_length() - 1)
+    return number, (f"an evaluation needs {_size(image)} of memory for each image, {_size(max(free, 0))} are free: "
+                    f"--eval_batch_size {number}")  # fmt: skip
 
 
 def _size(num_bytes: int) -> str:
@@ -119,21 +147,26 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.nbytes for x in tensors)
 
 
-def _peak_of_an_image(model: nn.Module, precision: Precision, img_size: int) -> int:
-    """Returns the most bytes that each image of a batch adds in a forward and backward pass."""
+def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool = True) -> tuple[int, int]:
+    """Returns what each image adds where it adds the most in a forward and, in training, a backward pass.
+
+    Returns:
+        Those bytes, and the bytes that are held there whatever the number of images.
+    """
     device = precision.device
     # Zeros, for CPUs are slow with some numbers; without to_empty, for which torch imports sympy: 0.4 s.
     zeros = {name: torch.zeros(x.shape, dtype=x.dtype, device=device) for name, x in model.state_dict().items()}
     model.load_state_dict(zeros, assign=True)
     precision.prepare(model)
-    model.train()
+    model.train(training)
     looks = [_held_after_each_operation(model, precision, img_size, n) for n in (FEW, ONE_MORE)]
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if len(looks[0]) != len(looks[1]):  # some library computes the two batches in different ways
-        return max(looks[1]) // ONE_MORE
-    # The difference leaves out what does not depend on the images, such as gradients of weights.
-    return max(more - few for few, more in zip(*looks)) // (ONE_MORE - FEW)
+        return max(looks[1]) // ONE_MORE, 0
+    added, few = max((more - few, few) for few, more in zip(*looks))
+    image = added // (ONE_MORE - FEW)
+    return image, max(few - FEW * image, 0)
 
 
 def _held_after_each_operation(model: nn.Module, precision: Precision, img_size: int, num_images: int) -> list[int]:
@@ -141,9 +174,10 @@ def _held_after_each_operation(model: nn.Module, precision: Precision, img_size:
     with _Watch() as noted:
         images = torch.zeros(num_images, 3, img_size, img_size, device=precision.device)
         labels = torch.zeros(num_images, dtype=torch.long, device=precision.device)
-        with precision.autocast():
+        with torch.inference_mode(not model.training), precision.autocast():
             loss = model(images, labels)
-        loss.backward()
+        if model.training:
+            loss.backward()
     for p in model.parameters():
         p.grad = None
     return noted.bytes
