@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,7 @@ class NullGpu:
         capability: int = 90,
         gib: float = 79.1,
         count: int = 1,
+        variables: Mapping[str, str] | None = None,
         timeout: int = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Runs Python with it, one thread.
@@ -55,11 +56,12 @@ class NullGpu:
             capability: compute capability, such as 75, 80 or 90.
             gib: memory of each device.
             count: number of devices.
+            variables: more of the environment.
             timeout: in seconds.
         """
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         own = {"NULLGPU": str(self._built), "NULLGPU_CC": str(capability), "NULLGPU_GIB": str(gib)}
-        own |= {"NULLGPU_COUNT": str(count), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        own |= {"NULLGPU_COUNT": str(count), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(variables or {})}
         words = [str(self._run), sys.executable, *argv]
         return subprocess.run(words, cwd=cwd, env={**inherited, **own}, text=True, capture_output=True, timeout=timeout)
 
