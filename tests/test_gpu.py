@@ -34,7 +34,7 @@ def _folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _float32_products_in_float32():
-    """Some tests compare with the CPU, and runs of mixed precision leave TF32 on."""
+    """Some tests compare with the CPU, and convolutions have TF32 on by default."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
