@@ -18,6 +18,7 @@ from models.configs import CONFIGS, ViTConfig
 from tests.helpers import fake_npz
 from tests.helpers.clock import Clock
 from tests.helpers.folders import noise, save, tree
+from tests.helpers.null_gpu import NullGpu, build
 from utils import datasets, folders, hardware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,6 +48,15 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the real inputs of {path}, which is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def null_gpu(tmp_path_factory: pytest.TempPathFactory) -> NullGpu:
+    """The null GPU, which is not part of the repository; see tests/helpers/null_gpu.py."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all workers have in common
+    return build(folder / "null_gpu")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
-"""The CUDA paths, all by one command: make test-gpu."""
+"""What a GPU computes, by make test-gpu; test_gpu_paths.py and test_gpu_memory.py have what needs no numbers."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -11,17 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import train
 from models.configs import CONFIGS
 from models.cpu_ops import dropout
 from models.modeling import Attention, VisionTransformer
+from tests.helpers.gpu_runs import RUN
 from tests.helpers.steps import make_optimizer
 from utils import augment, data_utils, datasets, hardware
-from utils.evaluation import Predictions
 from utils.input_wait import InputWait
 from utils.precision import Precision
 from utils.process import process_restored
@@ -31,10 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-RUN = [
-    "--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--pretrained_dir", "", "--dropout", "0",
-    "--train_batch_size", "32", "--num_steps", "8", "--warmup_steps", "2", "--eval_every", "4", "--log_every", "1",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +37,7 @@ def _folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _float32_products_in_float32():
-    """Some tests compare with the CPU, and runs of mixed precision leave TF32 on."""
+    """Some tests compare with the CPU, and convolutions have TF32 on by default."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
@@ -66,18 +59,15 @@ def test_float32_trains_as_on_the_cpu():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
-def test_half_precision_trains_near_float32_and_evaluates(level, dtype):
-    assert train.main(["--name", "full", *RUN, "--device", "cuda"]) == 0
-    half = ["--device", "cuda", "--fp16", "--fp16_opt_level", level, "--amp_dtype", dtype]
+def test_half_precision_trains_near_float32(level, dtype):
+    assert train.main(["--name", "full", *RUN]) == 0
+    half = ["--fp16", "--fp16_opt_level", level, "--amp_dtype", dtype]
     assert train.main(["--name", "half", *RUN, *half]) == 0
     full, half_lines = lines_of("full"), lines_of("half")
     applied = [step for step, line in half_lines.items() if "train/loss" in line]
     assert len(applied) >= 6  # float16 may skip steps while it looks for a scale
     for step in applied:
         assert half_lines[step]["train/loss"] == pytest.approx(full[step]["train/loss"], abs=0.05)
-    state = torch.load("output/half_checkpoint.bin", weights_only=True)
-    assert {x.dtype for x in state.values()} == {torch.float32}
-    assert train.main(["--name", "half", *RUN[:6], *half, "-v"]) == 0
 
 
 @pytest.mark.parametrize("model_type", ["testing", "testing-hybrid"])
@@ -96,7 +86,7 @@ def test_steps_that_overflow_are_skipped_logged_and_do_not_advance_the_schedule(
     monkeypatch.setattr(
         Precision, "backward", lambda self, x: backward(self, x * 1e30 if next(passes) in (3, 4) else x)
     )
-    half = ["--device", "cuda", "--fp16", "--fp16_opt_level", level, "--amp_dtype", "float16"]
+    half = ["--fp16", "--fp16_opt_level", level, "--amp_dtype", "float16"]
     assert train.main(["--name", "a", *RUN, *half]) == 0
     skipped = [int(m.split()[1]) for m in caplog.messages if "was skipped" in m]
     assert {3, 4} <= set(skipped)
@@ -122,51 +112,6 @@ def test_an_optimizer_whose_first_step_is_skipped_starts_with_no_momentum():
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
 
 
-def test_a_float32_run_after_one_of_mixed_precision_has_no_tf32():
-    for flags, expected in ((["--fp16", "--fp16_opt_level", "O1"], "high"), ([], "highest")):
-        assert train.main(["--name", expected, *RUN, "--device", "cuda", *flags]) == 0
-        assert torch.get_float32_matmul_precision() == expected
-        assert torch.backends.cudnn.allow_tf32 == (expected == "high")
-
-
-@pytest.mark.parametrize(
-    ("level", "dtype"), [("O0", "float16"), *((x, y) for x in ("O1", "O2") for y in ("float16", "bfloat16"))]
-)
-def test_steps_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
-    """But for float16's flag of the step before, whose event ``collect_skipped`` waits for."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    data = datasets.load_datasets("digits", "", 1).to(device)
-    model = VisionTransformer(CONFIGS["testing"], 32, 10).to(device)
-    precision = Precision(device, level, dtype)
-    optimizer, transform = make_optimizer(model, precision), augment.TrainTransform(32, hflip=True)
-    sampler = data_utils.StepSampler(len(data.train), 8, transform.num_draws, 0)
-    batches = data_utils.train_batches(data.train, sampler, range(1, 9), 4, transform, device, 0)
-
-    def take_step() -> None:
-        train.forward_backward(model, batches, precision, [1, 1])
-        precision.collect_skipped()
-        optimizer.param_groups[0]["lr"] = 0.01
-        precision.step(optimizer, 1.0)
-
-    take_step()  # what is set up once may wait
-    larger = VisionTransformer(CONFIGS["testing"], 48, 10).to(device).eval()  # the digits, of 32 px, are resized
-    evaluated = data_utils.eval_batches(data.test, 8, augment.EvalTransform(48), device, 0)
-    with torch.inference_mode():
-        larger(next(evaluated)[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            take_step()
-        loss_sum, predictions = torch.zeros((), dtype=torch.float64, device=device), Predictions()
-        with torch.inference_mode(), precision.autocast():
-            for images, labels in itertools.islice(evaluated, 3):
-                logits = larger(images)[0].float()
-                loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(torch.float64)
-                predictions.add(logits)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_the_host_may_wait_for_a_batch_beside_a_gpu_that_computes():
     """The share of waiting is the GPU's."""
     device = torch.device("cuda", torch.cuda.current_device())
@@ -185,18 +130,10 @@ def test_the_host_may_wait_for_a_batch_beside_a_gpu_that_computes():
     assert 0.09 < waited(cycles=1) < 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_attention_has_a_flash_kernel(dtype):
-    model = VisionTransformer(CONFIGS["ViT-Ti_16"], 64, 10).cuda()
-    x, y = torch.rand(2, 3, 64, 64, device="cuda"), torch.arange(2, device="cuda")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast("cuda", dtype):  # others are an error
-        model(x, y).backward()
-
-
 @pytest.mark.parametrize("scale", ["128", "0.5"])
 def test_a_fixed_loss_scale_trains_alike(scale):
     for name, flags in (("plain", []), ("scaled", ["--loss_scale", scale])):
-        half = ["--device", "cuda", "--fp16", "--fp16_opt_level", "O2", "--amp_dtype", "bfloat16"]
+        half = ["--fp16", "--fp16_opt_level", "O2", "--amp_dtype", "bfloat16"]
         assert train.main(["--name", name, *RUN, *half, *flags]) == 0
     assert losses_of("scaled") == pytest.approx(losses_of("plain"), abs=0.02)
 
@@ -204,7 +141,7 @@ def test_a_fixed_loss_scale_trains_alike(scale):
 @pytest.mark.parametrize("flags", [[], ["--fp16", "--amp_dtype", "bfloat16"]], ids=["float32", "bfloat16"])
 def test_a_compiled_model_trains_alike_and_keeps_its_weights_names(flags):
     for name, more in (("plain", []), ("compiled", ["--compile"])):
-        assert train.main(["--name", name, *RUN, "--device", "cuda", *flags, *more]) == 0
+        assert train.main(["--name", name, *RUN, *flags, *more]) == 0
     assert losses_of("compiled") == pytest.approx(losses_of("plain"), abs=0.05 if flags else 1e-4)
     state = torch.load("output/compiled_checkpoint.bin", weights_only=True)
     assert list(state) == list(VisionTransformer(CONFIGS["testing"], 32, 10).state_dict())
@@ -218,17 +155,6 @@ def test_dropout_keeps_its_rate_and_its_scale():
     assert torch.equal(dropout(x, 0.1, training=True), y)
     assert (y != 0).double().mean().item() == pytest.approx(0.9, abs=1e-3)
     torch.testing.assert_close(y[y != 0].unique().cpu(), torch.tensor([1 / 0.9]))
-
-
-def test_images_on_the_gpu_are_not_copied_for_each_evaluation():
-    device = torch.device("cuda", torch.cuda.current_device())
-    data = datasets.load_datasets("digits", "", 1).to(device).test
-    for _ in range(2):
-        held = torch.cuda.memory_allocated()
-        batches = data_utils.eval_batches(data, 8, augment.EvalTransform(32), device, 0)
-        next(batches)
-        assert torch.cuda.memory_allocated() - held < data.images.nbytes
-        del batches
 
 
 @pytest.mark.parametrize(("height", "width", "img_size"), [(32, 32, 48), (64, 30, 16), (300, 200, 48)])
@@ -265,7 +191,7 @@ def test_whole_images_are_the_cpus():
 def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(precision):
     """In processes of their own: the setting holds for all that a process computes."""
     script = Path(__file__).resolve().parent.parent / "train.py"
-    flags = [*RUN, "--device", "cuda", "--deterministic", "--dropout", "0.1", "--save_every", "3", *precision]
+    flags = [*RUN, "--deterministic", "--dropout", "0.1", "--save_every", "3", *precision]
     stop = "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train; from utils.metrics import TrainLog\n"
     stop += "log_step = TrainLog.step\n"
     stop += "def stop(self, step, *args):\n    log_step(self, step, *args)\n    step == 5 and os.kill(os.getpid(), 9)\n"
@@ -290,7 +216,7 @@ def test_the_benchmarks_run(name, repository):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one():
-    assert train.main(["--name", "one", *RUN, "--device", "cuda"]) == 0
+    assert train.main(["--name", "one", *RUN]) == 0
     script = Path(__file__).resolve().parent.parent / "train.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run([*launcher, "--name", "two", *RUN, "--train_batch_size", "16"], env=os.environ, timeout=300)

@@ -167,7 +167,7 @@ def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool 
 
 def _held_after_each_operation(model: nn.Module, precision: Precision, img_size: int, num_images: int) -> list[int]:
     """Returns the bytes of all tensors but the weights that are there after each operation of a pass."""
-    with _Watch(model.parameters()) as noted:
+    with _Watch(model.parameters(), precision.device.type == "cuda") as noted:
         images = torch.zeros(num_images, 3, img_size, img_size, device=precision.device)
         labels = torch.zeros(num_images, dtype=torch.long, device=precision.device)
         with torch.inference_mode(not model.training), precision.autocast():
@@ -184,23 +184,31 @@ class _HeldBytes:
 
     Args:
         known: tensors that are not counted, nor their views.
+        on_gpu: count what attention takes there for itself, too: its backward pass adds up in a buffer of its own.  Of
+            convolutions that is not counted: cuDNN chooses another way, with another buffer, for other batches.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], on_gpu: bool) -> None:
         super().__init__()
+        self._on_gpu = on_gpu
         self.bytes: list[int] = []
         self._known = {x.untyped_storage()._cdata for x in known}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        looks_inside, inside = self._on_gpu and "attention" in func.name(), 0
+        if looks_inside:
+            torch.cuda.reset_peak_memory_stats()
         result = func(*args, **(kwargs or {}))
+        if looks_inside:
+            inside = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
                 if storage._cdata not in self._known:
                     self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
-        self.bytes.append(sum(size for _, size in self._storages.values()))
+        self.bytes.append(inside + sum(size for _, size in self._storages.values()))
         return result
 
 
