@@ -201,7 +201,8 @@ class _HeldBytes:
             torch.cuda.reset_peak_memory_stats()
         result = func(*args, **(kwargs or {}))
         if looks_inside:
-            inside = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            stats = torch.cuda.memory_stats()  # of bytes asked for: blocks may be larger than that by as many again
+            inside = stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
