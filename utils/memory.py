@@ -17,8 +17,8 @@ from utils import hardware
 with contextlib.suppress(ImportError):  # Windows has none
     import resource
 
-#: The share of the free memory that may be taken: on GPUs the rest is for the libraries' workspaces and kernels, and for
-#: blocks that are larger than what was asked for.
+#: The share of the free memory that may be taken: on GPUs the rest is for the libraries' workspaces and kernels, and
+#: for blocks that are larger than what was asked for.
 CPU_SHARE, GPU_SHARE = 0.9, 0.95
 
 #: Addresses that a process takes beside its tensors, once it trains: stacks and heaps of threads, modules.
