@@ -1,4 +1,4 @@
-"""What a step and an evaluation ask of a GPU, counted without one: kernels and products launched, memory, attention.
+"""Counts what a step and an evaluation ask of a GPU, without one: kernels, products, memory, attention.
 
     NULLGPU=DIR .../run.sh python -m benchmarks.once.launches [--models ViT-B_32 ...] [--batch_size 512]
 
