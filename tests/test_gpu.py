@@ -1,4 +1,4 @@
-"""What a GPU computes, by make test-gpu; test_gpu_paths.py and test_gpu_memory.py have what needs no numbers."""
+"""A GPU's numbers, by make test-gpu; test_gpu_paths.py and test_gpu_memory.py have what needs none."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The memory that a training takes of a GPU, and the launches of its steps: tests that need no numbers.
+"""Memory and launches of trainings on a GPU: tests that need no numbers.
 
 make test-gpu runs them on a GPU, tests/test_null_gpu.py on the null one.
 """

@@ -1,4 +1,4 @@
-"""What a training asks of a GPU, and when the host waits for it: tests that need no numbers.
+"""Trainings on a GPU, the kernels they ask for, and when the host waits: tests that need no numbers.
 
 make test-gpu runs them on a GPU, tests/test_null_gpu.py on the null one.
 """

@@ -1,11 +1,11 @@
-"""What a GPU is asked for, on the null GPU, so that it is tested without one; see tests/helpers/null_gpu.py."""
+"""Tests of a GPU that need no numbers, run without one: on the null GPU, of tests/helpers/null_gpu.py."""
 
 import json
 
 import pytest
 
 from tests.helpers.gpu_runs import precision_flags
-from tests.helpers.runs import ROOT
+from tests.helpers.null_gpu import ROOT, build
 from tests.helpers.steps import make_model
 
 #: Lets every piece of the null GPU's memory begin as zeros, of which what is read back is made; it hides what is held.
@@ -19,6 +19,12 @@ CARDS = {
     "memory": (80, 79.1, {}, ["test_gpu_memory.py", KERNELS, f"--deselect=tests/{LITTLE}"]),
     "little": (75, 1.5, {}, [LITTLE, KERNELS]),
 }
+
+
+def test_where_it_is_not_the_reason_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("NULL_GPU", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match=f"{tmp_path}, which is absent"):
+        build(tmp_path / "built")
 
 
 @pytest.mark.timeout(150)

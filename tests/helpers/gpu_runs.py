@@ -1,4 +1,4 @@
-"""Trainings on a GPU, and what they made it do."""
+"""Trainings on a GPU, and what they asked of it."""
 
 from __future__ import annotations
 
