@@ -140,7 +140,7 @@ def import_apex_amp(device: torch.device) -> ModuleType:
     except ImportError as e:
         raise UserError(
             "--amp_backend apex: no NVIDIA apex with amp is installed (apex removed amp in 25.07); "
-            "--amp_backend native does the same"
+            "--amp_backend native has the same levels without it"
         ) from e
     return amp
 
