@@ -85,7 +85,7 @@ def train(
     log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every, outlook)
     run.take_over()
     state = run.restore(model, optimizer, precision, log)
-    ddp_model, rank = dist_util.wrap(model), dist_util.rank()
+    ddp_model, rank = dist_util.wrap(model, bucket_views=not precision.stashes_gradients), dist_util.rank()
     batches = make_batches(args, run, data.train, state.step + 1, precision.device)
     if isinstance(data.train, datasets.FileImages) and precision.device.type != "mps":  # whose work hides in the wait
         batches = log.input_wait = InputWait(batches, precision.device, flags.decoding_workers(args))
@@ -136,7 +136,8 @@ def forward_backward(
     for i, size in enumerate(sizes):
         images, labels = next(batches)
         same_masks = masks.next_micro_batch() if masks_of_step else contextlib.nullcontext()
-        with dist_util.sync_gradients(model, now=i == len(sizes) - 1), same_masks:
+        now = precision.stashes_gradients or i == len(sizes) - 1
+        with dist_util.sync_gradients(model, now), same_masks:
             with precision.autocast():
                 loss = model(images, labels) / (sum(sizes) / size)
             precision.backward(loss)

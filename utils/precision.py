@@ -47,7 +47,11 @@ class Precision:
     Attributes:
         opt_level: the level at which it computes.
         is_open: the flags leave it to the processor whether to compute in float32.
+        stashes_gradients: takes those of a micro-batch out of the parameters before the next one's come, so that ranks
+            must reduce each micro-batch's, in tensors that the next does not write to.
     """
+
+    stashes_gradients = False
 
     def __init__(
         self, device: torch.device, opt_level: str = "O0", amp_dtype: str = "auto", loss_scale: float = 0
