@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import train
 from tests.helpers import folders, runs
@@ -125,3 +125,22 @@ def test_a_report_that_cannot_be_written_does_not_end_a_training(tmp_path, monke
     assert train.main(RUN) == 0
     assert "The report output/a_report.html could not be written" in caplog.text
     assert os.path.isfile("output/a_checkpoint.bin")
+
+
+def test_drawing_that_fails_does_not_end_a_training(tmp_path, monkeypatch, caplog):
+    def fail(image):
+        raise RuntimeError("no pencil")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ImageDraw, "Draw", fail)
+    assert train.main(RUN) == 0
+    for words in ("train/pictures of step 1", "test/confusion of step 4", "The report output/a_report.html"):
+        assert re.search(rf"{words} .*\(RuntimeError: no pencil\)", caplog.text), words
+
+
+def test_a_curve_of_tiny_values_is_in_the_report(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*RUN, "--learning_rate", "1e-14", "--log_every", "1"]) == 0
+    assert "could not be written" not in caplog.text
+    page = Path("output/a_report.html").read_text(encoding="utf-8")
+    assert re.search('aria-label="Learning rate over steps, from [0-9.]+e-15 to', page)

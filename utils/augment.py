@@ -129,10 +129,10 @@ def _taps_of(length: Tensor, size: int, out_size: int) -> tuple[Tensor, Tensor]:
     tap = first[:, None] + torch.arange(num_taps, dtype=dtype, device=length.device)[:, None]  # (B, taps, out_size)
     weights = (1 - (tap - centre[:, None]).abs_().div_(support[:, None])).clamp_(min=0)
     weights.mul_((tap >= 0) & (tap < length[:, None]))
-    weights.div_(weights.sum(dim=1, keepdim=True)).div_(UNIT**2).add_(0.5).floor_()
-    hi = weights.mul(UNIT).round_()
-    halves = torch.stack((hi, weights - hi / UNIT), dim=2).mul_(UNIT)
-    return torch.minimum(tap.clamp_(min=0), length[:, None] - 1).long().to(device), halves.float().to(device)
+    whole = weights.div_(weights.sum(dim=1, keepdim=True)).div_(UNIT**2).add_(0.5).floor_().float()
+    hi = whole.mul(UNIT).round_()
+    halves = torch.stack((hi, torch.sub(whole, hi, alpha=1 / UNIT)), dim=2).mul_(UNIT)
+    return torch.minimum(tap.clamp_(min=0), length[:, None] - 1).long().to(device), halves.to(device)
 
 
 def as_matrix(pixel: Tensor, halves: Tensor, size: int) -> Tensor:
@@ -151,10 +151,10 @@ def _resample(x: Tensor, matrix: Tensor, along: int = -1) -> Tensor:
     """Resizes one axis of grey levels and rounds them, halves up, as Pillow does after each of its two passes.
 
     Exact, but in float32, for some devices have little or no float64.  A level has 8 bits and a weight 22; half a
-    weight has 11, so a product of the two is exact, in TF32 as well.  All sums are whole multiples of UNIT and less
-    than 2**24 of them (of ``lo``, while an axis shrinks to a 31st or less far), so the order of adding does not matter.
-    Their own sum would need 30 bits and is rounded in two steps: ``hi + 0.5`` is a whole multiple of UNIT, so which
-    whole number lies below it and ``UNIT * lo`` stays the same if the latter is rounded down to such a multiple first.
+    weight has 11, or is 1, so a product of the two is exact, in TF32 as well.  All sums are whole multiples of UNIT,
+    and less than 2**24 of them (of ``lo``, while an axis shrinks to a 31st or less far), so their order does not
+    matter.  ``hi + UNIT * lo`` would need 30 bits and is rounded in two steps: ``hi + 0.5`` is a whole multiple of
+    UNIT, so the whole number below the sum stays the same if ``UNIT * lo`` is first rounded down to such a multiple.
 
     Args:
         x: (..., H, W), whole numbers from 0 to 255.

@@ -220,7 +220,7 @@ def _as_utf8(text: str) -> str:
 
 @contextlib.contextmanager
 def only_a_warning(words: str) -> Iterator[None]:
-    """Makes a warning of whatever fails in the block, but for signals: no training ends for want of a picture.
+    """Makes a warning of whatever fails in the block, but for signals: no training ends for want of an image.
 
     Lack of memory is one, too: if the training lacks it as well, it says so itself, with the remedy.
     """
