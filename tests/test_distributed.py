@@ -36,9 +36,9 @@ def watched(flags: list[str]) -> list:
         reduced[str(bucket.buffer().dtype)] += bucket.buffer().numel()
         return allreduce_hook(group, bucket)
 
-    def watch(model):
+    def watch(model, **more):
         models.append(model)
-        wrapped = wrap(model)
+        wrapped = wrap(model, **more)
         if wrapped is not model:
             wrapped.register_comm_hook(None, count)
         return wrapped

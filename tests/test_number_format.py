@@ -233,7 +233,7 @@ def trained(rates_and_flags):
     rates, flags = rates_and_flags
     models, wrap = [], dist_util.wrap
     number_format.measure = lambda *_: rates
-    dist_util.wrap = lambda model: models.append(model) or wrap(model)
+    dist_util.wrap = lambda model, **more: models.append(model) or wrap(model, **more)
     assert train_main(flags) == 0
     weights = models[0].state_dict()
     return [str(weights["head.weight"].dtype), checkpoint.checksum(weights)]

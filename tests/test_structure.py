@@ -126,6 +126,7 @@ ROOMS = {
     "utils.photos": {"utils.image_ends", "utils.images"},
     "utils.parts": {"utils.listing"},
     "utils.precision": {"utils.dist_util"},
+    "utils.process": {"utils.apex"},
     "utils.reckoning": {"utils.batch", "utils.precision"},
     "utils.signals": {"utils.console", "utils.dist_util"},
     "utils.metadata": {"utils.checkpoint", "utils.weights"},

@@ -61,7 +61,8 @@ class ApexPrecision(Precision):
             optimizer.zero_grad()
             self._params = list(self._amp.master_params(optimizer))
             with torch.no_grad():
-                torch._foreach_copy_(self._params, exact)
+                for master, weight in zip(self._params, exact):
+                    master.copy_(weight)
         if self.opt_level == "O1":
             self._amp._amp_state.handle._is_active = False
         super().attach(model, optimizer)
@@ -99,8 +100,8 @@ class ApexPrecision(Precision):
             yield
         finally:
             handle._is_active = False
-            # A weight cast here and found again in a pass that is repeated (gradient checkpointing) makes apex look for
-            # it where torch 2 has nothing: IndexError.  An evaluation's would stay in memory.
+            # A weight whose cast is in the cache when a pass is repeated (gradient checkpointing) makes apex raise an
+            # IndexError: torch 2 has nothing where it looks for the weight.  And an evaluation's would stay in memory.
             handle._clear_cache()
 
     def reusing_casts(self) -> contextlib.AbstractContextManager:
@@ -125,9 +126,9 @@ class ApexPrecision(Precision):
 
 def undo_patches() -> None:
     """Gives back the functions of torch that apex has patched in this process, if any; it offers no way but this."""
-    state = getattr(sys.modules.get("apex.amp"), "_amp_state", None)
-    if hasattr(state, "handle"):  # there is one after O1
-        state.handle._deactivate()
+    handle = getattr(getattr(sys.modules.get("apex.amp"), "_amp_state", None), "handle", None)
+    if handle is not None:  # it has patched some, at O1
+        handle._deactivate()
 
 
 def import_apex_amp(device: torch.device) -> ModuleType:

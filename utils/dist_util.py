@@ -336,12 +336,7 @@ def max_over_ranks(x: int) -> int:
 
 
 def wrap(model: nn.Module, bucket_views: bool = True) -> nn.Module:
-    """Lets the backward pass average gradients over all ranks.
-
-    Args:
-        model: on its device.
-        bucket_views: the gradients lie in the memory that is sent, which the next reduction overwrites.
-    """
+    """Lets the backward pass average gradients over all ranks, with ``bucket_views`` in the memory that is sent."""
     if _group is None:
         return model
     group = _group.device_group
@@ -349,7 +344,7 @@ def wrap(model: nn.Module, bucket_views: bool = True) -> nn.Module:
 
 
 def sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
-    """Returns the context of a micro-batch's passes, which reduce the gradients ``now``, or leave that to a later."""
+    """Returns the context of a micro-batch's passes, which reduce the gradients ``now`` or with a later one's."""
     if now or not isinstance(model, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

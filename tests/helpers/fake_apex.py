@@ -1,9 +1,9 @@
 """A stand-in for ``apex.amp`` that needs no CUDA: what apex does to CUDA tensors it does to those of CPUs.
 
 Written from apex's documentation (nvidia.github.io/apex/amp.html) and its behaviour as read and seen in
-github.com/NVIDIA/apex at e13873de, its last commit with amp.  Where apex surprises, so does this: functions of torch are
-patched for the whole process and stay so, masters are made late, from half weights, gradients of earlier micro-batches
-are taken out of the parameters, ``zero_grad`` detaches in place, a step switches the casts on.
+github.com/NVIDIA/apex at e13873de, its last commit with amp.  Where apex surprises, so does this: functions of torch
+are patched for the whole process and stay so, masters are made late, from half weights, gradients of earlier
+micro-batches are taken out of the parameters, ``zero_grad`` detaches in place, a step switches the casts on.
 """
 
 from __future__ import annotations
