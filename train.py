@@ -85,7 +85,7 @@ def train(
     log = TrainLog(run.paths.log_dir, args.num_steps, run.batch.total, args.log_every, outlook)
     run.take_over()
     state = run.restore(model, optimizer, precision, log)
-    ddp_model, rank = dist_util.wrap(model), dist_util.rank()
+    ddp_model, rank = dist_util.wrap(model, bucket_views=not precision.stashes_gradients), dist_util.rank()
     batches = make_batches(args, run, data.train, state.step + 1, precision.device)
     if isinstance(data.train, datasets.FileImages) and precision.device.type != "mps":  # whose work hides in the wait
         batches = log.input_wait = InputWait(batches, precision.device, flags.decoding_workers(args))
@@ -136,7 +136,8 @@ def forward_backward(
     for i, size in enumerate(sizes):
         images, labels = next(batches)
         same_masks = masks.next_micro_batch() if masks_of_step else contextlib.nullcontext()
-        with dist_util.sync_gradients(model, now=i == len(sizes) - 1), same_masks:
+        now = precision.stashes_gradients or i == len(sizes) - 1
+        with dist_util.sync_gradients(model, now), same_masks:
             with precision.autocast():
                 loss = model(images, labels) / (sum(sizes) / size)
             precision.backward(loss)
@@ -219,7 +220,7 @@ def make_batches(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     images: datasets.Images,
@@ -247,7 +248,8 @@ def evaluate(
     exact = torch.float32 if precision.device.type == "mps" else torch.float64
     loss_sum, predictions = torch.zeros((), dtype=exact, device=precision.device), Predictions()
     bar = tqdm(batches, "Validating", num_batches, leave=False, **dist_util.bar_options())
-    with explain_out_of_memory(f"evaluating {batch_size} images at once; give a smaller --eval_batch_size"):
+    remedy = f"evaluating {batch_size} images at once; give a smaller --eval_batch_size"
+    with explain_out_of_memory(remedy), precision.reusing_casts():
         for x, labels in bar:
             if stop is not None and stop.now():
                 return None
@@ -480,7 +482,7 @@ def fit_evaluation(
     if args.eval_batch_size == "auto" and precision.device.type == "cuda":
         with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
             need = reckon_need(args, config, data, precision)
-            free = (memory.free_bytes(precision.device) or 0) - need.held - need.buckets - need.fixed
+            free = (memory.free_bytes(precision.device) or 0) - need.held - need.buckets - need.copies
             few_blocks = build_on_meta(args, config, len(data.classes), num_blocks=2)
             pixels = data.test.images[0, 0].numel() if isinstance(data.test, datasets.MemoryImages) else 0
             size, why = reckoning.evaluated_at_once(few_blocks, precision, args.img_size, pixels, free)

@@ -13,7 +13,7 @@ This module must not read files, know data sets or know how it is trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,8 +34,21 @@ logger = logging.getLogger(__name__)
 LAYER_NORM_EPS = 1e-6
 
 
+def joined_linear(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """Returns what layers of equal size make of the same input, from one product."""
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).chunk(len(layers), dim=-1)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention.  (B, T, D) -> (B, T, D) and, if ``vis``, probabilities (B, A, T, T)."""
+    """Multi-head self-attention.  (B, T, D) -> (B, T, D) and, if ``vis``, probabilities (B, A, T, T).
+
+    Attributes:
+        joined: one product computes the queries, keys and values; None: in trainings on CUDA, where that launches
+            fewer kernels.  On CPUs it is no faster, and an evaluation would join the weights for every batch.
+    """
+
+    joined: bool | None = None
 
     def __init__(self, config: ViTConfig, vis: bool) -> None:
         super().__init__()
@@ -51,10 +64,17 @@ class Attention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, T, K)
 
+    def _project(self, x: Tensor, num_queries: int | None) -> Sequence[Tensor]:
+        """Returns queries (B, num_queries or T, D), keys and values (B, T, D)."""
+        if not (x.is_cuda and torch.is_grad_enabled() if self.joined is None else self.joined):
+            return self.query(x[:, :num_queries]), self.key(x), self.value(x)
+        if num_queries is None:
+            return joined_linear(x, self.query, self.key, self.value)
+        return self.query(x[:, :num_queries]), *joined_linear(x, self.key, self.value)
+
     def forward(self, x: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor | None]:
         x = cast_for_matmul(x)
-        q = self._split_heads(self.query(x[:, :num_queries]))  # (B, A, num_queries or T, K)
-        k, v = self._split_heads(self.key(x)), self._split_heads(self.value(x))
+        q, k, v = map(self._split_heads, self._project(x, num_queries))  # (B, A, num_queries or T, K), (B, A, T, K)
         probs = None
         if self.vis or (x.device.type == "cpu" and torch.is_grad_enabled()):
             # The fused kernel returns no probabilities; on CPUs its backward is slower than this.

@@ -19,7 +19,7 @@ from tests.helpers import fake_npz
 from tests.helpers.clock import Clock
 from tests.helpers.folders import noise, save, tree
 from tests.helpers.null_gpu import NullGpu, build
-from utils import datasets, folders
+from utils import datasets, folders, hardware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -27,6 +27,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the models are tiny, and sums in one order give the same bits everywhere
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Runs half as many tests more than there are processors at a time: many wait for processes that they start."""
+    return 3 * hardware.num_cpus() // 2
 
 
 @pytest.fixture(scope="session")

@@ -191,6 +191,62 @@ def test_images_of_the_right_size_keep_every_grey_level():
     assert torch.equal(images, before)
 
 
+def whole_weights(size, out_size):
+    """Pillow's weights (size, out_size) as whole numbers, from its source (``precompute_coeffs``), in NumPy."""
+    scale = size / out_size
+    support = max(scale, 1.0)
+    centre = (np.arange(out_size) + 0.5) * scale
+    weights = np.maximum(1 - np.abs((np.arange(size)[:, None] + 0.5 - centre) / support), 0)
+    return np.floor(weights / weights.sum(axis=0) * 2**22 + 0.5).astype(np.int64)
+
+
+def hardest_images(weights, count, seed):
+    """Levels (count, size), among them 0 and 255 alone, and those that add up what of weights is beyond 11 bits."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(0, 256, (count, len(weights)))
+    levels[::4] = levels[::4] // 128 * 255
+    low = (weights + 1024) % 2048 - 1024
+    levels[1::4] = 255 * (low[:, rng.integers(0, weights.shape[1], len(levels[1::4]))].T > 0)
+    return levels
+
+
+SIZES = [*itertools.product((1, 2, 3, 7, 16, 31, 32, 33, 50, 64, 97), (14, 20, 32, 56, 224)), (256, 224), (433, 14)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_levels_are_those_of_whole_numbers_wherever_they_are_computed(autocast):
+    """As Pillow has them: (sum + half) >> 22, of widths in crops, of widths and heights in evaluations."""
+    for seed, (size, out_size) in enumerate(SIZES):
+        weights = whole_weights(size, out_size)
+        rows = hardest_images(weights, 3 * out_size, seed)
+        expected = torch.from_numpy((rows @ weights + 2**21) >> 22).view(1, 3, out_size, out_size)
+        wide = torch.from_numpy(rows).byte().view(1, 3, out_size, size)  # its height stays as it is
+        whole = torch.tensor([[0, 0, out_size, size]])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            made = [augment.resized_crop(wide, whole, out_size), augment.resize(wide, out_size)]
+            made.append(augment.resize(wide.mT, out_size).mT)
+        for got in made:
+            assert torch.equal(got.add(1).mul(127.5).round().long(), expected), (size, out_size)
+
+
+def test_halves_of_weights_fit_what_tf32_keeps_of_a_number():
+    for size, out_size in SIZES:
+        _, halves = augment.filter_taps(torch.zeros(1, dtype=torch.long), torch.tensor([size]), size, out_size)
+        assert not (halves.view(torch.int32) & (2**13 - 1)).any(), (size, out_size)
+
+
+def test_what_an_evaluation_keeps_serves_a_training():
+    images = make_images("random", 23, 29)
+    boxes = augment.crop_boxes(draw(len(images)), 23, 29)
+    with torch.inference_mode():
+        kept = augment.resize(images, 19), augment.resized_crop(images, boxes, 19)
+    for x, expected in zip((augment.resize(images, 19), augment.resized_crop(images, boxes, 19)), kept):
+        assert torch.equal(x, expected)
+        weight = torch.ones((), requires_grad=True)
+        (x * weight).sum().backward()
+        assert weight.grad == pytest.approx(expected.sum().item(), rel=1e-4)
+
+
 def test_the_sums_of_rows_without_embedding_bag_are_its_own():
     generator = torch.Generator().manual_seed(0)
     rows, x = torch.randint(0, 9, (20, 3), generator=generator), torch.rand(9, 7, generator=generator)

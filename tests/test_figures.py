@@ -1,6 +1,7 @@
 """Images of images and numbers, and curves: what is where in them."""
 
 import io
+import math
 import re
 import weakref
 from pathlib import Path
@@ -200,6 +201,54 @@ def test_the_time_stands_below_the_steps_at_which_it_was_reached():
 )  # fmt: skip
 def test_ticks_are_round_numbers_around_the_values(low, high, expected):
     assert figures.ticks(low, high) == expected
+
+
+def any_value(rng):
+    """A value that a file may hold, of any size: 0, among the least, or in between."""
+    size = rng.choice([0.0, 5e-324, 10.0 ** rng.integers(-322, 300), rng.uniform(1e-3, 1e3)])
+    return float(rng.choice([1, -1]) * size * rng.uniform(0.5, 2))
+
+
+def beside(value, rng):
+    """Another, which may be the next that there is."""
+    factor = 1 + 10.0 ** rng.integers(-17, 2)
+    others = [math.nextafter(value, math.inf), value * factor, -value, any_value(rng)]
+    return float(rng.choice([other for other in others if figures.can_be_drawn(other)]))
+
+
+def labelled_values(text):
+    """The values that stand beside a curve's axis, from below."""
+    labels = re.findall(r'text-anchor="end">([^<]+) u</text>', text)
+    return [float(label.replace(",", "")) for label in labels]
+
+
+def test_curves_of_any_values_are_drawn_between_round_numbers_that_can_be_told_apart():
+    rng = np.random.default_rng(0)
+    pairs = [(1e-14, 2e-14), (1e16, math.nextafter(1e16, 2e16)), (-1e300, 1e300), (0.0, 5e-324), (1e-300, 1e-300)]
+    for low, high in [*pairs, *((x, beside(x, rng)) for x in (any_value(rng) for _ in range(2000)))]:
+        low, high = min(low, high), max(low, high)
+        values = figures.ticks(low, high)
+        assert 2 <= len(values) <= 8, (low, high)
+        slack = 1e-8 * (values[1] - values[0])
+        assert values[0] - slack <= low <= high <= values[-1] + slack, (low, high)
+        text = figures.chart("x", [(1, low), (2, high)], " u")
+        for x, y in coordinates(text):
+            assert 0 <= x <= figures.CHART_WIDTH, (low, high)
+            assert 0 <= y <= figures.CHART_HEIGHT, (low, high)
+        assert labelled_values(text) == sorted(set(labelled_values(text))), (low, high)
+        assert labelled_values(text) == pytest.approx(values, rel=0, abs=(values[1] - values[0]) / 10)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.9997, 0.99985, ["0.9997", "0.99975", "0.9998", "0.99985"]),
+     (1000, 1010, ["1,000", "1,002.5", "1,005", "1,007.5", "1,010"]),
+     (0, 3e-14, ["0", "1e-14", "2e-14", "3e-14"])],
+)  # fmt: skip
+def test_an_axis_is_labelled_in_as_many_digits_as_its_steps_need(low, high, expected):
+    assert (
+        re.findall(r'text-anchor="end">([^<]+) u</text>', figures.chart("x", [(1, low), (2, high)], " u")) == expected
+    )
 
 
 def test_a_long_curve_keeps_its_extremes():

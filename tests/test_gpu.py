@@ -5,20 +5,23 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import train
 from models.configs import CONFIGS
 from models.cpu_ops import dropout
-from models.modeling import VisionTransformer
+from models.modeling import Attention, VisionTransformer
 from tests.helpers.gpu_runs import RUN
 from tests.helpers.steps import make_optimizer
-from utils import augment, data_utils, datasets
+from utils import augment, data_utils, datasets, hardware
 from utils.input_wait import InputWait
 from utils.precision import Precision
+from utils.process import process_restored
 from utils.scheduler import make_schedule
 
 pytestmark = [
@@ -219,3 +222,49 @@ def test_two_gpus_train_as_one():
     done = subprocess.run([*launcher, "--name", "two", *RUN, "--train_batch_size", "16"], env=os.environ, timeout=300)
     assert done.returncode == 0
     assert losses_of("two") == pytest.approx(losses_of("one"), abs=1e-4)
+
+
+def attend(device, dtype, num_tokens, num_queries):
+    """Returns attention's output and gradients, float32 on the CPU, where all scores are near -120; its scores, too."""
+    torch.manual_seed(0)
+    attention = Attention(replace(CONFIGS["ViT-B_32"], num_layers=1), vis=False)
+    heads = [layer.weight.detach().view(12, 64, 768) for layer in (attention.query, attention.key)]
+    with torch.no_grad():
+        for layer in (attention.query, attention.key, attention.value):
+            torch.nn.init.normal_(layer.weight, std=768**-0.5)
+        for layer, head, first in ((attention.query, heads[0], 1), (attention.key, heads[1], -120 * 64**0.5)):
+            head[:, 0] = 0  # of each query and key the first number is the bias, exact in all types
+            layer.bias.view(12, 64)[:, 0] = first
+    x = torch.randn(4, num_tokens, 768)
+    q, k = (layer(x).detach().unflatten(-1, (12, 64)).transpose(1, 2) for layer in (attention.query, attention.key))
+    scores = q @ k.transpose(-2, -1) * 64**-0.5
+    attention, x = attention.to(device).train(), x.to(device).requires_grad_()
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        y = attention(x, num_queries)[0]
+    y.backward(torch.randn(y.shape).to(y))
+    of_queries = attention.query.weight.grad.view(12, 64, 768)
+    assert of_queries.isfinite().all()
+    of_queries[:, 0] = 0  # sums to zero, all roundings 120 times
+    grads = [x.grad, *(layer.weight.grad for layer in (attention.query, attention.key, attention.value, attention.out))]
+    return [t.detach().float().cpu() for t in (y, *grads)], scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_queries", [None, 1])
+@pytest.mark.parametrize("num_tokens", [50, 97, 128, 197])
+def test_half_precision_attention_on_large_scores_is_that_of_float32(num_tokens, num_queries, dtype):
+    """And computed by the flash kernel; cuDNN's returned NaN here.  128 tokens, which no model has, were reported."""
+    expected, scores = attend("cpu", torch.float32, num_tokens, num_queries)
+    assert scores.mean().item() == pytest.approx(-120, abs=1)
+    assert scores.std() > 0.5
+    with process_restored(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        hardware.pick_device("cuda", -1)
+        got, _ = attend("cuda", dtype, num_tokens, num_queries)
+        torch.cuda.synchronize()
+    for there, here in zip(got, expected, strict=True):
+        assert (there - here).norm() < (0.004 if dtype == torch.float16 else 0.03) * here.norm()  # False for NaN
+    kernels = " ".join(event.key for event in profiled.key_averages())
+    if torch.cuda.get_device_capability() >= (8, 0):  # others have no flash kernel
+        assert "flash_fwd" in kernels
+        assert "flash_bwd" in kernels
+    assert "cudnn" not in kernels

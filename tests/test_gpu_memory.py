@@ -4,15 +4,19 @@ make test-gpu runs them on a GPU, tests/test_null_gpu.py on the null one.
 """
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train
 from benchmarks.once import memory as measured
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
 from tests.helpers import gpu_runs
 from tests.helpers.gpu_runs import needs_counts, precision_flags
-from utils import augment, data_utils, datasets, figures, memory
+from utils import augment, data_utils, datasets, figures, memory, reckoning
+from utils.precision import Precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,6 +68,23 @@ def test_the_reckoned_memory_is_what_a_step_takes(level, num_micro_batches):
     training = measured.Training(("ViT-B_32", 224, level, 192, num_micro_batches), "cuda")
     reckoned, taken, *_ = training.run()
     assert memory.GPU_SHARE * taken <= reckoned <= 1.1 * taken
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
+def test_an_evaluation_takes_no_more_than_the_free_memory_and_not_much_less(level):
+    device, config = torch.device("cuda", torch.cuda.current_device()), CONFIGS["ViT-Ti_16"]
+    with torch.device("meta"):
+        few_blocks = VisionTransformer(replace(config, num_layers=2), 224, 10)
+    model, precision = VisionTransformer(config, 224, 10).to(device), Precision(device, level)
+    precision.prepare(model)
+    images = datasets.MemoryImages(torch.zeros(512, 3, 32, 32, dtype=torch.uint8), torch.zeros(512).long()).to(device)
+    free = 2**28
+    number, _ = reckoning.evaluated_at_once(few_blocks, precision, 224, 32**2, free)
+    train.evaluate(model, images, precision, 224, number)  # libraries take what they need
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    train.evaluate(model, images, precision, 224, number)
+    assert 0.3 * free < torch.cuda.max_memory_allocated() - held <= free
 
 
 @needs_little

@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers.launching import clean_environment
 from utils import hardware
+from utils.process import process_restored
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,21 @@ def test_a_variable_that_a_launcher_set_wrongly_is_named(monkeypatch):
         with pytest.raises(ValueError, match=f"{variable}=first: expected a number"):
             use()
         monkeypatch.delenv(variable)
+
+
+def test_attention_on_cuda_is_not_left_to_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with process_restored():
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        hardware.pick_device("cpu", -1)
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # another library's choice, for all that we know
+        hardware.pick_device("cuda", -1)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 FAULTS = """

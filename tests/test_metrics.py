@@ -14,6 +14,7 @@ from utils import console, log_files
 from utils.evaluation import EvalResult
 from utils.log_files import MetricsWriter
 from utils.metrics import TrainLog
+from utils.signals import Stopped
 
 
 def read_lines(folder):
@@ -109,8 +110,8 @@ def read_all(folder):
 def test_pictures_are_events_only_and_keep_their_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     with MetricsWriter(str(tmp_path)) as writer:
-        writer.image(5, "test/confusion", Image.fromarray(pixels))
-        writer.image(9, "test/confusion", Image.new("L", (4, 4), 7))
+        writer.show(5, "test/confusion", lambda: Image.fromarray(pixels))
+        writer.show(9, "test/confusion", lambda: Image.new("L", (4, 4), 7))
         writer.write(9, {"test/accuracy": 0.5})
     first, second = read_all(tmp_path).Images("test/confusion")
     assert (first.step, second.step) == (5, 9)
@@ -154,9 +155,38 @@ def test_a_run_that_goes_on_longer_has_its_new_hyperparameters(tmp_path):
 
 def test_a_disabled_writer_takes_pictures_and_hyperparameters_too(tmp_path):
     with MetricsWriter(str(tmp_path / "run"), enabled=False) as writer:
-        writer.image(1, "train/pictures", Image.new("RGB", (2, 2)))
+        writer.show(1, "train/pictures", lambda: pytest.fail("nobody sees it"))
         writer.hyperparameters(1, {"seed": 1})
     assert os.listdir(tmp_path) == []
+
+
+def fail_with(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), OSError("a font"), MemoryError(), AssertionError()])
+def test_a_picture_that_cannot_be_drawn_is_a_warning_and_the_next_is_shown(error, tmp_path, caplog):
+    with MetricsWriter(str(tmp_path)) as writer:
+        writer.show(5, "test/confusion", lambda: fail_with(error))
+        writer.show(5, "test/worst_mistakes", lambda: Image.new("RGB", (0, 4)))  # TensorBoard's own fails
+        writer.show(5, "test/words", lambda: "words")
+        writer.show(6, "test/confusion", lambda: Image.new("RGB", (2, 2)))
+    told = [record.getMessage() for record in caplog.records]
+    assert [message.split(" of step 5")[0] for message in told] == ["test/confusion", "test/worst_mistakes"]
+    assert f"({type(error).__name__}: {error})" in told[0]
+    assert [x.step for x in read_all(tmp_path).Images("test/confusion")] == [6]
+    assert read_all(tmp_path).Tensors("test/words/text_summary")[0].tensor_proto.string_val == [b"words"]
+
+
+def test_a_signal_while_a_picture_is_drawn_ends_the_run(tmp_path):
+    with MetricsWriter(str(tmp_path)) as writer, pytest.raises(Stopped):
+        writer.show(5, "test/confusion", lambda: fail_with(Stopped(15, "at once")))
+
+
+def test_flags_that_are_no_text_are_spelled_out(tmp_path):
+    with MetricsWriter(str(tmp_path)) as writer:
+        writer.hyperparameters(8, {"--dataset": os.fsdecode(b"pets\xff"), "--seed": 1})
+    assert hyperparameters_of(tmp_path)[0] == {"--dataset": "pets\\udcff", "--seed": 1}
 
 
 # ---- the training's log ----
@@ -293,6 +323,8 @@ def test_a_disk_that_takes_no_line_is_told_of_at_once(tmp_path):
         setattr(owner, name, open(full, "wb"))  # noqa: SIM115
         if name == "file":
             owner._records._writer = owner.file
+            with pytest.raises(OSError, match="could not be written"):  # half a picture would hide what follows it
+                writer.show(1, "train/pictures", lambda: Image.new("RGB", (2, 2)))
         with pytest.raises(OSError, match=r"could not be written \(No space left on device\)"):
             writer.write(1, {"train/loss": 0.5})
         writer.close()

@@ -43,6 +43,22 @@ def test_defaults_are_the_reference_scripts():
 # ---- the forward pass ----
 
 
+@pytest.mark.parametrize("vis", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_product_gives_the_queries_keys_and_values_of_three(dtype, vis):
+    """As on CUDA; without ``vis`` the last block has a single query."""
+    results = []
+    for joined in (False, True):
+        model = build(vis=vis).to(dtype).train()
+        for block in model.transformer.encoder.layer:
+            block.attn.joined = joined
+        loss = model(images().to(dtype), torch.arange(2))
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -72,6 +72,7 @@ def change_all():
     torch.backends.cudnn.benchmark = True
     torch.utils.deterministic.fill_uninitialized_memory = not torch.utils.deterministic.fill_uninitialized_memory
     torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(not torch.backends.cuda.cudnn_sdp_enabled())
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sys.excepthook = print
     warnings.simplefilter("error", ResourceWarning)

@@ -86,19 +86,20 @@ def test_measuring_gives_rates_and_touches_no_random_numbers(model_type, trainin
 
 @pytest.mark.parametrize("slow_pass", [0, 1], ids=["forward", "backward"])
 def test_half_precision_that_is_hopeless_is_found_out_in_less_time_than_one_of_its_products(slow_pass, monkeypatch):
-    secs_per_flop, products = 1e-9, list(number_format.PRODUCTS)
+    secs_per_flop, products, lost = 1e-9, list(number_format.PRODUCTS), []
 
     def slow(layer, x, w, y, product=products[slow_pass]):
         if w.dtype == torch.bfloat16:
-            time.sleep(2 * w.numel() * len(y) * secs_per_flop)
+            lost.append(2 * w.numel() * len(y) * secs_per_flop)
+            time.sleep(lost[-1])
         return product(layer, x, w, y)
 
     products[slow_pass] = slow
     monkeypatch.setattr(number_format, "PRODUCTS", products)
+    monkeypatch.setattr(number_format, "BUDGET_SECS", 3.0)  # also on a busy machine both passes have their turn
     shapes = layer_shapes(CONFIGS["ViT-B_32"], 224)
-    began = time.perf_counter()
     in_half, in_float32 = number_format.measure(shapes, torch.bfloat16, True)
-    assert time.perf_counter() - began < 2 * 3072 * 768 * 256 * secs_per_flop
+    assert sum(lost) < 2 * 3072 * 768 * 256 * secs_per_flop
     assert in_float32 > number_format.WORTH_IT * in_half
 
 

@@ -315,3 +315,13 @@ def test_another_optimizer_takes_the_place_of_sgd(opt_level):
     assert change.max() == pytest.approx(
         1e-3, rel=0.05
     )  # Adam's first step is the learning rate, whatever the gradient
+
+
+def test_each_master_gets_the_gradient_of_its_weight_however_many_there_are():
+    model = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False) for _ in range(100))
+    precision = Precision(CPU, "O2")
+    optimizer = make_optimizer(model, precision)
+    for _ in range(2):
+        x = torch.ones(1, 1, dtype=torch.bfloat16)
+        precision.backward(sum(i * layer(x).sum() for i, layer in enumerate(model)))
+    assert [p.grad.item() for p in params_of(optimizer)] == [2 * i for i in range(100)]

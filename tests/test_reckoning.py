@@ -44,8 +44,10 @@ def need_of(model_type: str, img_size: int, level: str, num_ranks: int = 1, **ch
     return reckoning.reckon(build, config.num_layers, Precision(CPU, level), img_size, num_ranks)
 
 
-def bytes_of_an_image(model_type: str, img_size: int, level: str, training: bool = True, **changes: int) -> float:
-    """Returns what each image adds to the peak that torch's profiler sees in the passes of the whole model."""
+def bytes_of_passes(
+    model_type: str, img_size: int, level: str, training: bool = True, **changes: int
+) -> tuple[float, float]:
+    """Returns what each image adds to the peak that torch's profiler sees in the whole model's passes; the rest."""
     model = VisionTransformer(replace(CONFIGS[model_type], **changes), img_size, 10).train(training)
     precision = Precision(CPU, level)
     precision.prepare(model)
@@ -64,21 +66,24 @@ def bytes_of_an_image(model_type: str, img_size: int, level: str, training: bool
             now += event.nbytes()
             peak = max(peak, now)
         peaks.append(peak + images.nbytes)
-    return (peaks[1] - peaks[0]) / 32
+    image = (peaks[1] - peaks[0]) / 32
+    return image, peaks[0] - 32 * image
 
 
 @pytest.mark.parametrize(
     ("model_type", "img_size", "level"),
     [("testing", 64, "O0"), ("testing", 64, "O2"), ("testing-hybrid", 32, "O0"), ("ViT-demo", 32, "O1")],
 )
-def test_the_reckoned_bytes_of_an_image_are_those_that_the_whole_model_takes(model_type, img_size, level):
+def test_the_reckoned_bytes_of_passes_are_those_that_the_whole_model_takes(model_type, img_size, level):
     """Also of models with more blocks than were looked at."""
     changes = {
         "num_layers": 6,
         "dropout_rate": 0,
     }  # the random numbers of dropout are numpy's, which torch does not see
-    measured = bytes_of_an_image(model_type, img_size, level, **changes)
-    assert need_of(model_type, img_size, level, **changes).image == pytest.approx(measured, rel=0.15)
+    image, rest = bytes_of_passes(model_type, img_size, level, **changes)
+    need = need_of(model_type, img_size, level, **changes)
+    assert need.image == pytest.approx(image, rel=0.15)
+    assert need.copies == pytest.approx(rest, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_an_evaluation_takes_as_many_images_as_fit(model_type, img_size, level):
     def taken(free: float) -> int:
         return reckoning.evaluated_at_once(few_blocks, Precision(CPU, level), img_size, img_size**2, int(free))[0]
 
-    image = bytes_of_an_image(model_type, img_size, level, training=False)
+    image, _ = bytes_of_passes(model_type, img_size, level, training=False)
     copies = 3 * 4 * 3 * img_size**2  # the images before the pass
     for number in (1, 2, 64, 256):
         assert taken(0.85 * number * (image + copies)) < max(number, 2)
@@ -126,17 +131,16 @@ def test_the_fewest_micro_batches_that_fit_are_taken():
     assert need.fewest_micro_batches(13, 219) == 3
     assert need.fewest_micro_batches(13, 160) == 13
     assert need.fewest_micro_batches(13, 0) == 13  # what does not fit at all is tried image by image
+    assert replace(need, copies=1).fewest_micro_batches(13, 230) == 2
 
 
 def losses(name: str) -> list[float]:
     return [line["train/loss"] for line in runs.lines(name) if "train/loss" in line]
 
 
-def room_for(
-    num_images: int, monkeypatch: pytest.MonkeyPatch, resumes: bool = False, dropout_rate: float = 0.1
-) -> None:
+def room_for(num_images: int, monkeypatch: pytest.MonkeyPatch, resumes: bool = False, **changes: int) -> None:
     """Leaves memory for so many images of ``RUN`` at a time; a state to resume from is in memory already."""
-    need, held = need_of("testing", 32, "O0", dropout_rate=dropout_rate), 0
+    need, held = need_of("testing", 32, "O0", **changes), 0
     if resumes:
         state = runs.last_state("a")
         held = sum(x.nbytes for x in checkpoint.tensors_in([state.model, state.optimizer]))
@@ -196,10 +200,8 @@ def train_with(given: tuple[list[str], int]) -> int:
 
 
 def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
-    need, flags = (
-        need_of("testing", 32, "O0", num_ranks=2, dropout_rate=0),
-        [*RUN, "--num_steps", "2", "--dropout", "0"],
-    )
+    need = need_of("testing", 32, "O0", num_ranks=2, dropout_rate=0)
+    flags = [*RUN, "--num_steps", "2", "--dropout", "0"]
     assert train.main([*RUN, "--name", "b", "--train_batch_size", "26", "--num_steps", "2", "--dropout", "0"]) == 0
     with ranks(tmp_path, [(flags, 2**40), (flags, need.bytes(5, 3))], train_with) as run:
         assert run.results() == [0, 0], run.output()

@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import os
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tests.helpers.reports import BALANCED, COMMANDS, EVIL, LINES, TIMED, make_contents
 from utils import figures, hardware, report
+from utils.signals import Stopped
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -222,6 +224,38 @@ def test_a_report_that_cannot_be_written_is_a_warning(trouble, make, tmp_path, c
     report.write_report(str(path), lambda: contents)
     assert f"The report {path} could not be written" in caplog.text
     assert not path.is_file()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), MemoryError(), KeyError("a class"), AssertionError()])
+def test_whatever_fails_in_a_report_is_a_warning_with_its_kind(error, tmp_path, caplog):
+    def fail():
+        raise error
+
+    report.write_report(str(tmp_path / "a_report.html"), fail)
+    assert f"({type(error).__name__}: {error})" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_ends_a_report():
+    def fail():
+        raise Stopped(2, "at once")
+
+    with pytest.raises(Stopped):
+        report.write_report("a_report.html", fail)
+
+
+def test_curves_are_drawn_of_what_is_a_number(make):
+    nan, inf = float("nan"), float("inf")
+    lines = [{**line, "images_per_sec": x} for line, x in zip(LINES, (nan, 900.0, 1e301, inf, 1000.0))]
+    tiny = [{**line, "train/lr": 1e-14 / line["step"]} if "train/lr" in line else line for line in lines]
+    text = report.render(make(lines=tiny))
+    assert text.count("<svg") == len(report.CURVES)
+    (speed,) = re.findall(r'aria-label="Images per second[^"]*"', text)
+    assert "from 900 to 1,000" in speed
+    assert " nan" not in text
+    assert (
+        report.render(make(lines=[{**line, "train/lr": nan} for line in LINES])).count("<svg") == len(report.CURVES) - 1
+    )
 
 
 def test_a_report_replaces_the_one_before(make, tmp_path):

@@ -6,12 +6,14 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from models import npz, published
@@ -20,9 +22,11 @@ from models.modeling import VisionTransformer
 from tests.conftest import REPOSITORY
 from tests.helpers import runs
 from tests.helpers.runs import TINY
+from tests.helpers.steps import make_model, make_optimizer, take_step
 from utils import args as flags
 from utils import datasets
 from utils.checkpoint import CheckpointMetadata, save_weights
+from utils.precision import Precision
 
 SHORT = ["--train_batch_size", "32", "--num_steps", "6", "--warmup_steps", "2", "--eval_every", "4", "--log_every", "2"]
 SCRATCH = ["--pretrained_dir", ""]
@@ -203,3 +207,29 @@ def test_an_evaluation_unlike_the_training_is_a_warning_and_one_like_it_is_none(
         caplog.clear()
         assert train.main(["--name", "a", *TINY, "-v", *more]) == 0
         assert len([r for r in caplog.records if r.levelname == "WARNING"]) == warnings
+
+
+class _Casts(TorchDispatchMode):
+    """Counts how often each tensor is cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_evaluation_casts_each_weight_once_however_many_batches_it_has():
+    model, precision = make_model(), Precision(torch.device("cpu"), "O1")
+    optimizer = make_optimizer(model, precision)
+    images = datasets.MemoryImages(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.arange(6))
+    with _Casts() as casts:
+        loss = train.evaluate(model, images, precision, 32, 2).loss
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert [casts.counts[p.data_ptr()] for p in weights] == [1] * len(weights)
+    optimizer.param_groups[0]["lr"] = 1.0
+    take_step(model, precision, optimizer)
+    assert train.evaluate(model, images, precision, 32, 2).loss != loss  # the next casts the new weights

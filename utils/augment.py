@@ -25,11 +25,12 @@ SCALE = (0.05, 1.0)  # share of the image's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 NUM_TRIES = 10
 #: Values that are finished at once: on a CPU as many as stay in its cache, elsewhere many, for few launches.
-CHUNK_VALUES, CHUNK_VALUES_ELSEWHERE = 8 * 3 * 224**2, 128 * 3 * 224**2
+CHUNK_VALUES, CHUNK_VALUES_ELSEWHERE = 8 * 3 * 224**2, 512 * 3 * 224**2
 TABLE_PX = 256  # filter weights of axes up to this length are computed once
 MIDDLE = 128  # of the grey levels
 HALF_LEVEL = (MIDDLE - 127.5) / 127.5  # what MIDDLE itself is normalised to
-PILLOW_ONE = 2**22  # Pillow's weights are whole multiples of 1 / PILLOW_ONE
+#: Pillow's weights are whole multiples of UNIT**2: ``hi + UNIT * lo``, both whole multiples of UNIT (``_resample``).
+UNIT = 2.0**-11
 #: Uniform numbers of one training image: four a try, and one that decides on the flip and seeds the augmentation.
 NUM_DRAWS = 4 * NUM_TRIES + 1
 
@@ -97,14 +98,15 @@ def filter_taps(start: Tensor, length: Tensor, size: int, out_size: int) -> tupl
         out_size: pixels to make of each.
 
     Returns:
-        Indices (B, taps, out_size) and weights (B, taps, out_size), which are Pillow's, in ``exact_dtype``; 2 taps if
-        nothing can be reduced.
+        Indices (B, taps, out_size) and Pillow's weights in halves (B, taps, 2, out_size), float32; 2 taps if nothing
+        can be reduced.
     """
     if size > TABLE_PX:
-        pixel, weights = _taps_of(length, size, out_size)
+        pixel, halves = _taps_of(length, size, out_size)
     else:
-        pixel, weights = (table[length - 1] for table in _tap_table(size, out_size, length.device))
-    return pixel + start[:, None, None], weights
+        at = length - 1
+        pixel, halves = (table[at] for table in _tap_table(size, out_size, length.device))
+    return pixel + start[:, None, None], halves
 
 
 @functools.lru_cache(maxsize=8)
@@ -115,8 +117,8 @@ def _tap_table(size: int, out_size: int, device: torch.device) -> tuple[Tensor, 
 
 def _taps_of(length: Tensor, size: int, out_size: int) -> tuple[Tensor, Tensor]:
     """As ``filter_taps``, of crops that start at 0."""
-    dtype = exact_dtype(length.device)
-    length = length[:, None].to(dtype)
+    device, dtype = length.device, torch.float64
+    length = length[:, None].to("cpu" if device.type == "mps" else device, dtype)  # MPS has no float64
     scale = length / out_size
     support = scale.clamp(min=1)
     # The middle of each new pixel, in pixels right of the middle of the crop's first: (B, out_size)
@@ -127,30 +129,49 @@ def _taps_of(length: Tensor, size: int, out_size: int) -> tuple[Tensor, Tensor]:
     tap = first[:, None] + torch.arange(num_taps, dtype=dtype, device=length.device)[:, None]  # (B, taps, out_size)
     weights = (1 - (tap - centre[:, None]).abs_().div_(support[:, None])).clamp_(min=0)
     weights.mul_((tap >= 0) & (tap < length[:, None]))
-    weights.div_(weights.sum(dim=1, keepdim=True)).mul_(PILLOW_ONE).add_(0.5).floor_().div_(PILLOW_ONE)
-    return torch.minimum(tap.clamp_(min=0), length[:, None] - 1).long(), weights
+    weights.div_(weights.sum(dim=1, keepdim=True)).div_(UNIT**2).add_(0.5).floor_()
+    hi = weights.mul(UNIT).round_()
+    halves = torch.stack((hi, weights - hi / UNIT), dim=2).mul_(UNIT)
+    return torch.minimum(tap.clamp_(min=0), length[:, None] - 1).long().to(device), halves.float().to(device)
 
 
-def as_matrix(pixel: Tensor, weights: Tensor, size: int) -> Tensor:
-    """Turns the taps of an axis of ``size`` pixels into matrices (B, size, out_size)."""
-    return weights.new_zeros(len(pixel), size, pixel.shape[2]).scatter_add_(1, pixel, weights)
+def as_matrix(pixel: Tensor, halves: Tensor, size: int) -> Tensor:
+    """Turns the taps of an axis of ``size`` pixels into matrices (B, size, 2, out_size)."""
+    zeros = halves.new_zeros(len(pixel), size, *halves.shape[2:])
+    return zeros.scatter_add_(1, pixel[:, :, None].expand_as(halves), halves)
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns the type in which products of grey levels and Pillow's weights are exact: 8 + 22 bits."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+@functools.lru_cache(maxsize=8)
+def _matrix_of_all(size: int, out_size: int, device: torch.device) -> Tensor:
+    """Returns the matrix (size, 2, out_size) that resizes a whole axis."""
+    return as_matrix(*_taps_of(torch.full((1,), size, device=device), size, out_size), size)[0]
 
 
-def whole_levels(x: Tensor) -> Tensor:
-    """Rounds grey levels in place, halves up, as Pillow does after each of its two passes."""
-    return x.add_(0.5).floor_()
+def _resample(x: Tensor, matrix: Tensor, along: int = -1) -> Tensor:
+    """Resizes one axis of grey levels and rounds them, halves up, as Pillow does after each of its two passes.
+
+    Exact, but in float32, for some devices have little or no float64.  A level has 8 bits and a weight 22; half a
+    weight has 11, so a product of the two is exact, in TF32 as well.  All sums are whole multiples of UNIT and less
+    than 2**24 of them (of ``lo``, while an axis shrinks to a 31st or less far), so the order of adding does not matter.
+    Their own sum would need 30 bits and is rounded in two steps: ``hi + 0.5`` is a whole multiple of UNIT, so which
+    whole number lies below it and ``UNIT * lo`` stays the same if the latter is rounded down to such a multiple first.
+
+    Args:
+        x: (..., H, W), whole numbers from 0 to 255.
+        matrix: of the axis, as ``as_matrix`` returns it: (n, 2, out), or (B, n, 2, out) if x is (B, H, W).
+        along: the axis, -2 or -1.
+    """
+    with torch.autocast(x.device.type, enabled=False):  # half precision has too few bits, wherever the caller is
+        sums = x @ matrix.flatten(-2) if along == -1 else matrix.flatten(-2).mT @ x
+    hi, lo = sums.chunk(2, along)
+    return torch.add(hi, lo.floor_(), alpha=UNIT).add_(0.5).floor_()
 
 
 def resized_crop(images: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor | None = None) -> Tensor:
     """Cuts a box out of each image and resizes it to a square, in float32.
 
-    Every value is within one grey level of Pillow's.  The width comes first: a small matrix product in float64, as
-    exact as Pillow's integers.  The height, where most of the work is, follows in float32, which may round a value
+    Every value is within one grey level of Pillow's.  The width comes first: a small matrix product, as exact as
+    Pillow's integers.  The height, where most of the work is, follows in plain float32, which may round a value
     between two grey levels to the other one.  Pillow 13 takes the height first where ``resize`` does, which moves
     some values of such crops by a level.
 
@@ -165,24 +186,25 @@ def resized_crop(images: Tensor, boxes: Tensor, out_size: int, mirrored: Tensor 
     """
     top, left, height, width = to_device(boxes, images.device).unbind(dim=1)
     in_height, in_width = images.shape[2:]
-    pixel, weights = filter_taps(top, height, in_height, out_size)
-    cols = as_matrix(*filter_taps(left, width, in_width, out_size), in_width)  # (B, W, out)
+    pixel, halves = filter_taps(top, height, in_height, out_size)
+    weights = torch.add(halves[:, :, 0], halves[:, :, 1], alpha=UNIT)  # (B, taps, out)
+    cols = as_matrix(*filter_taps(left, width, in_width, out_size), in_width)  # (B, W, 2, out)
     if mirrored is not None:
-        cols = torch.where(mirrored[:, None, None], cols.flip(2), cols)
+        cols = torch.where(mirrored[:, None, None, None], cols.flip(3), cols)
     out = torch.empty(len(images), 3, out_size, out_size, device=images.device)
     values = CHUNK_VALUES if out.device.type == "cpu" else CHUNK_VALUES_ELSEWHERE
-    size = max(1, values // (3 * out_size**2))
+    size = max(1, values // (3 * max(out_size**2, in_height * in_width)))
     for chunk in zip(*(x.split(size) for x in (out, images, cols, pixel, weights))):
         _crop_into(*chunk)
     return out
 
 
 def _crop_into(out: Tensor, images: Tensor, cols: Tensor, pixel: Tensor, weights: Tensor) -> None:
-    x = images.to(cols.dtype).flatten(1, 2) @ cols  # (B, 3 * H, out)
+    x = _resample(images.float().flatten(1, 2), cols)  # (B, 3 * H, out)
     # The second rounding's 0.5 and normalize's -MIDDLE are added here, where there are fewer values: the weights sum
     # to 1, but for Pillow's rounding of each.
-    x = whole_levels(x).add_(0.5 - MIDDLE).float().unflatten(1, (3, -1))  # (B, 3, H, out)
-    x = _weigh_rows(x, pixel, weights.float())  # (B, 3, out, out)
+    x = x.add_(0.5 - MIDDLE).unflatten(1, (3, -1))  # (B, 3, H, out)
+    x = _weigh_rows(x, pixel, weights)  # (B, 3, out, out)
     _from_middle(x.floor_(), out)
 
 
@@ -208,20 +230,17 @@ def sum_rows(rows: Tensor, x: Tensor, weights: Tensor) -> Tensor:
 def resize(images: Tensor, out_size: int) -> Tensor:
     """Resizes whole images: (B, 3, H, W) uint8 -> (B, 3, out_size, out_size) float32 in [-1, 1].
 
-    They are Pillow 13's to the bit, but on MPS, which has no float64.  It takes the width first, but the height
-    of images that lose more than twice as many rows as columns (Pillow #9549, ``ImagingResampleInner``).
+    They are Pillow 13's to the bit.  It takes the width first, but the height of images that lose more than twice as
+    many rows as columns (Pillow #9549, ``ImagingResampleInner``).
     """
     height, width = images.shape[2:]
     if height == width == out_size:
         return normalize(images.float())
-    whole = {side: torch.full((1,), side, device=images.device) for side in (height, width)}
-    rows, cols = (as_matrix(*_taps_of(whole[n], n, out_size), n)[0] for n in (height, width))  # (size, out)
-    x = images.to(cols.dtype)
+    x = images.float()
+    rows, cols = (_matrix_of_all(side, out_size, x.device) for side in (height, width))
     if height - out_size > 2 * max(width - out_size, 0):
-        x = whole_levels(whole_levels(rows.T @ x) @ cols)
-    else:
-        x = whole_levels(rows.T @ whole_levels(x @ cols))
-    return normalize(x.float())
+        return normalize(_resample(_resample(x, rows, -2), cols))
+    return normalize(_resample(_resample(x, cols), rows, -2))
 
 
 def normalize(images: Tensor) -> Tensor:

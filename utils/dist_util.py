@@ -335,15 +335,21 @@ def max_over_ranks(x: int) -> int:
     return int(largest)
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Lets the backward pass average gradients over all ranks."""
+def wrap(model: nn.Module, bucket_views: bool = True) -> nn.Module:
+    """Lets the backward pass average gradients over all ranks.
+
+    Args:
+        model: on its device.
+        bucket_views: the gradients lie in the memory that is sent, which the next reduction overwrites.
+    """
     if _group is None:
         return model
-    return nn.parallel.DistributedDataParallel(model, process_group=_group.device_group, gradient_as_bucket_view=True)
+    group = _group.device_group
+    return nn.parallel.DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=bucket_views)
 
 
 def sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
-    """Returns the context of a micro-batch's passes, which reduce the gradients ``now``: in a step's last one."""
+    """Returns the context of a micro-batch's passes, which reduce the gradients ``now``, or leave that to a later."""
     if now or not isinstance(model, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -43,7 +43,11 @@ RIGHT, WRONG = (27, 158, 119), (217, 95, 2)
 #: A curve of more points is thinned out; its highest and lowest ones stay.  Few points are each shown.
 CURVE_POINTS, DOTTED_POINTS = 400, 60
 CHART_WIDTH, CHART_HEIGHT = 400, 200
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 52, 12, 10, 42
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 60, 12, 10, 42
+#: A curve that spans less of its largest value is drawn flat: the labels of its axis would be too long to read.
+FLAT = 1e-4
+#: Values between these sizes can be placed: what is larger is not drawn, and what is smaller is 0.
+TINY, HUGE = 1e-300, 1e300
 ROUND_SECS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800,
               3600, 7200, 10800, 21600, 43200, 86400, 172800, 432000, 864000)  # fmt: skip
 
@@ -74,17 +78,16 @@ class Mistake:
 def show_first(log: TrainLog, batches: Iterator[MicroBatch], classes: list[str]) -> Iterator[MicroBatch]:
     """Yields the micro-batches, and shows the first as the model sees it."""
     first = [next(batches)]
-    log.image(1, "train/pictures", lambda: training_batch(*first[0], classes))
-    if names := legend(classes):
-        log.text(1, "train/classes", names)
+    log.show(1, "train/pictures", lambda: training_batch(*first[0], classes))
+    log.show(1, "train/classes", lambda: legend(classes))
     yield first.pop()  # nothing here keeps it: on a GPU it would take its memory in every step
     yield from batches
 
 
 def show_result(log: TrainLog, step: int, result: EvalResult, data: datasets.DataSets) -> None:
     """Shows which classes, and which images, an evaluation took for others."""
-    log.image(step, "test/confusion", lambda: confusion(result.confusion(len(data.classes)), data.classes))
-    log.image(step, "test/worst_mistakes", lambda: mistakes(result, data))
+    log.show(step, "test/confusion", lambda: confusion(result.confusion(len(data.classes)), data.classes))
+    log.show(step, "test/worst_mistakes", lambda: mistakes(result, data))
 
 
 # ---- grids of images ----
@@ -262,11 +265,21 @@ def _place(last: float, low: float, high: float, x: float, y: float) -> Point:
 
 def _value_axis(values: Sequence[float], unit: str) -> list[str]:
     parts = []
-    for value in values:
+    for value, label in zip(values, _labels(values)):
         at = _place(1, values[0], values[-1], 0, value)[1]
         parts.append(f'<path class="rule" d="M{LEFT_PX} {at:.1f}H{CHART_WIDTH - RIGHT_PX}"/>')
-        parts.append(f'<text x="{LEFT_PX - 6}" y="{at + 4:.1f}" text-anchor="end">{number(value)}{unit}</text>')
+        parts.append(f'<text x="{LEFT_PX - 6}" y="{at + 4:.1f}" text-anchor="end">{label}{unit}</text>')
     return parts
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """Returns what stands at the values of an axis: all in as few digits as show each to a twentieth of their step."""
+    close = (values[1] - values[0]) / 20
+    for digits in range(4, 17):
+        labels = [number(value, digits) for value in values]
+        if all(abs(float(label.replace(",", "")) - value) <= close for label, value in zip(labels, values)):
+            break
+    return labels
 
 
 def _step_axis(last: float, times: Sequence[Point]) -> list[str]:
@@ -288,23 +301,30 @@ def _step_axis(last: float, times: Sequence[Point]) -> list[str]:
     return parts
 
 
-def number(value: float) -> str:
-    """Returns a number in as many digits as tell something: 1,200; 0.0312; 1e-06."""
+def number(value: float, digits: int = 4) -> str:
+    """Returns a number in as many digits as tell something, and all before the point: 1,200; 0.0312; 1e-06."""
     if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-    return f"{value:.3g}"
+        return f"{value:,.{max(digits, len(str(int(abs(value)))))}g}"
+    return f"{value:.{digits - 1}g}"
+
+
+def can_be_drawn(value: float) -> bool:
+    """Tells if a curve may have a point there; not where it is infinite or no number."""
+    return abs(value) <= HUGE
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Returns about ``count`` round numbers, the first at most ``low`` and the last at least ``high``; at least two."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
+    largest = max(abs(low), abs(high))
+    if largest < TINY or high - low < FLAT * largest:
+        margin = 0.1 * largest if largest >= TINY else 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * n for n in (1, 2, 2.5, 5, 10) if power * n >= rough * (1 - 1e-9))
+    power = math.floor(math.log10(rough)) - 1
+    tens = next(n for n in (10, 20, 25, 50, 100) if n * 10.0**power >= rough * (1 - 1e-9))
+    step = tens * 10.0**power
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * tens}e{power}") for i in range(first, last + 1)]  # whole numbers, so that 0.3 is 0.3
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:

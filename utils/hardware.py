@@ -59,6 +59,11 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         if env_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {env_rank} finds {torch.cuda.device_count()} GPUs; start fewer ranks")
         torch.cuda.set_device(env_rank)
+        # Of half-precision attention on Hopper, which torch leaves to cuDNN of itself.  There cuDNN's backward pass has
+        # returned NaN for scores below -89: with a mask (github.com/pytorch/pytorch/issues/196678), and with a single
+        # query and 128 keys (github.com/NVIDIA/cudnn-frontend/issues/1072).  This model has no mask and never 128
+        # tokens, but such a query and such scores it may have; the flash kernel takes its place.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if kind == "cpu":
         _keep_freed_memory()
     return torch.device("cuda", env_rank) if kind == "cuda" else torch.device(kind)

@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,20 +94,17 @@ class MetricsWriter:
             self._lines.flush()
         self._events.add_scalars(values, step)
 
-    def image(self, step: int, tag: str, image: Image.Image) -> None:
-        """Adds an image to the events; ``metrics.jsonl`` holds numbers only."""
+    def show(self, step: int, tag: str, make: Callable[[], Image.Image | str | None]) -> None:
+        """Adds the image that ``make`` returns, or the text, as Markdown, to the events; nothing if it is empty.
+
+        What cannot be made is a warning; what cannot be written ends the run, as it would with the next line.
+        """
+        summary = None
         if self.enabled:
-            from torch.utils.tensorboard import summary
-
-            pixels = np.asarray(image.convert("RGB"))
-            self._events.add_summary(summary.image(tag, pixels, dataformats="HWC"), step)
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Adds a text, as Markdown, to the events."""
-        if self.enabled:
-            from torch.utils.tensorboard import summary
-
-            self._events.add_summary(summary.text(tag, text), step)
+            with only_a_warning(f"{tag} of step {step} is not in TensorBoard"):
+                summary = _summary(tag, make())
+        if summary is not None:
+            self._events.add_summary(summary, step)
 
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to the hparams tab, which shows the last value of each of its scalars beside it.
@@ -124,10 +121,12 @@ class MetricsWriter:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {name: x if type(x) in (int, float) else str(x) for name, x in values.items()}
-        _, begin, end = hparams(plain, {})
+        summaries = []
+        with only_a_warning("the flags are not in TensorBoard"):
+            plain = {name: x if type(x) in (int, float) else _as_utf8(str(x)) for name, x in values.items()}
+            _, *summaries = hparams(plain, {})  # the begin and the end of a session
         self._end = self._events.file.tell()
-        for summary in (begin, end):
+        for summary in summaries:
             self._events.add_summary(summary, step + 1)
 
     def flush(self) -> dict[str, int]:
@@ -204,6 +203,32 @@ class EventFile:
         with _named(self.file.name):
             self._records.write(event.SerializeToString())
             self._records.flush()
+
+
+def _summary(tag: str, shown: Image.Image | str | None) -> Any:
+    from torch.utils.tensorboard import summary
+
+    if isinstance(shown, Image.Image):
+        return summary.image(tag, np.asarray(shown.convert("RGB")), dataformats="HWC")
+    return summary.text(tag, shown) if shown else None
+
+
+def _as_utf8(text: str) -> str:
+    """Spells out the bytes of file names that are no text, which events do not take."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def only_a_warning(words: str) -> Iterator[None]:
+    """Makes a warning of whatever fails in the block, but for signals: no training ends for want of a picture.
+
+    Lack of memory is one, too: if the training lacks it as well, it says so itself, with the remedy.
+    """
+    try:
+        yield
+    except Exception as e:
+        # As a text: a record that is kept would keep what the error's frames hold, such as a batch on a GPU.
+        logger.warning("%s (%s: %s)", words, type(e).__name__, " ".join(str(e).split()))
 
 
 @contextlib.contextmanager

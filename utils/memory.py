@@ -17,8 +17,9 @@ from utils import hardware
 with contextlib.suppress(ImportError):  # Windows has none
     import resource
 
-#: What is left of the free memory for others: on GPUs for the libraries' workspaces and kernels.
-CPU_SHARE, GPU_SHARE = 0.9, 0.97
+#: The share of the free memory that may be taken: on GPUs the rest is for the libraries' workspaces and kernels, and
+#: for blocks that are larger than what was asked for.
+CPU_SHARE, GPU_SHARE = 0.9, 0.95
 
 #: Addresses that a process takes beside its tensors, once it trains: stacks and heaps of threads, modules.
 OTHER_ADDRESSES = 2**28

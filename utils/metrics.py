@@ -174,14 +174,9 @@ class TrainLog:
                   "test/balanced_accuracy": result.balanced_accuracy}  # fmt: skip
         self._writer.write(step, values, {"secs": self.train_secs, "eval_secs": self.eval_secs})
 
-    def image(self, step: int, tag: str, draw: Callable[[], Image.Image | None]) -> None:
-        """Adds what ``draw`` makes to the TensorBoard events; it is called on the main process only."""
-        if self._writer.enabled and (image := draw()) is not None:
-            self._writer.image(step, tag, image)
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Adds a text, as Markdown, to the TensorBoard events."""
-        self._writer.text(step, tag, text)
+    def show(self, step: int, tag: str, make: Callable[[], Image.Image | str | None]) -> None:
+        """Adds what ``make`` returns to the TensorBoard events; it is called on the main process only."""
+        self._writer.show(step, tag, make)
 
     def hyperparameters(self, step: int, values: Mapping[str, object]) -> None:
         """Adds the run to TensorBoard's hparams tab; see ``MetricsWriter.hyperparameters``."""

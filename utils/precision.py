@@ -28,6 +28,9 @@ from utils import dist_util
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
 AMP_BACKENDS = ("native", "apex")
+#: Gradients that one operation casts: one for each would launch a kernel for each, and one for all would hold the
+#: half-precision and the float32 gradients of all weights at once.
+CAST_AT_ONCE = 32
 #: Dynamic scaling halves the scale at each overflow: after so many in a row no scale will help.
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -44,7 +47,11 @@ class Precision:
     Attributes:
         opt_level: the level at which it computes.
         is_open: the flags leave it to the processor whether to compute in float32.
+        stashes_gradients: takes those of a micro-batch out of the parameters before the next one's come, so that ranks
+            must reduce each micro-batch's, in tensors that the next does not write to.
     """
+
+    stashes_gradients = False
 
     def __init__(
         self, device: torch.device, opt_level: str = "O0", amp_dtype: str = "auto", loss_scale: float = 0
@@ -126,6 +133,13 @@ class Precision:
             return torch.autocast(self.device.type, dtype=self.half)
         return contextlib.nullcontext()
 
+    def reusing_casts(self) -> contextlib.AbstractContextManager:
+        """Returns the context of many forward passes with the same weights, which are cast in the first of them.
+
+        Autocast keeps what it cast until the outermost of its contexts ends.  This one casts nothing itself.
+        """
+        return torch.autocast(self.device.type, enabled=False)
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of the (scaled) loss to those in the parameters."""
         self.scaler.scale(loss * self.static_scale if self.static_scale else loss).backward()
@@ -134,9 +148,16 @@ class Precision:
 
     def _add_to_masters(self) -> None:
         """Adds half gradients to the masters', so that micro-batches sum up in float32."""
+        new = [(p, master) for p, master in self._pairs if p.grad is not None and master.grad is None]
+        for start in range(0, len(new), CAST_AT_ONCE):
+            some = new[start : start + CAST_AT_ONCE]
+            grads = [torch.empty_like(master) for _, master in some]
+            torch._foreach_copy_(grads, [p.grad for p, _ in some if p.grad is not None])  # all have one
+            for (p, master), grad in zip(some, grads):
+                p.grad, master.grad = None, grad
         for p, master in self._pairs:
-            if p.grad is not None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            if p.grad is not None and master.grad is not None:  # of micro-batches before
+                master.grad.add_(p.grad)
                 p.grad = None
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:

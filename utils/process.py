@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch.backends import cuda, cudnn, mkldnn
 
+from utils.apex import undo_patches
+
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 #: Parts of torch whose float32 products may be TF32.
@@ -41,6 +43,7 @@ def process_restored() -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
+        undo_patches()
         for give_back, value in before:
             give_back(value)
         if not has_workspace:
@@ -65,6 +68,7 @@ def _switches() -> list[Switch]:
         _attribute(cudnn, "benchmark"),
         _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),  # type: ignore[attr-defined]
         _attribute(sys, "excepthook"),
+        _attribute(torch.nn.modules.rnn, "_VF"),  # which apex replaces, and does not give back
         (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
         (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
         (cuda.math_sdp_enabled, cuda.enable_math_sdp),

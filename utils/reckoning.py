@@ -45,7 +45,7 @@ class Need:
         gradients: by the gradients as the optimizer reads them.
         buckets: by those that ranks exchange; 0 for a single rank.
         image: by each image of a micro-batch, when its forward and backward pass hold the most.
-        fixed: then by what does not depend on the images: weights that autocast has cast, the first gradients.
+        copies: by the passes then, however many images: weights that were cast or joined, gradients of half precision.
         heap: bytes that the process grows by for each of these.
     """
 
@@ -53,7 +53,7 @@ class Need:
     gradients: int
     buckets: int
     image: int
-    fixed: int = 0
+    copies: int = 0
     heap: float = 1.0
 
     def bytes(self, micro_batch: int, num_micro_batches: int) -> int:
@@ -87,7 +87,7 @@ class Need:
 
     def live_bytes(self, micro_batch: int, num_micro_batches: int) -> int:
         """Returns the bytes of the tensors that are there at the peak."""
-        passes = self.fixed + micro_batch * self.image
+        passes = self.copies + micro_batch * self.image
         if num_micro_batches == 1 and not self.buckets:  # gradients come as the images' memory goes
             return self.held + max(passes, self.gradients)
         return self.held + self.gradients + self.buckets + passes
@@ -111,12 +111,9 @@ def reckon(
     params = fresh[0].prepare(model)
     held = _num_bytes({*model.parameters(), *params}) + _num_bytes(params)  # the last is momentum
     buckets = _num_bytes(model.parameters()) if num_ranks > 1 else 0
-    few_blocks = build(2), build(3)
-    (two, fixed), (three, _) = (_peak(m, p, img_size) for m, p in zip(few_blocks, fresh[1:]))
-    image = two + (num_blocks - 2) * (three - two)
-    if precision.opt_level == "O1":  # autocast's copies of the other blocks' weights are kept for the backward pass
-        fixed += (_num_bytes(model.parameters()) - _num_bytes(few_blocks[0].parameters())) // 2
-    return Need(held, _num_bytes(params), buckets, image, fixed, CPU_HEAP if precision.device.type == "cpu" else 1.0)
+    two, three = (_peak(build(n), p, img_size) for n, p in zip((2, 3), fresh[1:]))
+    image, copies = (x + (num_blocks - 2) * (y - x) for x, y in zip(two, three))
+    return Need(held, _num_bytes(params), buckets, image, copies, CPU_HEAP if precision.device.type == "cpu" else 1.0)
 
 
 def evaluated_at_once(
@@ -148,10 +145,10 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool = True) -> tuple[int, int]:
-    """Returns what each image adds where it adds the most in a forward and, in training, a backward pass.
+    """Returns what a forward pass and, in training, a backward pass hold where each image adds the most.
 
     Returns:
-        Those bytes, and the bytes that are held there whatever the number of images.
+        The bytes that each image adds there, and those that are held whatever the number of images.
     """
     device = precision.device
     # Zeros, for CPUs are slow with some numbers; without to_empty, for which torch imports sympy: 0.4 s.
@@ -164,14 +161,13 @@ def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool 
         torch.cuda.empty_cache()
     if len(looks[0]) != len(looks[1]):  # some library computes the two batches in different ways
         return max(looks[1]) // ONE_MORE, 0
-    added, few = max((more - few, few) for few, more in zip(*looks))
-    image = added // (ONE_MORE - FEW)
-    return image, max(few - FEW * image, 0)
+    image, held = max(((more - few) // (ONE_MORE - FEW), few) for few, more in zip(*looks))
+    return image, held - FEW * image
 
 
 def _held_after_each_operation(model: nn.Module, precision: Precision, img_size: int, num_images: int) -> list[int]:
     """Returns the bytes of all tensors but the weights that are there after each operation of a pass."""
-    with _Watch(precision.device.type == "cuda") as noted:
+    with _Watch(model.parameters(), precision.device.type == "cuda") as noted:
         images = torch.zeros(num_images, 3, img_size, img_size, device=precision.device)
         labels = torch.zeros(num_images, dtype=torch.long, device=precision.device)
         with torch.inference_mode(not model.training), precision.autocast():
@@ -187,14 +183,16 @@ class _HeldBytes:
     """Notes after each operation the bytes of those tensors that operations returned and that are still there.
 
     Args:
+        known: tensors that are not counted, nor their views.
         on_gpu: count what attention takes there for itself, too: its backward pass adds up in a buffer of its own.  Of
             convolutions that is not counted: cuDNN chooses another way, with another buffer, for other batches.
     """
 
-    def __init__(self, on_gpu: bool = False) -> None:
+    def __init__(self, known: Iterable[Tensor], on_gpu: bool) -> None:
         super().__init__()
         self._on_gpu = on_gpu
         self.bytes: list[int] = []
+        self._known = {x.untyped_storage()._cdata for x in known}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -203,11 +201,13 @@ class _HeldBytes:
             torch.cuda.reset_peak_memory_stats()
         result = func(*args, **(kwargs or {}))
         if looks_inside:
-            inside = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            stats = torch.cuda.memory_stats()  # of bytes asked for: blocks may be larger than that by as many again
+            inside = stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self._known:
+                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
         self.bytes.append(inside + sum(size for _, size in self._storages.values()))
         return result

@@ -23,7 +23,7 @@ from PIL import Image
 from utils import datasets, figures, files, hardware
 from utils.evaluation import EvalResult
 from utils.figures import duration, number
-from utils.log_files import read_lines
+from utils.log_files import only_a_warning, read_lines
 
 if TYPE_CHECKING:
     from utils.metrics import TrainLog
@@ -83,10 +83,8 @@ class Contents:
 
 def write_report(path: str, contents: Callable[[], Contents]) -> None:
     """Writes the page as far as the run has come; a training does not end for the lack of one."""
-    try:
+    with only_a_warning(f"The report {path} could not be written"):
         files.write_text(path, render(contents()))
-    except (OSError, ValueError) as e:  # no room, or somebody removed or edited the logs or the images
-        logger.warning("The report %s could not be written (%s)", path, e)
 
 
 def contents_of(
@@ -234,7 +232,8 @@ def _times(lines: Sequence[Line]) -> list[figures.Point]:
 def _curves(lines: Sequence[Line], best_step: int) -> str:
     times, charts = _times(lines), []
     for tag, title, factor, unit in CURVES:
-        points = [(line["step"], factor * line[tag]) for line in lines if tag in line]
+        values = ((line["step"], factor * line[tag]) for line in lines if tag in line)
+        points = [point for point in values if figures.can_be_drawn(point[1])]
         if points:
             best = best_step if tag.startswith("test/") else None
             drawn = figures.chart(title, points, unit, best, times)
