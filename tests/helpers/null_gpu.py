@@ -46,7 +46,7 @@ class NullGpu:
         gib: float = 79.1,
         count: int = 1,
         variables: Mapping[str, str] | None = None,
-        timeout: int = 120,
+        timeout: int = 280,
     ) -> subprocess.CompletedProcess[str]:
         """Runs Python with it, one thread.
 
