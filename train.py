@@ -220,7 +220,7 @@ def make_batches(
     )
 
 
-@torch.no_grad()
+@torch.no_grad()  # autocast keeps no casts under inference_mode
 def evaluate(
     model: nn.Module,
     images: datasets.Images,

@@ -83,7 +83,15 @@ def test_the_reckoned_bytes_of_passes_are_those_that_the_whole_model_takes(model
     image, rest = bytes_of_passes(model_type, img_size, level, **changes)
     need = need_of(model_type, img_size, level, **changes)
     assert need.image == pytest.approx(image, rel=0.15)
-    assert need.copies == pytest.approx(rest, rel=0.15)
+    assert need.copies <= 1.15 * rest  # which has the first gradients, too: these are counted apart
+    if level == "O1":
+        assert need.copies > 0.8 * need.gradients / 2  # weights that autocast has cast
+
+
+@pytest.mark.parametrize("model_type", ["testing", "ViT-demo"])
+def test_gradients_are_not_counted_twice_however_many_blocks_there_are(model_type):
+    need = need_of(model_type, 32, "O0", num_layers=24, dropout_rate=0)
+    assert need.copies < 0.01 * need.gradients
 
 
 @pytest.mark.parametrize(

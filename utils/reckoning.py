@@ -155,6 +155,8 @@ def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool 
     zeros = {name: torch.zeros(x.shape, dtype=x.dtype, device=device) for name, x in model.state_dict().items()}
     model.load_state_dict(zeros, assign=True)
     precision.prepare(model)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(_drop_grad)  # gradients come as the rest goes: they are counted apart
     model.train(training)
     looks = [_held_after_each_operation(model, precision, img_size, n) for n in (FEW, ONE_MORE)]
     if device.type == "cuda":
@@ -174,9 +176,11 @@ def _held_after_each_operation(model: nn.Module, precision: Precision, img_size:
             loss = model(images, labels)
         if model.training:
             loss.backward()
-    for p in model.parameters():
-        p.grad = None
     return noted.bytes
+
+
+def _drop_grad(p: Tensor) -> None:
+    p.grad = None
 
 
 class _HeldBytes:
