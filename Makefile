@@ -1,5 +1,5 @@
 # make demo   install, fine-tune the small model on the digits, evaluate what it wrote
-# make test   install, run the tests (CPU, no network), half as many more at a time as there are processors
+# make test   install, run the tests (CPU, no network), three at a time on two processors (tests/conftest.py)
 # make lint   style and types
 # make soak   the tests that take long; make errors writes docs/errors.md from its tests
 # make flags  writes docs/flags.md from the table in utils/args.py

@@ -48,7 +48,7 @@ from utils import (
 )
 from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
-from utils.batch import EVALUATED, Batch
+from utils.batch import EVALUATED, MOST_EVALUATED, Batch
 from utils.console import lasting_streams, log_lines
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
@@ -478,17 +478,19 @@ def fit_evaluation(
         args, config, data, precision: of the run.
         saved: images that the saved run took: on a GPU more are not taken now, so that the digits stay.
     """
-    size = EVALUATED if args.eval_batch_size == "auto" else args.eval_batch_size
+    size, image, free = EVALUATED if args.eval_batch_size == "auto" else args.eval_batch_size, 0, 0
     if args.eval_batch_size == "auto" and precision.device.type == "cuda":
         with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
             need = reckon_need(args, config, data, precision)
             free = (memory.free_bytes(precision.device) or 0) - need.held - need.buckets - need.copies
             few_blocks = build_on_meta(args, config, len(data.classes), num_blocks=2)
             pixels = data.test.images[0, 0].numel() if isinstance(data.test, datasets.MemoryImages) else 0
-            size, why = reckoning.evaluated_at_once(few_blocks, precision, args.img_size, pixels, free)
-        logger.info("  %s", why)
-        size = min(size, saved or size)
-    return min(dist_util.gather(size))
+            image = reckoning.evaluated_image(few_blocks, precision, args.img_size, pixels)
+            size = reckoning.evaluated_at_once(image, free, min(saved or MOST_EVALUATED, MOST_EVALUATED))
+    size = min(dist_util.gather(size))  # of every rank
+    if image:
+        logger.log(*reckoning.explain_evaluation(image, free, size))
+    return size
 
 
 def build_on_meta(args: argparse.Namespace, config: ViTConfig, num_classes: int, num_blocks: int) -> VisionTransformer:

@@ -66,7 +66,8 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, num_queries: int | None) -> Sequence[Tensor]:
         """Returns queries (B, num_queries or T, D), keys and values (B, T, D)."""
-        if not (x.is_cuda and torch.is_grad_enabled() if self.joined is None else self.joined):
+        joined = x.is_cuda and torch.is_grad_enabled() if self.joined is None else self.joined
+        if not joined:
             return self.query(x[:, :num_queries]), self.key(x), self.value(x)
         if num_queries is None:
             return joined_linear(x, self.query, self.key, self.value)

@@ -272,3 +272,17 @@ def test_the_first_micro_batch_is_shown_and_then_let_go_of(tmp_path):
         kept = weakref.ref(next(seen)[0])
         assert [labels[0].item() for _, labels in seen] == [1, 2]
         assert kept() is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0"), (0.03125, "0.03125"), (999.97, "1,000"), (9999.6, "10,000"), (999999.6, "1,000,000"), (1e-6, "1e-06")],
+)
+def test_numbers_are_written_out_up_to_a_million(value, expected):
+    assert figures.number(value) == expected
+
+
+def test_an_axis_of_a_curve_that_hardly_changes_stays_near_it():
+    low, *_, high = figures.ticks(98.89, 98.8989)
+    assert 98 < low <= 98.89
+    assert 98.8989 <= high < 100

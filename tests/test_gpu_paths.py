@@ -133,16 +133,17 @@ def test_steps_and_evaluations_do_not_wait_for_the_gpu(level, dtype):
     take_step()  # what is set up once may wait
     larger = VisionTransformer(CONFIGS["testing"], 48, 10).to(device).eval()  # the digits, of 32 px, are resized
     evaluated = data_utils.eval_batches(data.test, 8, augment.EvalTransform(48), device, 0)
-    with torch.inference_mode():
+    with torch.no_grad():
         larger(next(evaluated)[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             take_step()
         loss_sum, predictions = torch.zeros((), dtype=torch.float64, device=device), Predictions()
-        with torch.inference_mode(), precision.autocast():
+        with torch.no_grad(), precision.reusing_casts():  # as train.evaluate, which waits at its end
             for images, labels in itertools.islice(evaluated, 3):
-                logits = larger(images)[0].float()
+                with precision.autocast():
+                    logits = larger(images)[0].float()
                 loss_sum += F.cross_entropy(logits, labels, reduction="sum").to(torch.float64)
                 predictions.add(logits)
     finally:

@@ -102,7 +102,8 @@ def test_an_evaluation_takes_as_many_images_as_fit(model_type, img_size, level):
         few_blocks = VisionTransformer(replace(CONFIGS[model_type], num_layers=2), img_size, 10)
 
     def taken(free: float) -> int:
-        return reckoning.evaluated_at_once(few_blocks, Precision(CPU, level), img_size, img_size**2, int(free))[0]
+        image = reckoning.evaluated_image(few_blocks, Precision(CPU, level), img_size, img_size**2)
+        return reckoning.evaluated_at_once(image, int(free))
 
     image, _ = bytes_of_passes(model_type, img_size, level, training=False)
     copies = 3 * 4 * 3 * img_size**2  # the images before the pass
@@ -117,8 +118,16 @@ def test_an_evaluation_takes_as_many_images_as_fit(model_type, img_size, level):
 def test_images_that_are_larger_than_the_model_sees_are_counted():
     with torch.device("meta"):
         few_blocks = VisionTransformer(CONFIGS["testing"], 32, 10)
-    small, large = (reckoning.evaluated_at_once(few_blocks, Precision(CPU), 32, n, 2**26)[0] for n in (32**2, 500**2))
-    assert large == 4 < small  # of 9 MB each
+    small, large = (reckoning.evaluated_image(few_blocks, Precision(CPU), 32, n) for n in (32**2, 500**2))
+    assert small < 3 * 12 * 500**2 <= large
+
+
+def test_a_resumed_run_evaluates_no_more_images_at_once_than_before_and_too_little_memory_is_a_warning():
+    assert reckoning.evaluated_at_once(10, 1000, most=48) == 48
+    assert reckoning.evaluated_at_once(10, 470, most=48) == 32
+    level, text = reckoning.explain_evaluation(10, 1000, 48)
+    assert (level, text[-20:]) == (logging.INFO, "--eval_batch_size 48")
+    assert reckoning.explain_evaluation(10, -1, 1)[0] == logging.WARNING
 
 
 def test_masters_momentum_gradients_and_the_buckets_of_several_ranks_are_counted():

@@ -152,7 +152,7 @@ def _resample(x: Tensor, matrix: Tensor, along: int = -1) -> Tensor:
 
     Exact, but in float32, for some devices have little or no float64.  A level has 8 bits and a weight 22; half a
     weight has 11, or is 1, so a product of the two is exact, in TF32 as well.  All sums are whole multiples of UNIT,
-    and less than 2**24 of them (of ``lo``, while an axis shrinks to a 31st or less far), so their order does not
+    and less than 2**24 of them (of ``lo``, as long as no axis shrinks more than 31 times), so their order does not
     matter.  ``hi + UNIT * lo`` would need 30 bits and is rounded in two steps: ``hi + 0.5`` is a whole multiple of
     UNIT, so the whole number below the sum stays the same if ``UNIT * lo`` is first rounded down to such a multiple.
 

@@ -304,7 +304,7 @@ def _step_axis(last: float, times: Sequence[Point]) -> list[str]:
 def number(value: float, digits: int = 4) -> str:
     """Returns a number in as many digits as tell something, and all before the point: 1,200; 0.0312; 1e-06."""
     if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return f"{value:,.{max(digits, len(str(int(abs(value)))))}g}"
+        return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:,.{digits}g}"
     return f"{value:.{digits - 1}g}"
 
 
@@ -317,7 +317,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Returns about ``count`` round numbers, the first at most ``low`` and the last at least ``high``; at least two."""
     largest = max(abs(low), abs(high))
     if largest < TINY or high - low < FLAT * largest:
-        margin = 0.1 * largest if largest >= TINY else 1.0
+        margin = (0.1 if low == high else 10 * FLAT) * largest if largest >= TINY else 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / count
     power = math.floor(math.log10(rough)) - 1

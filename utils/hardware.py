@@ -42,6 +42,8 @@ def launched() -> bool:
 def pick_device(name: str, local_rank: int) -> torch.device:
     """Returns the device that this process computes on, made ready for it; see ``dist_util.setup``.
 
+    On CUDA it also takes attention from cuDNN, in the whole process: ``process_restored`` gives it back.
+
     Raises:
         UserError: there is no such device, or ``local_rank`` lacks a launcher or contradicts it.
     """

@@ -14,10 +14,12 @@ import os
 import secrets
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from utils import files
@@ -222,13 +224,17 @@ def _as_utf8(text: str) -> str:
 def only_a_warning(words: str) -> Iterator[None]:
     """Makes a warning of whatever fails in the block, but for signals: no training ends for want of an image.
 
-    Lack of memory is one, too: if the training lacks it as well, it says so itself, with the remedy.
+    Lack of memory is one, too: if the training lacks it as well, it says so itself, with the remedy.  An error of the
+    device that nothing can follow is none.
     """
     try:
         yield
     except Exception as e:
+        if isinstance(e, torch.AcceleratorError):
+            raise
         # As a text: a record that is kept would keep what the error's frames hold, such as a batch on a GPU.
         logger.warning("%s (%s: %s)", words, type(e).__name__, " ".join(str(e).split()))
+        logger.debug("%s", traceback.format_exc())
 
 
 @contextlib.contextmanager

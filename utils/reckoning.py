@@ -116,23 +116,36 @@ def reckon(
     return Need(held, _num_bytes(params), buckets, image, copies, CPU_HEAP if precision.device.type == "cpu" else 1.0)
 
 
-def evaluated_at_once(
-    model: nn.Module, precision: Precision, img_size: int, num_pixels: int, free: int
-) -> tuple[int, str]:
-    """Returns the images that fit into memory at once in an evaluation, a power of two, and a log line about them.
+def evaluated_image(model: nn.Module, precision: Precision, img_size: int, num_pixels: int) -> int:
+    """Returns the bytes that each image of an evaluation takes.
 
     Args:
         model: with two blocks of the model that is evaluated, on the "meta" device: the peak is that of one.
         precision, img_size: as for ``reckon``.
         num_pixels: of an image before it is resized on the device.
-        free: bytes that may be taken, when the weights are there.
     """
     half = str(precision.half).removeprefix("torch.")
     image, _ = _peak(model, Precision(precision.device, precision.opt_level, half), img_size, training=False)
-    image += EVALUATED_COPIES * 4 * 3 * max(img_size**2, num_pixels)
-    number = 2 ** (max(min(free // image, MOST_EVALUATED), 1).bit_length() - 1)
-    return number, (f"an evaluation needs {_size(image)} of memory for each image, {_size(max(free, 0))} are free: "
-                    f"--eval_batch_size {number}")  # fmt: skip
+    return image + EVALUATED_COPIES * 4 * 3 * max(img_size**2, num_pixels)
+
+
+def evaluated_at_once(image: int, free: int, most: int = MOST_EVALUATED) -> int:
+    """Returns the images that fit into memory at once in an evaluation: ``most``, or fewer by a power of two.
+
+    Args:
+        image: bytes that each takes.
+        free: bytes that may be taken, when the weights are there and what autocast casts of them.
+        most: images that are taken at most.
+    """
+    fitting = max(free // image, 1)
+    return most if fitting >= most else 2 ** (fitting.bit_length() - 1)
+
+
+def explain_evaluation(image: int, free: int, number: int) -> tuple[int, str]:
+    """Returns the level and the text of the log line about the images that an evaluation takes at once."""
+    text = f"an evaluation needs {_size(image)} of memory for each image, {_size(max(free, 0))} are free"
+    level, remark = (logging.WARNING, ", which may be too little") if number * image > free else (logging.INFO, "")
+    return level, f"{text}: --eval_batch_size {number}{remark}"
 
 
 def _size(num_bytes: int) -> str:
@@ -172,7 +185,7 @@ def _held_after_each_operation(model: nn.Module, precision: Precision, img_size:
     with _Watch(model.parameters(), precision.device.type == "cuda") as noted:
         images = torch.zeros(num_images, 3, img_size, img_size, device=precision.device)
         labels = torch.zeros(num_images, dtype=torch.long, device=precision.device)
-        with torch.inference_mode(not model.training), precision.autocast():
+        with torch.set_grad_enabled(model.training), precision.autocast():
             loss = model(images, labels)
         if model.training:
             loss.backward()
