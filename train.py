@@ -287,7 +287,8 @@ def evaluate_only(args: argparse.Namespace) -> int:
         model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
         check_ranks(args, model, data.checksum)
         number_format.choose(precision, layer_shapes(config, args.img_size), training=False)
-        batch_size = fit_evaluation(args, config, data, precision)
+        reckoned = functools.partial(reckon_need, args, config, data, precision)
+        batch_size = fit_evaluation(args, config, data, precision, reckoned)
     log_start(args, "Validation", model, data, precision)
     model, data = to_device(args, model, data, precision.device)
     precision.prepare(model)
@@ -363,8 +364,10 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     processor = ", ".join(sorted(set(dist_util.gather(hardware.processor(precision.device)))))
     kept = run.saved_environment.get("number format") if run.saved_environment.get("processor") == processor else None
     number_format.choose(precision, layer_shapes(config, args.img_size), kept=kept)
-    fit_batch(args, run, config, data, precision)
-    evaluated = fit_evaluation(args, config, data, precision, run.saved_environment.get("--eval_batch_size"))
+    reckoned = functools.cache(functools.partial(reckon_need, args, config, data, precision))  # once for both
+    fit_batch(args, run, precision.device, reckoned)
+    saved = run.saved_environment.get("--eval_batch_size")
+    evaluated = fit_evaluation(args, config, data, precision, reckoned, saved)
     run.batch = replace(run.batch, evaluated=evaluated)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
@@ -446,16 +449,20 @@ def find_decoding(given: str | None, run: Run, images: datasets.Images) -> str:
     return given or saved.get("--jpeg_decoding", unset)
 
 
-def fit_batch(
-    args: argparse.Namespace, run: Run, config: ViTConfig, data: datasets.DataSets, precision: Precision
-) -> None:
-    """Lets the batch have as many micro-batches as the memory asks for, where the flags leave that open."""
-    batch, device, number = run.batch, precision.device, run.batch.num_micro_batches
+def fit_batch(args: argparse.Namespace, run: Run, device: torch.device, reckoned: Callable[[], reckoning.Need]) -> None:
+    """Lets the batch have as many micro-batches as the memory asks for, where the flags leave that open.
+
+    Args:
+        args, run: of the training.
+        device: on which it computes.
+        reckoned: returns what ``reckon_need`` does, if that is asked for.
+    """
+    batch, number = run.batch, run.batch.num_micro_batches
     is_open = batch.is_auto and run.state.step < args.num_steps
     free, need = memory.free_bytes(device) if is_open else None, None
     if free is not None:
         with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
-            need = reckon_need(args, config, data, precision)
+            need = reckoned()
         if device.type == "cuda":
             free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
         else:
@@ -470,18 +477,24 @@ def fit_batch(
 
 
 def fit_evaluation(
-    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision, saved: int | None = None
+    args: argparse.Namespace,
+    config: ViTConfig,
+    data: datasets.DataSets,
+    precision: Precision,
+    reckoned: Callable[[], reckoning.Need],
+    saved: int | None = None,
 ) -> int:
     """Returns how many images an evaluation takes at once: on a GPU as many as fit, where the flag leaves that open.
 
     Args:
         args, config, data, precision: of the run.
+        reckoned: as for ``fit_batch``.
         saved: images that the saved run took: on a GPU more are not taken now, so that the digits stay.
     """
     size, image, free = EVALUATED if args.eval_batch_size == "auto" else args.eval_batch_size, 0, 0
     if args.eval_batch_size == "auto" and precision.device.type == "cuda":
         with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
-            need = reckon_need(args, config, data, precision)
+            need = reckoned()
             free = (memory.free_bytes(precision.device) or 0) - need.held - need.buckets - need.copies
             few_blocks = build_on_meta(args, config, len(data.classes), num_blocks=2)
             pixels = data.test.images[0, 0].numel() if isinstance(data.test, datasets.MemoryImages) else 0

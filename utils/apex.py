@@ -104,9 +104,6 @@ class ApexPrecision(Precision):
             # IndexError: torch 2 has nothing where it looks for the weight.  And an evaluation's would stay in memory.
             handle._clear_cache()
 
-    def reusing_casts(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
     def backward(self, loss: Tensor) -> None:
         scale = self._scaler().loss_scale()
         with self.autocast(), self._amp.scale_loss(loss, self._optimizer) as scaled_loss:

@@ -105,8 +105,7 @@ def reckon(
         img_size: side of the images, in pixels.
         num_ranks: that train together.
     """
-    half = str(precision.half).removeprefix("torch.")
-    fresh = [Precision(precision.device, precision.opt_level, half) for _ in range(3)]
+    fresh = [_like(precision) for _ in range(3)]
     model = build(num_blocks)
     params = fresh[0].prepare(model)
     held = _num_bytes({*model.parameters(), *params}) + _num_bytes(params)  # the last is momentum
@@ -124,8 +123,7 @@ def evaluated_image(model: nn.Module, precision: Precision, img_size: int, num_p
         precision, img_size: as for ``reckon``.
         num_pixels: of an image before it is resized on the device.
     """
-    half = str(precision.half).removeprefix("torch.")
-    image, _ = _peak(model, Precision(precision.device, precision.opt_level, half), img_size, training=False)
+    image, _ = _peak(model, _like(precision), img_size, training=False)
     return image + EVALUATED_COPIES * 4 * 3 * max(img_size**2, num_pixels)
 
 
@@ -146,6 +144,11 @@ def explain_evaluation(image: int, free: int, number: int) -> tuple[int, str]:
     text = f"an evaluation needs {_size(image)} of memory for each image, {_size(max(free, 0))} are free"
     level, remark = (logging.WARNING, ", which may be too little") if number * image > free else (logging.INFO, "")
     return level, f"{text}: --eval_batch_size {number}{remark}"
+
+
+def _like(precision: Precision) -> Precision:
+    """Returns the same number formats for another model."""
+    return Precision(precision.device, precision.opt_level, str(precision.half).removeprefix("torch."))
 
 
 def _size(num_bytes: int) -> str:

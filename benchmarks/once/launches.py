@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import itertools
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from benchmarks import common, peers
+from benchmarks import common, null_gpu, peers
 from models.configs import CONFIGS
 from utils import datasets, figures
 from utils.metrics import TrainLog
@@ -39,20 +37,13 @@ ATTENTION = {"pytorch_flash": "flash", "fmha_cutlass": "efficient", "cudnn": "cu
 @contextlib.contextmanager
 def counting() -> Iterator[SimpleNamespace]:
     """Gives what the block asks of the null GPU, once it is over: launches, products, peak in bytes, attention."""
-    null, found = ctypes.CDLL(None), SimpleNamespace()
+    found = SimpleNamespace()
     torch.cuda.reset_peak_memory_stats()
-    with tempfile.NamedTemporaryFile("r") as file:
-        null.nullgpu_open(file.name.encode())
-        null.nullgpu_log(1)
-        try:
-            yield found
-        finally:
-            null.nullgpu_log(0)
-            null.nullgpu_open(None)
-        text = file.read()
-    found.launches, found.products = (len(re.findall(f"^{word} ", text, re.M)) for word in ("KERNEL", "GEMM"))
+    with null_gpu.log() as lines:
+        yield found
+    found.launches, found.products = (sum(x.startswith(f"{word} ") for x in lines) for word in ("KERNEL", "GEMM"))
     found.peak = torch.cuda.max_memory_allocated()
-    found.attention = ", ".join(name for part, name in ATTENTION.items() if part in text)
+    found.attention = ", ".join(name for part, name in ATTENTION.items() if any(part in x for x in lines))
 
 
 class Enough(BaseException):
@@ -144,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--models", nargs="+", choices=CONFIGS, default=MODELS, metavar="MODEL", help="at 224 px")
     p.add_argument("--batch_size", type=int, default=512, help="images of a step, and of an evaluation's batch")
     args = p.parse_args(argv)
-    if not hasattr(ctypes.CDLL(None), "nullgpu_log"):
+    if not null_gpu.is_null():
         p.error("this is no null GPU; see CONTRIBUTING.md")
     rows = []
     for model_type, level in itertools.product(args.models, LEVELS):

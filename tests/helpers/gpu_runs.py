@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from tests.helpers import null_gpu
+from benchmarks import null_gpu
 from utils import figures
 from utils.metrics import TrainLog
 

@@ -4,19 +4,16 @@ Devices, waits, launches, memory and the choice of kernels are those of a real G
 garbage.  It is not part of the repository: the environment variable NULL_GPU names its folder, ../shared/nullgpu beside
 the repository by default.  The fixture ``null_gpu`` builds it for the tests that need it, and skips them elsewhere.
 
-``is_null``, ``note`` and ``log`` are for the process that runs with it.
+``benchmarks.null_gpu`` is for the process that runs with it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -86,35 +83,3 @@ def build(folder: Path) -> NullGpu:
             assert done.returncode == 0, f"the null GPU cannot be built: {done.stderr}"
             unfinished.rename(folder)
     return NullGpu(sources, folder)
-
-
-# ---- within the process ----
-
-
-def is_null() -> bool:
-    """Tells if this process runs with the null GPU."""
-    return "libnullgpu" in os.environ.get("LD_PRELOAD", "")
-
-
-def note(text: str) -> None:
-    """Writes a line of its own into the ``log``."""
-    ctypes.CDLL(None).nullgpu_note(text.encode())
-
-
-@contextlib.contextmanager
-def log() -> Iterator[list[str]]:
-    """Gives the lines that the null GPU writes in the block, once it is over.
-
-    They begin with what was done: KERNEL (launched), GEMM (a product), COPY, SYNC (waited for), MALLOC, NCCL, NOTE.
-    """
-    lines: list[str] = []
-    null = ctypes.CDLL(None)
-    with tempfile.NamedTemporaryFile("r") as file:
-        null.nullgpu_open(file.name.encode())
-        null.nullgpu_log(1)
-        try:
-            yield lines
-        finally:
-            null.nullgpu_log(0)
-            null.nullgpu_open(None)
-            lines += file.read().splitlines()
