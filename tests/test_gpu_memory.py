@@ -26,8 +26,8 @@ needs_little = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] > 2**32, reason="needs a GPU of 4 GiB or less"
 )
 #: Launches and products of a step of timm's ViT-B_32 in the loop that everybody writes, in float32 and with autocast in
-#: float16: counted by ``python -m benchmarks.once.launches``, timm 1.0.31, torch 2.14.1; at O2 without the three launches
-#: of its SGD.
+#: float16: counted by ``python -m benchmarks.once.launches``, timm 1.0.31, torch 2.14.1; at O2 without the three
+#: launches of its SGD.
 TIMM = {"O0": 407 + 149, "O2": 654 + 149}
 #: How many times as many ours may have: timm makes no crops.
 MOST = {"O0": 1.15, "O2": 1.0}
