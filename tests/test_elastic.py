@@ -30,6 +30,7 @@ from tests.helpers.launching import (
 )
 from utils import dist_errors
 from utils.batch import Batch
+from utils.run import Run
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to hurt in /proc")
 
@@ -134,6 +135,27 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_command_resumes(unhurt, tmp
         assert run.results() == [0, 0], run.output()
         assert RESUMED in run.output()
     assert_whole(tmp_path, unhurt[2])
+
+
+def terminated_as_it_tidies_up(flags: list[str]) -> int:
+    """Trains; what started it tells it to end when it has left the training."""
+    original = Run.close
+
+    def close(self: Run) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    Run.close = close  # type: ignore[method-assign]
+    return paced.main(flags)
+
+
+def test_a_launcher_that_notices_a_death_a_little_later_leaves_the_message(tmp_path):
+    flags = [*RUN, "--train_batch_size", "8"]
+    with ranks(tmp_path, [flags] * 2, terminated_as_it_tidies_up, **set_pace(tmp_path, 8)) as run:
+        wait_for(lambda: steps_done(tmp_path, "a") >= 8, 60, run.output)
+        os.kill(run.jobs[1].pid, signal.SIGKILL)
+        assert run.jobs[0].wait(60) == 1, run.output()
+        assert "lost contact with rank 1 (" in run.errors()[0]
 
 
 def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from utils import console, dist_util
+from utils import console, dist_errors, dist_util
 
 #: Of Ctrl-C, of `kill` and schedulers, of a terminal that closes, and what schedulers may send ahead of time.
 SIGNALS = tuple(
@@ -43,7 +43,7 @@ class StopSignal:
 
     A second one raises ``Stopped`` wherever the program is, and one that comes while a stopped run is
     tidied up ends the process on the spot; SIGHUP counts as neither.  A context manager; without a signal in it, and
-    outside the main thread, signals do afterwards what they did before.
+    outside the main thread, signals do afterwards what they did before, but for SIGTERM in a rank that lost another.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,10 @@ class StopSignal:
             self._previous = {number: signal.signal(number, self._note) for number in _not_ignored()}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and dist_util.is_lost_contact(error):
+            dist_errors.end_soon()
+            self._previous.pop(signal.SIGTERM, None)
         for number, handler in self._previous.items():
             signal.signal(number, self._leave if self.number else handler)
 
