@@ -39,19 +39,18 @@ from utils import (
     exits,
     figures,
     hardware,
-    memory,
     metadata,
     number_format,
     photos,
-    reckoning,
     report,
 )
 from utils.advice import class_sizes, for_small_set
 from utils.apex import make_precision
-from utils.batch import EVALUATED, MOST_EVALUATED, Batch
+from utils.batch import Batch
 from utils.console import lasting_streams, log_lines
 from utils.errors import UserError
 from utils.evaluation import EvalResult, Predictions
+from utils.fitting import Fitting
 from utils.input_wait import InputWait
 from utils.log_files import check_tensorboard
 from utils.memory import explain_out_of_memory
@@ -287,8 +286,7 @@ def evaluate_only(args: argparse.Namespace) -> int:
         model = pretrained.model_to_evaluate(source, config, args.img_size, len(data.classes))
         check_ranks(args, model, data.checksum)
         number_format.choose(precision, layer_shapes(config, args.img_size), training=False)
-        reckoned = functools.partial(reckon_need, args, config, data, precision)
-        batch_size = fit_evaluation(args, config, data, precision, reckoned)
+        batch_size = make_fitting(args, config, data, precision).evaluated(args.eval_batch_size)
     log_start(args, "Validation", model, data, precision)
     model, data = to_device(args, model, data, precision.device)
     precision.prepare(model)
@@ -364,10 +362,9 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     processor = ", ".join(sorted(set(dist_util.gather(hardware.processor(precision.device)))))
     kept = run.saved_environment.get("number format") if run.saved_environment.get("processor") == processor else None
     number_format.choose(precision, layer_shapes(config, args.img_size), kept=kept)
-    reckoned = functools.cache(functools.partial(reckon_need, args, config, data, precision))  # once for both
-    fit_batch(args, run, precision.device, reckoned)
-    saved = run.saved_environment.get("--eval_batch_size")
-    evaluated = fit_evaluation(args, config, data, precision, reckoned, saved)
+    fitting = make_fitting(args, config, data, precision)
+    run.batch = fitting.micro_batches(run.batch, run.num_saved_bytes, run.state.step < args.num_steps)
+    evaluated = fitting.evaluated(args.eval_batch_size, run.saved_environment.get("--eval_batch_size"))
     run.batch = replace(run.batch, evaluated=evaluated)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
     run.set_settings(
@@ -449,83 +446,17 @@ def find_decoding(given: str | None, run: Run, images: datasets.Images) -> str:
     return given or saved.get("--jpeg_decoding", unset)
 
 
-def fit_batch(args: argparse.Namespace, run: Run, device: torch.device, reckoned: Callable[[], reckoning.Need]) -> None:
-    """Lets the batch have as many micro-batches as the memory asks for, where the flags leave that open.
+def make_fitting(args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision) -> Fitting:
+    """Returns what tells how many images of this run fit into memory."""
 
-    Args:
-        args, run: of the training.
-        device: on which it computes.
-        reckoned: returns what ``reckon_need`` does, if that is asked for.
-    """
-    batch, number = run.batch, run.batch.num_micro_batches
-    is_open = batch.is_auto and run.state.step < args.num_steps
-    free, need = memory.free_bytes(device) if is_open else None, None
-    if free is not None:
-        with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
-            need = reckoned()
-        if device.type == "cuda":
-            free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
-        else:
-            free += run.num_saved_bytes  # which are counted in the need
-        number = max(number, need.fewest_micro_batches(batch.per_rank, free))
-    number = max(dist_util.gather(number))  # of every rank, whatever its flags: check_ranks compares them later
-    if need is not None and free is not None:
-        logger.log(*need.explain(batch, number, free))
-    elif is_open:
-        logger.info("%s does not tell how much memory is free: --gradient_accumulation_steps %d", device, number)
-    run.batch = batch.at_least(number) if batch.is_auto else batch
+    def build(num_blocks: int) -> VisionTransformer:
+        with torch.device("meta"):
+            model = VisionTransformer(replace(config, num_layers=num_blocks), args.img_size, len(data.classes))
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
 
-
-def fit_evaluation(
-    args: argparse.Namespace,
-    config: ViTConfig,
-    data: datasets.DataSets,
-    precision: Precision,
-    reckoned: Callable[[], reckoning.Need],
-    saved: int | None = None,
-) -> int:
-    """Returns how many images an evaluation takes at once: on a GPU as many as fit, where the flag leaves that open.
-
-    Args:
-        args, config, data, precision: of the run.
-        reckoned: as for ``fit_batch``.
-        saved: images that the saved run took: on a GPU more are not taken now, so that the digits stay.
-    """
-    size, image, free = EVALUATED if args.eval_batch_size == "auto" else args.eval_batch_size, 0, 0
-    if args.eval_batch_size == "auto" and precision.device.type == "cuda":
-        with explain_out_of_memory("with a few images; give a smaller --img_size or --model_type"):
-            need = reckoned()
-            free = (memory.free_bytes(precision.device) or 0) - need.held - need.buckets - need.copies
-            few_blocks = build_on_meta(args, config, len(data.classes), num_blocks=2)
-            pixels = data.test.images[0, 0].numel() if isinstance(data.test, datasets.MemoryImages) else 0
-            image = reckoning.evaluated_image(few_blocks, precision, args.img_size, pixels)
-            size = reckoning.evaluated_at_once(image, free, min(saved or MOST_EVALUATED, MOST_EVALUATED))
-    size = min(dist_util.gather(size))  # of every rank
-    if image:
-        logger.log(*reckoning.explain_evaluation(image, free, size))
-    return size
-
-
-def build_on_meta(args: argparse.Namespace, config: ViTConfig, num_classes: int, num_blocks: int) -> VisionTransformer:
-    """Returns the model with so many blocks, without memory for its weights."""
-    with torch.device("meta"):
-        model = VisionTransformer(replace(config, num_layers=num_blocks), args.img_size, num_classes)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
-
-
-def reckon_need(
-    args: argparse.Namespace, config: ViTConfig, data: datasets.DataSets, precision: Precision
-) -> reckoning.Need:
-    """Returns the memory that a training takes on its device, from here on."""
-    build = functools.partial(build_on_meta, args, config, len(data.classes))
-    need = reckoning.reckon(build, config.num_layers, precision, args.img_size, dist_util.world_size())
-    if precision.device.type == "cuda":  # where the images in memory move
-        images = [x.images.nbytes for x in (data.train, data.test) if isinstance(x, datasets.MemoryImages)]
-        return replace(need, held=need.held + sum(images))
-    ahead = 2 * flags.decoding_workers(args) if isinstance(data.train, datasets.FileImages) else 0  # micro-batches
-    return replace(need, image=need.image + ahead * 4 * 3 * args.img_size**2)
+    return Fitting(build, config.num_layers, precision, args.img_size, data, 2 * flags.decoding_workers(args))
 
 
 def check_ranks(args: argparse.Namespace, model: nn.Module, dataset: Callable[[], str]) -> None:
