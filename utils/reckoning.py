@@ -174,7 +174,7 @@ def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(_drop_grad)  # gradients come as the rest goes: they are counted apart
     model.train(training)
-    looks = [_held_after_each_operation(model, precision, img_size, n) for n in (FEW, ONE_MORE)]
+    looks = [_held_after_operations(model, precision, img_size, n) for n in (FEW, ONE_MORE)]
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if len(looks[0]) != len(looks[1]):  # some library computes the two batches in different ways
@@ -183,8 +183,8 @@ def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool 
     return image, held - FEW * image
 
 
-def _held_after_each_operation(model: nn.Module, precision: Precision, img_size: int, num_images: int) -> list[int]:
-    """Returns the bytes of all tensors but the weights that are there after each operation of a pass."""
+def _held_after_operations(model: nn.Module, precision: Precision, img_size: int, num_images: int) -> list[int]:
+    """Returns the bytes of all tensors but the weights that are there after each operation of a pass that adds some."""
     with _Watch(model.parameters(), precision.device.type == "cuda") as noted:
         images = torch.zeros(num_images, 3, img_size, img_size, device=precision.device)
         labels = torch.zeros(num_images, dtype=torch.long, device=precision.device)
@@ -200,7 +200,7 @@ def _drop_grad(p: Tensor) -> None:
 
 
 class _HeldBytes:
-    """Notes after each operation the bytes of those tensors that operations returned and that are still there.
+    """Notes the bytes of those tensors that operations returned and that are still there, after each that adds some.
 
     Args:
         known: tensors that are not counted, nor their views.
@@ -216,6 +216,7 @@ class _HeldBytes:
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        expired = torch.UntypedStorage._expired
         looks_inside, inside = self._on_gpu and "attention" in func.name(), 0
         if looks_inside:
             torch.cuda.reset_peak_memory_stats()
@@ -223,13 +224,16 @@ class _HeldBytes:
         if looks_inside:
             stats = torch.cuda.memory_stats()  # of bytes asked for: blocks may be larger than that by as many again
             inside = stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
+        added = False
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
-                if storage._cdata not in self._known:
+                if storage._cdata not in self._known and storage._cdata not in self._storages:
                     self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
-        self.bytes.append(inside + sum(size for _, size in self._storages.values()))
+                    added = True
+        if added:
+            self._storages = {key: held for key, held in self._storages.items() if not expired(key)}
+            self.bytes.append(inside + sum(size for _, size in self._storages.values()))
         return result
 
 
