@@ -141,8 +141,8 @@ def confusion(matrix: np.ndarray, classes: list[str]) -> Image.Image:
     head = LARGEST_TEXT_PX + 12  # where "predicted" and "truth" stand
     margin = head + (math.ceil(longest) + 16 if labels else 0)
     sheet = Image.new("RGB", (margin + cell * size + 1, margin + cell * size + 1), "white")
-    colours = np.kron(cell_colours(matrix), np.ones((cell, cell, 1))).round().astype(np.uint8)
-    sheet.paste(Image.fromarray(colours), (margin, margin))
+    colours = cell_colours(matrix).round().astype(np.uint8)
+    sheet.paste(Image.fromarray(colours).resize((cell * size, cell * size), Image.Resampling.NEAREST), (margin, margin))
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((margin - 1, margin - 1, sheet.width - 1, sheet.height - 1), outline="gray")
     draw.text((margin, 2), "predicted", "gray", font_for("predicted", LARGEST_TEXT_PX))

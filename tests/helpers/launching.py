@@ -83,7 +83,7 @@ def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.helpers.launching", "tests.helpers.paced", "torch.distributed.run", "torchvision.datasets"]
-        + ["torch.utils.tensorboard"]
+        + ["torch.utils.tensorboard", "torch._dynamo"]  # which DistributedDataParallel imports
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in clean_environment().items():
