@@ -363,7 +363,8 @@ def prepare(args: argparse.Namespace, run: Run, precision: Precision) -> tuple[V
     kept = run.saved_environment.get("number format") if run.saved_environment.get("processor") == processor else None
     number_format.choose(precision, layer_shapes(config, args.img_size), kept=kept)
     fitting = make_fitting(args, config, data, precision)
-    run.batch = fitting.micro_batches(run.batch, run.num_saved_bytes, run.state.step < args.num_steps)
+    is_finished = run.state.step >= args.num_steps
+    run.batch = fitting.micro_batches(run.batch, run.num_saved_bytes, is_finished=is_finished)
     evaluated = fitting.evaluated(args.eval_batch_size, run.saved_environment.get("--eval_batch_size"))
     run.batch = replace(run.batch, evaluated=evaluated)
     dataset = f"{args.dataset if args.dataset in datasets.NAMED_DATASETS else 'folder'} {data.checksum()}"
@@ -456,7 +457,8 @@ def make_fitting(args: argparse.Namespace, config: ViTConfig, data: datasets.Dat
             model.gradient_checkpointing_enable()
         return model
 
-    return Fitting(build, config.num_layers, precision, args.img_size, data, 2 * flags.decoding_workers(args))
+    num_ahead = 2 * flags.decoding_workers(args)  # micro-batches: each of them has two in hand
+    return Fitting(build, config.num_layers, precision, args.img_size, data, num_ahead)
 
 
 def check_ranks(args: argparse.Namespace, model: nn.Module, dataset: Callable[[], str]) -> None:

@@ -136,7 +136,7 @@ ROOMS = {
     "utils.precision": {"utils.dist_util"},
     "utils.process": {"utils.apex"},
     "utils.reckoning": {"utils.batch", "utils.precision"},
-    "utils.signals": {"utils.console", "utils.dist_errors", "utils.dist_util"},
+    "utils.signals": {"utils.console", "utils.dist_util"},
     "utils.metadata": {"utils.checkpoint", "utils.weights"},
     "utils.weights": {"utils.checkpoint"},
     "utils.workers": {"utils.hardware", "utils.signals"},

@@ -72,24 +72,16 @@ def _ask(question: Callable[[], T], default: T) -> T:
     return answers[0] if answers else default
 
 
-def end_soon() -> None:
-    """Gives this rank, which lost another, ``GRACE_SECS`` to tidy up and say so.
+def lost_contact(error: BaseException) -> str:
+    """Explains a loss that ``is_lost_contact`` found, and names the ranks that do not notice it themselves.
 
-    It ignores SIGTERM meanwhile: torchrun sends it as soon as it has seen the death, too.
+    From here on this rank has ``GRACE_SECS`` to end.
     """
     watchdog = threading.Timer(GRACE_SECS, os._exit, [1])
     watchdog.daemon = True
     watchdog.start()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def lost_contact(error: BaseException) -> str:
-    """Explains a loss that ``is_lost_contact`` found, and names the ranks that do not notice it themselves.
-
-    From here on this rank ends soon.
-    """
-    end_soon()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as it has seen the death, too
     # Without the place in Gloo's source, and its advice.
     reason = re.sub(r"^\[\S*\] ?", "", str(error).strip().splitlines()[0]).split(". ")[0]
     group = dist_util.group()

@@ -1,7 +1,7 @@
 """Chooses how many images a run takes at once, as its memory allows, where the flags leave that open.
 
 What a training needs is reckoned in utils/reckoning.py; what is free, utils/memory.py reads.  This module must not know
-flags or models.
+args or models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REMEDY = "with a few images; give a smaller --img_size or --model_type"
 
 @dataclass(frozen=True)
 class Fitting:
-    """Finds out how many images of a run fit into memory; every rank must ask it the same.
+    """Finds out how many images of a run fit into memory; every rank must call its methods, in the same order.
 
     Args:
         build: makes the model with so many blocks, on the "meta" device.
@@ -44,19 +44,19 @@ class Fitting:
     data: DataSets
     num_ahead: int
 
-    def micro_batches(self, batch: Batch, num_loaded: int, has_steps: bool = True) -> Batch:
+    def micro_batches(self, batch: Batch, num_loaded: int, *, is_finished: bool) -> Batch:
         """Returns the batch in as many micro-batches as the memory asks for, if it leaves their number open.
 
         Args:
             batch: as the flags and the saved run have it.
-            num_loaded: bytes that are there already of what the training needs.
-            has_steps: false for a run that is finished: then nothing is reckoned.
+            num_loaded: bytes that the host holds already of what the training needs; on a GPU they do not count.
+            is_finished: no step is left: then nothing is reckoned.
 
         Raises:
             OutOfMemory: not even a few images fit.
         """
         device, number = self.precision.device, batch.num_micro_batches
-        is_open = batch.is_auto and has_steps
+        is_open = batch.is_auto and not is_finished
         free, need = memory.free_bytes(device) if is_open else None, None
         if free is not None:
             need = self._need
@@ -84,10 +84,10 @@ class Fitting:
         """
         size, image, free = EVALUATED if given == "auto" else int(given), 0, 0
         if given == "auto" and self.precision.device.type == "cuda":
-            need = self._need
-            free = (memory.free_bytes(self.precision.device) or 0) - need.held - need.buckets - need.copies
             pixels = self.data.test.images[0, 0].numel() if isinstance(self.data.test, MemoryImages) else 0
             with memory.explain_out_of_memory(REMEDY):
+                need = self._need
+                free = (memory.free_bytes(self.precision.device) or 0) - need.held - need.buckets - need.copies
                 image = reckoning.evaluated_image(self.build(2), self.precision, self.img_size, pixels)
             size = reckoning.evaluated_at_once(image, free, min(saved or MOST_EVALUATED, MOST_EVALUATED))
         size = min(dist_util.gather(size))  # of every rank
@@ -97,7 +97,7 @@ class Fitting:
 
     @functools.cached_property
     def _need(self) -> reckoning.Need:
-        """Returns what a training takes on its device from here on; reckoned once for all who ask."""
+        """Reckons what a training takes on its device from here on, once for both methods; raises as they do."""
         with memory.explain_out_of_memory(REMEDY):
             ranks = dist_util.world_size()
             need = reckoning.reckon(self.build, self.num_blocks, self.precision, self.img_size, ranks)

@@ -177,7 +177,7 @@ def _peak(model: nn.Module, precision: Precision, img_size: int, training: bool 
     looks = [_held_after_operations(model, precision, img_size, n) for n in (FEW, ONE_MORE)]
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if len(looks[0]) != len(looks[1]):  # some library computes the two batches in different ways
+    if len(looks[0]) != len(looks[1]):  # a library, or our dropout, computes the two batches in different ways
         return max(looks[1]) // ONE_MORE, 0
     image, held = max(((more - few) // (ONE_MORE - FEW), few) for few, more in zip(*looks))
     return image, held - FEW * image
@@ -216,7 +216,6 @@ class _HeldBytes:
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        expired = torch.UntypedStorage._expired
         looks_inside, inside = self._on_gpu and "attention" in func.name(), 0
         if looks_inside:
             torch.cuda.reset_peak_memory_stats()
@@ -231,8 +230,8 @@ class _HeldBytes:
                 if storage._cdata not in self._known and storage._cdata not in self._storages:
                     self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     added = True
-        if added:
-            self._storages = {key: held for key, held in self._storages.items() if not expired(key)}
+        if added:  # only then there may be more than ever
+            self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
             self.bytes.append(inside + sum(size for _, size in self._storages.values()))
         return result
 

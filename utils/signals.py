@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from utils import console, dist_errors, dist_util
+from utils import console, dist_util
 
 #: Of Ctrl-C, of `kill` and schedulers, of a terminal that closes, and what schedulers may send ahead of time.
 SIGNALS = tuple(
@@ -56,11 +56,12 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and dist_util.is_lost_contact(error):
-            dist_errors.end_soon()
-            self._previous.pop(signal.SIGTERM, None)
+        lost = isinstance(error, Exception) and dist_util.is_lost_contact(error)
         for number, handler in self._previous.items():
-            signal.signal(number, self._leave if self.number else handler)
+            if lost and number == signal.SIGTERM:  # of torchrun, which has seen the death, too: the message comes first
+                signal.signal(number, signal.SIG_IGN)
+            else:
+                signal.signal(number, self._leave if self.number else handler)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         if number != HANG_UP:
