@@ -59,7 +59,8 @@ class Fitting:
         is_open = batch.is_auto and not is_finished
         free, need = memory.free_bytes(device) if is_open else None, None
         if free is not None:
-            need = self._need
+            with memory.explain_out_of_memory(REMEDY):
+                need = self._need
             if device.type == "cuda":
                 free = memory.free_bytes(device) or 0  # now that its libraries have taken what they need
             else:
@@ -97,10 +98,9 @@ class Fitting:
 
     @functools.cached_property
     def _need(self) -> reckoning.Need:
-        """Reckons what a training takes on its device from here on, once for both methods; raises as they do."""
-        with memory.explain_out_of_memory(REMEDY):
-            ranks = dist_util.world_size()
-            need = reckoning.reckon(self.build, self.num_blocks, self.precision, self.img_size, ranks)
+        """Reckons what a training takes on its device from here on, once for both methods."""
+        ranks = dist_util.world_size()
+        need = reckoning.reckon(self.build, self.num_blocks, self.precision, self.img_size, ranks)
         if self.precision.device.type == "cuda":  # where the images in memory move
             images = [x.images.nbytes for x in (self.data.train, self.data.test) if isinstance(x, MemoryImages)]
             return replace(need, held=need.held + sum(images))

@@ -229,9 +229,9 @@ def only_a_warning(words: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.AcceleratorError:
+        raise
     except Exception as e:
-        if isinstance(e, torch.AcceleratorError):
-            raise
         # As a text: a record that is kept would keep what the error's frames hold, such as a batch on a GPU.
         logger.warning("%s (%s: %s)", words, type(e).__name__, " ".join(str(e).split()))
         logger.debug("%s", traceback.format_exc())

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
+from tests.helpers.forked import LATE_IMPORTS
 
 TINY = ["--dataset", "digits", "--model_type", "testing", "--img_size", "32", "--device", "cpu",
         "--pretrained_dir", "", "--dropout", "0", "--log_every", "1"]  # fmt: skip
@@ -83,7 +84,7 @@ def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.helpers.launching", "tests.helpers.paced", "torch.distributed.run", "torchvision.datasets"]
-        + ["torch.utils.tensorboard", "torch._dynamo"]  # which DistributedDataParallel imports
+        + [*LATE_IMPORTS]
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in clean_environment().items():
